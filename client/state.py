@@ -169,7 +169,8 @@ class ClientState:
     def join_run(self, run_id: str) -> None:
         """Remember the run; StateError if the state is of another one."""
         check_run(self.record, self.directory, run_id)
-        self._write(run_id=run_id)
+        if run_id != self.record.run_id:
+            self._write(run_id=run_id)
 
     def follow_roster(self, roster: Roster) -> None:
         """Remember the roster; IdentityError if it is older than the one before, or has other terms."""

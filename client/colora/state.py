@@ -30,7 +30,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     Raises:
         ModelError: There is no Co-LoRA adapter, no such one, or several are active and none was named.
     """
-    layers = [module for module in model.modules() if isinstance(module, CoLoraLayer)]
+    layers = _adapted(model)
     known = sorted({name for layer in layers for name in layer.settings})
     if not known:
         raise ModelError(
@@ -51,6 +51,19 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     return active[0]
 
 
+def _adapted(model: nn.Module) -> list[CoLoraLayer]:
+    """Every Co-LoRA layer once. What lies within one, most of a model's modules, is not walked through."""
+    found: dict[CoLoraLayer, None] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if isinstance(module, CoLoraLayer):
+            found[module] = None
+        else:
+            left.extend(module.children())
+    return list(found)
+
+
 def adapted_layers(
     model: nn.Module, layers: str = "all", adapter_name: str | None = None
 ) -> list[CoLoraLayer]:
@@ -68,7 +81,7 @@ def adapted_layers(
     def place(layer: CoLoraLayer) -> Placement:
         return layer.settings[name].placement
 
-    found = (m for m in model.modules() if isinstance(m, CoLoraLayer) and name in m.settings)
+    found = (layer for layer in _adapted(model) if name in layer.settings)
     chosen = [layer for layer in found if layers in {"all", place(layer).kind}]
     return sorted(chosen, key=lambda layer: (place(layer).layer, place(layer).module))
 

@@ -15,7 +15,7 @@ examples share, so that an example's gradient has the same bits in any company.
 Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from torch import nn
 from fedmosaic.client.dp.checks import refuse_state
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.fingerprint import base_model, fingerprint
+from fedmosaic.client.model.loss import training_mode
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
 
@@ -106,7 +107,7 @@ def open_probe(model: nn.Module) -> Probe:
             f"{type(head).__name__}. A probe needs an RMSNorm and a linear head"
         )
     probe = Probe(base, decoder, down_proj, norm, head, float(epsilon))
-    with adapters_disabled(model), _evaluation_mode(decoder):
+    with adapters_disabled(model), training_mode(decoder, False):
         _check_closed_form(probe, base)
     return probe
 
@@ -120,16 +121,18 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
     return context
 
 
-def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Iterator[GradientFactors]:
+def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Generator[GradientFactors]:
     """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
 
     Adapters on the probe must be switched off (`adapters_disabled`). Factors are float32 on the CPU whatever
-    the model's dtype and device; an example without a supervised token has T = 0.
+    the model's dtype and device; an example without a supervised token has T = 0. Until the iterator is at
+    its end, or closed, the decoder is in evaluation mode; then every module is in its own again.
     """
-    for example in examples:
-        with torch.inference_mode(), _evaluation_mode(probe.decoder):
-            delta_TD, inputs_TF = _factors(probe, example)
-        yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
+    with training_mode(probe.decoder, False):
+        for example in examples:
+            with torch.inference_mode():
+                delta_TD, inputs_TF = _factors(probe, example)
+            yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
@@ -200,18 +203,6 @@ def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and put every module back into the mode it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _check_closed_form(probe: Probe, base: Any) -> None:

@@ -7,6 +7,7 @@ of one clipping norm does not allow for.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -47,10 +48,12 @@ def clipped_profile(
     units = by_unit(examples, unit)
     sample = poisson_sample(len(units), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
-    for done, index in enumerate(sample, start=1):
-        own = [public_map.rows([gradient]) for gradient in gradient_factors(probe, units[index])]
-        total += clipped_sum(np.sum(own, axis=0), mechanism)
-        advance(100 * done // len(sample))
+    sampled = (example for index in sample for example in units[index])
+    with closing(gradient_factors(probe, sampled)) as gradients:
+        for done, index in enumerate(sample, start=1):
+            own = [public_map.rows([next(gradients)]) for _ in units[index]]
+            total += clipped_sum(np.sum(own, axis=0), mechanism)
+            advance(100 * done // len(sample))
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
     return total
