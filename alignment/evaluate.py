@@ -233,9 +233,15 @@ def _transfers(
         with model.mounted(folder / model.name) as adapted:
             cores.append(model.train(adapted, task.train[arguments.few_labels :], settings))
             own.append(model.score(adapted, task, arguments.max_length))
-    for source, target in [(0, 1)] if arguments.one_way else [(0, 1), (1, 0)]:
+    for source, target in (0, 1), (1, 0):
         model, core = pair[target], cores[source]
         named = {ZERO_SHOT: model.score(model.base, task, arguments.max_length), RETRAINED: own[target]}
+        for variant, values in named.items():
+            yield Score(task.name, pair[source].name, model.name, label, variant, seed, *values)
+        if arguments.one_way and target == 0:
+            # That the source has learnt the task is all that is asked of it.
+            return
+        named = {}
         with model.mounted(folder / model.name) as adapted:
             rank = next(iter(get_basis(adapted).values()))[0].shape[0]
             for variant, given in ((MOVED, core), (RANDOM_CORE, random_core(core, rank, seed))):

@@ -80,6 +80,9 @@ def test_a_task_that_was_not_learnt_does_not_count() -> None:
     assert row["accuracy"] == pytest.approx(0.5)
     assert row["accuracy_half_width"] == math.inf
     assert math.isnan(ratios(found[3:])[0]["accuracy"])
+    # Nor one that the source, the target of the way back, has not learnt.
+    back = [Score("x", "b", "a", "ours", name, 0, 1.4, 0.3) for name in (ZERO_SHOT, RETRAINED)]
+    assert ratios(found + back)[0]["tasks"] == []
 
 
 def test_the_interval_of_a_ratio_is_over_tasks() -> None:
