@@ -25,7 +25,6 @@ from fedmosaic.client.records import ClippingRecord, read_average, read_profile,
 from fedmosaic.client.state import read_record
 from fedmosaic.client.statement import statement_inputs
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
@@ -127,13 +126,7 @@ def record(directory: Path, port: int) -> dict[str, list[bytes]]:
     kept: dict[str, list[bytes]] = defaultdict(list)
     clients, sessions = fv.clients_of(directory), {}
     for name, client in clients.items():
-        kit = directory / "clients" / name
-        line: Any = GrpcTransport(
-            f"localhost:{port}",
-            authority=kit / "authority.pem",
-            certificate=kit / "tls.pem",
-            private_key=kit / "tls.key",
-        )
+        line: Any = fv.dial(directory, name, port)
         if name == MEMBER:
             line._stub = _Recorder(line._stub, kept)
             line.status()
@@ -144,9 +137,7 @@ def record(directory: Path, port: int) -> dict[str, list[bytes]]:
     assert {type(error) for error in errors.values()} == {fv.Killed}, errors
     member = clients[MEMBER]
     roster = open_kit(directory / "clients" / MEMBER).roster
-    facts = statement_inputs(
-        roster, member.state.record.run_id, MEMBER, member.ledger, member.plan, smallest_row=None
-    )
+    facts = statement_inputs(roster, member.state, member.ledger, member.plan)
     told = shareable(facts).model_dump_json().encode()
     kept["Report"] = [pb.ReportRequest(statement=told).SerializeToString()]
     for client in clients.values():

@@ -21,7 +21,6 @@ import numpy as np
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_group_sums as sums
 from fedmosaic.client.transport import connection
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -110,14 +109,8 @@ class _Member(sums.Member):
 
 def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> int:
     """One client's process, from its start to the end of the run."""
-    kit = directory / "clients" / name
     connection._LONGEST_DELAY_SECONDS = 1.0  # type: ignore[misc]  # a server that is back is soon asked
-    transport = GrpcTransport(
-        f"localhost:{port}",
-        authority=kit / "authority.pem",
-        certificate=kit / "tls.pem",
-        private_key=kit / "tls.key",
-    )
+    transport = fv.dial(directory, name, port)
     session = _Member(directory, name, seed, note=note).session(transport)
     encrypt, push = session._protection._cipher.encrypt, transport.push
 
