@@ -5,26 +5,30 @@ second moments of inputs, outputs and (on request) gradients by the outputs.
 """
 
 import contextlib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.moments import Moments, MomentSums
 from fedmosaic.alignment.pairing import PairedBatch, Progress, Reading, Spans, paired_batches, run_decoder
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora.placement import plan_placements
-from fedmosaic.client.model.examples import IGNORED
-from fedmosaic.client.model.loss import Batch, logits_at, on_device_of
+from fedmosaic.client.model.examples import answer_tokens
+from fedmosaic.client.model.loss import Batch
 from fedmosaic.protos.errors import ModelError
 
 ModuleKey = tuple[int, str]
 """Block and name within the decoder layer: what corresponds across architectures."""
+_WORD: Final = re.compile(r"[A-Za-z]+")
+_MOST_WORDS: Final = 4000
+_CONTRASTED: Final = 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +63,6 @@ class PairMoments:
     gradients: Mapping[ModuleKey, Moments] = field(repr=False)
     texts: int
     positions: int
-
-    @property
-    def centred_outputs(self) -> Mapping[ModuleKey, Moments]:
-        """Covariances of the outputs."""
-        return {key: moments.centred() for key, moments in self.outputs.items()}
 
 
 def open_side(
@@ -101,9 +100,17 @@ def collect(
             "--target-modules to modules that all models have."
         )
     sums = _Sums(tuple(anchor.names), outputs=outputs)
+    words = shared_words(anchor.tokenizer, model.tokenizer, texts) if gradients else ((), ())
+    generator = torch.Generator().manual_seed(0)
     for batch in paired_batches(anchor.tokenizer, model.tokenizer, texts, reading, progress):
-        left = _read(anchor, batch.anchor, gradients=gradients)
-        right = left if model is anchor else _read(model, batch.model, gradients=gradients)
+        picks_GK = None
+        if gradients:
+            shape = (batch.anchor_spans.count, _CONTRASTED)
+            picks_GK = torch.randint(len(words[0]), shape, generator=generator)
+        left = _read(anchor, batch.anchor, batch.anchor_spans, words[0], picks_GK)
+        right = left
+        if model is not anchor:
+            right = _read(model, batch.model, batch.model_spans, words[1], picks_GK)
         sums.update(batch, left, right)
     return sums.finish(len(texts))
 
@@ -170,24 +177,48 @@ def _leaders(keys: Sequence[ModuleKey], left: _Captured, right: _Captured) -> di
     }
 
 
-def _read(side: Side, batch: Batch, *, gradients: bool) -> _Captured:
-    with _tapped(side, gradients=gradients) as captured, torch.set_grad_enabled(gradients):
-        if gradients:
-            _loss(side.model, on_device_of(side.model, batch)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        else:
-            run_decoder(side.model, batch)
+def shared_words(
+    left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase, texts: Sequence[PublicText]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of both models for the words of public text that are one token in each, with or without a space.
+
+    `ModelError` if there are fewer than a contrast needs.
+    """
+    found: dict[int, int] = {}
+    counts = Counter(word for text in texts for word in _WORD.findall(f"{text.prompt} {text.text}"))
+    for word, _ in counts.most_common(_MOST_WORDS):
+        for spoken in (word, f" {word}"):
+            one, other = (answer_tokens(tokenizer, spoken) for tokenizer in (left, right))
+            if len(one) == len(other) == 1 and other[0] not in found.values():
+                found.setdefault(one[0], other[0])
+    if len(found) < _CONTRASTED:
+        raise ModelError(
+            f"The two models have {len(found)} words of the public text as one token each, too few to send "
+            "the same signals back through both; give more text, or output_method 'cca'."
+        )
+    return tuple(found), tuple(found.values())
+
+
+def _read(
+    side: Side, batch: Batch, spans: Spans, words: Sequence[int], picks_GK: torch.Tensor | None
+) -> _Captured:
+    """Activations, and with picks the gradients of random contrasts of the logits of shared words.
+
+    At each span the contrast is of the first word picked against the mean of the others. What is sent back is
+    the same for every model, whatever it has learnt to say.
+    """
+    with (
+        _tapped(side, gradients=picks_GK is not None) as captured,
+        torch.set_grad_enabled(picks_GK is not None),
+    ):
+        states_BTH = run_decoder(side.model, batch)
+        if picks_GK is not None:
+            head = side.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+            head_WH = head.weight[list(words)]
+            rows_GH = spans.last(states_BTH)
+            logits_GK = torch.einsum("gh,gkh->gk", rows_GH, head_WH[picks_GK.to(head_WH.device)]).float()
+            (logits_GK[:, 1:].mean(1) - logits_GK[:, 0]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return captured
-
-
-def _loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Summed, not averaged, so that every token weighs alike whatever its text."""
-    targets_BT = batch["labels"][:, 1:]
-    positions_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    logits_BKV = logits_at(model, batch, positions_K)
-    wanted_BK = targets_BT[:, positions_K]
-    return functional.cross_entropy(
-        logits_BKV.flatten(0, 1).float(), wanted_BK.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 @contextmanager

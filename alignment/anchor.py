@@ -14,14 +14,14 @@ from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side
 from fedmosaic.client.colora.basis import derive_seed, draw_orthonormal
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-AnchorBasis = Literal["random", "weights", "activations", "gradients"]
+AnchorBasis = Literal["random", "weights", "activations", "cotangents"]
 ANCHOR_BASES: Final[tuple[str, ...]] = get_args(AnchorBasis)
 BasisPair = tuple[torch.Tensor, torch.Tensor]
 """A (r, d_in), rows orthonormal, and B (d_out, r), columns orthonormal; float64."""
 
 
 def anchor_basis(
-    anchor: Side, rank: int, kind: str, *, moments: PairMoments | None = None, seed: int = 0
+    anchor: Side, rank: int, kind: str, *, moments: PairMoments | None = None, seed: int = 0, spare: int = 1
 ) -> dict[ModuleKey, BasisPair]:
     """Choose A and B, of some rank, of every adapted module of the anchor.
 
@@ -29,10 +29,11 @@ def anchor_basis(
         anchor: The anchor.
         rank: r; `ModelError` if a module is narrower.
         kind: `random`, Haar-distributed (the paper); `weights`, leading singular vectors of W;
-            `activations`, A and B the principal directions of inputs x and of outputs y; `gradients`, A those
-            of the inputs, B those of the loss's gradient by the outputs.
+            `activations`, A and B the principal directions of inputs x and of outputs y; `cotangents`, A
+            those of the inputs, B those of what shared contrasts send back to the outputs.
         moments: Moments of the anchor with itself; needed but for `random` and `weights`.
         seed: Seed of `random`, which equals the adapter's `basis_seed`.
+        spare: That many times as many directions, as far as the module is wide, for a choice among them.
     """
     if kind not in ANCHOR_BASES:
         raise ConfigurationError(f"The anchor's basis is {kind!r}; choose one of {', '.join(ANCHOR_BASES)}.")
@@ -43,28 +44,29 @@ def anchor_basis(
                 f"Rank {rank} is above the width of {anchor.names[key]} ({linear.in_features} → "
                 f"{linear.out_features}). Lower the rank, or leave that module out of --target-modules."
             )
-    if kind == "random":
-        return {key: _random(anchor, key, rank, seed) for key in anchor.names}
-    if kind == "weights":
-        return {key: _singular_vectors(anchor.linear(key).weight, rank) for key in anchor.names}
-    if moments is None or (kind == "gradients" and not moments.gradients):
+    if moments is None and kind in ("activations", "cotangents"):
         raise ConfigurationError(
             f"The anchor's basis {kind!r} needs moments on public text; collect them first."
         )
-    written = moments.gradients if kind == "gradients" else moments.centred_outputs
-    # Centred inputs: what is constant over text needs no direction of A, Q stands for it.
     return {
-        key: (
-            _principal(moments.inputs[key].centred().anchor_DD, rank).T,
-            _principal(written[key].anchor_DD, rank),
-        )
+        key: _basis(anchor, key, rank if kind == "random" else rank * spare, kind, moments, seed)
         for key in anchor.names
     }
 
 
-def random_basis(side: Side, rank: int, seed: int) -> dict[ModuleKey, BasisPair]:
-    """Haar-distributed bases of any model, the same as a fresh adapter of this `basis_seed` has."""
-    return {key: _random(side, key, rank, seed) for key in side.names}
+def _basis(
+    anchor: Side, key: ModuleKey, wanted: int, kind: str, moments: PairMoments | None, seed: int
+) -> BasisPair:
+    linear = anchor.linear(key)
+    rank = min(wanted, linear.in_features, linear.out_features)
+    if kind == "random":
+        return _random(anchor, key, rank, seed)
+    if moments is None:
+        return _singular_vectors(linear.weight, rank)
+    written = moments.gradients[key] if kind == "cotangents" else moments.outputs[key].centred()
+    # Centred inputs: what is constant over text needs no direction of A, Q stands for it.
+    rows = _principal(moments.inputs[key].centred().anchor_DD, rank).T
+    return rows, _principal(written.anchor_DD, rank)
 
 
 def _random(side: Side, key: ModuleKey, rank: int, seed: int) -> BasisPair:

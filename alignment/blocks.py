@@ -23,7 +23,8 @@ from fedmosaic.client.model.loss import Batch
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 CKA_RULE: Final = "cka"
-PAIR_RULES: Final = ("relative_depth", "authors", CKA_RULE)
+LATE_RULE: Final = "late"
+PAIR_RULES: Final = ("relative_depth", "authors", CKA_RULE, LATE_RULE)
 _MINIBATCH_ROWS: Final = 256
 _FEWEST_ROWS: Final = 4
 
@@ -64,6 +65,8 @@ def choose_layers(
     """
     if rule not in PAIR_RULES:
         raise ConfigurationError(f"The layer rule is {rule!r}; choose one of {', '.join(PAIR_RULES)}.")
+    if rule == LATE_RULE:
+        return late_layers(depth, len(anchor_layers))
     if rule != CKA_RULE:
         return target_layers(depth, len(anchor_layers), rule)
     if similarity is None:
@@ -71,6 +74,13 @@ def choose_layers(
     if depth < len(anchor_layers):
         raise ModelError(f"The model has {depth} decoder layers, fewer than the {len(anchor_layers)} blocks.")
     return _best_increasing(similarity.cka_LM[list(anchor_layers)])
+
+
+def late_layers(depth: int, blocks: int) -> tuple[int, ...]:
+    """The last layers of a model, one per block; `ModelError` if it has fewer layers than blocks."""
+    if depth < blocks:
+        raise ModelError(f"The model has {depth} decoder layers, fewer than the {blocks} blocks.")
+    return tuple(range(depth - blocks, depth))
 
 
 def _best_increasing(score_KM: torch.Tensor) -> tuple[int, ...]:

@@ -1,18 +1,17 @@
-"""`fedmosaic align evaluate`: does a core trained in one model work in another that never trained?
+"""`fedmosaic align evaluate`: how much of what a core learnt in one model does it know in another?
 
-P and Q are trained on the source model for a task and moved, alone, to the target model. Its loss and
-accuracy on that task's test examples are compared between alignments, a target with random orthonormal bases
-(the very same P and Q, unaligned), and the target without any adapter.
+P and Q are trained in both models for every task. Each core is moved, alone, to the other model and scored on
+the task's test examples, beside what that model knows without any, and what its own core knows: the transfer
+ratio of `fedmosaic.alignment.transfer`. Controls: a random core of the same norm, the very same core on
+random bases, and the target trained on a few labels, from nothing and from the moved core.
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Final
 
 import numpy as np
@@ -21,13 +20,32 @@ import tyro
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import sem, t
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fedmosaic.alignment.activations import collect, open_side
 from fedmosaic.alignment.checkpoint import Finished, Manifest, read_manifest
+from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.sources import parse_source
+from fedmosaic.alignment.tokens import PublicText
+from fedmosaic.alignment.transfer import (
+    FEW,
+    MOVED,
+    RANDOM_BASES,
+    RANDOM_CORE,
+    RETRAINED,
+    TUNED,
+    ZERO_SHOT,
+    Score,
+    gradient_agreement,
+    loss_and_accuracy,
+    random_core,
+    ratios,
+    reading_agreement,
+    summary,
+)
 from fedmosaic.client.colora import (
     get_basis,
     read_shared,
@@ -37,69 +55,49 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
+from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.model.load import without_rename_notice
 from fedmosaic.client.model.loss import example_losses, on_device_of, training_mode
-from fedmosaic.client.model.scoring import most_likely_choices
+from fedmosaic.client.model.scoring import choice_scores
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 _SCORED_AT_ONCE: Final = 16
-UNALIGNED: Final = "unaligned"
-ZERO_SHOT: Final = "zero-shot"
-SOURCE: Final = "source itself"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train P and Q on one model, move them to another without training, and score it there.
-
-    The first --bases is the one whose cores the unaligned control uses.
-    """
+    """Train P and Q in two models, move each core to the other without training, and score it there."""
 
     bases: tyro.conf.UseAppendAction[tuple[str, ...]]
     """LABEL=DIR of a finished `fedmosaic align`; repeat the option to compare alignments."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]]
     """NAME=TRAIN.jsonl,TEST.jsonl with prompt, answer and choices; repeat the option for several."""
     pair: tuple[str, str]
-    """Names of two models of the alignments, source and target."""
+    """Names of two models of the alignments."""
     out: Path | None = None
     """File for every single score, as JSON."""
     one_way: bool = False
     """Only from the first to the second model, not back."""
-    source_only: bool = False
-    """Only train and score on the source, to compare what bases can learn."""
     seeds: int = 5
-    """Number of runs; each has its own order of examples and its own random bases of the control."""
-    steps: int = 100
-    """Optimizer steps on the source."""
-    learning_rate: float = 5e-3
+    """Number of runs; each has its own order of examples, random cores and random bases."""
+    steps: int = 64
+    """Optimizer steps in each model."""
+    learning_rate: float = 3e-2
     """Of P and Q."""
     batch_size: int = 8
     """Examples per step."""
+    few_labels: int = 32
+    """Labelled examples of the control that trains the target on few, for a quarter of the steps."""
     max_length: int = 96
     """Most tokens per example."""
     test_examples: int = 200
     """Most test examples per task."""
-    core_scales: tuple[float, ...] = (1.0,)
-    """Factors on P and Q in the target: below 1, the target takes only part of what the source learnt."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One score of a trained or untrained target on one task.
-
-    The variant is the label of the alignment, or `unaligned`, `zero-shot`, or `source itself: LABEL`; the
-    loss is a mean in nats per answer token, the accuracy a share of right choices.
-    """
-
-    task: str
-    source: str
-    target: str
-    variant: str
-    seed: int
-    loss: float
-    accuracy: float
+    compared: int = 16
+    """Examples per task on which the gradients of both models are compared."""
+    dtype: str = "float32"
+    """Weights of the models in memory: float32, bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,11 @@ class Task:
 class LoadedModel:
     """A base model on which adapters are put and taken off again."""
 
-    def __init__(self, name: str, manifest: Manifest) -> None:
+    def __init__(self, name: str, manifest: Manifest, dtype: str = "float32") -> None:
         self.name = name
         self.base: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
-        self.base, self.tokenizer = parse_source(find_model(manifest, name).model).load()
+        self.base, self.tokenizer = parse_source(find_model(manifest, name).model, dtype).load()
 
     @contextmanager
     def mounted(self, folder: Path) -> Iterator[PeftModel]:
@@ -135,30 +133,53 @@ class LoadedModel:
         finally:
             adapted.unload()
 
-    def train(self, adapted: PeftModel, task: Task, settings: TrainingSettings) -> np.ndarray:
-        """Train the mounted adapter's cores on a task, and return them."""
-        encoded = encode_examples(self.tokenizer, task.train, settings.max_length)
+    def train(
+        self, adapted: PeftModel, examples: Sequence[Example], settings: TrainingSettings
+    ) -> np.ndarray:
+        """Train the mounted adapter's cores from where they are, and return them."""
+        encoded = encode_examples(self.tokenizer, examples, settings.max_length)
         train_local(adapted, encoded, settings, pad_token_id=padding_token(self.tokenizer))
         return read_shared(adapted)
 
     def score(self, model: nn.Module, task: Task, max_length: int) -> tuple[float, float]:
-        """Mean loss (nats per token) and accuracy on a task's test examples, with or without an adapter."""
-        encoded = encode_examples(self.tokenizer, task.test, max_length)
-        pad = padding_token(self.tokenizer)
-        total = 0.0
-        with training_mode(model, False), torch.no_grad():
-            for start in range(0, len(encoded), _SCORED_AT_ONCE):
-                batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
-                total += float(example_losses(model, batch).sum())
-        rows, test = _SCORED_AT_ONCE, task.test
-        chosen = most_likely_choices(model, self.tokenizer, test, rows, max_length=max_length)
-        right = sum(e.choices[index] == e.answer for e, index in zip(test, chosen, strict=True))
-        return total / len(encoded), right / len(test)
+        """Calibrated loss and accuracy on a task's test examples, with or without an adapter."""
+        choices = task.test[0].choices
+        scores = choice_scores(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
+        answers = [choices.index(example.answer) for example in task.test]
+        return loss_and_accuracy(torch.tensor(scores), answers)
+
+    def core_gradients(
+        self, adapted: PeftModel, examples: Sequence[Example], max_length: int
+    ) -> torch.Tensor:
+        """(N, M, r² + r) float64 gradients by P and Q of each example's loss of choosing its answer.
+
+        The choices' mean log-likelihoods are the logits, so how an answer is written does not matter.
+        """
+        rows = []
+        cores = [module.core(adapted.active_adapter, "local") for module in shared_modules(adapted)]
+        with training_mode(adapted, False):
+            for example in examples:
+                adapted.zero_grad()
+                spoken = [replace(example, answer=choice) for choice in example.choices]
+                batch = collate(
+                    encode_examples(self.tokenizer, spoken, max_length), padding_token(self.tokenizer)
+                )
+                logs_C = functional.log_softmax(-example_losses(adapted, on_device_of(adapted, batch)), dim=0)
+                (-logs_C[example.choices.index(example.answer)]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                rows.append(
+                    torch.stack(
+                        [
+                            torch.cat([p.grad.flatten() for p in (c.weight, c.bias) if p.grad is not None])
+                            for c in cores
+                        ]
+                    )
+                )
+        return torch.stack(rows).double().cpu()
 
 
-def evaluate(arguments: Arguments, console: Console) -> list[Score]:
-    """Measure the transfer; see `Arguments`."""
-    for name in ("seeds", "steps", "batch_size", "test_examples"):
+def evaluate(arguments: Arguments, console: Console) -> tuple[list[Score], list[dict[str, Any]]]:
+    """Measure the transfer and what both models agree in before training; see `Arguments`."""
+    for name in ("seeds", "steps", "batch_size", "test_examples", "few_labels", "compared"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(arguments, name)}; give at least 1.")
     if not 0.0 < arguments.learning_rate <= 10.0 or arguments.max_length < 8:
@@ -166,71 +187,115 @@ def evaluate(arguments: Arguments, console: Console) -> list[Score]:
     folders = {label: Path(folder) for label, folder in map(parse_labelled, arguments.bases)}
     manifests = {label: find_manifest(folder) for label, folder in folders.items()}
     tasks = [read_task(text, arguments.test_examples) for text in arguments.task]
+    for task in tasks:
+        if len(task.train) <= arguments.few_labels:
+            raise ConfigurationError(
+                f"{task.name} has {len(task.train)} training examples; give more than the "
+                f"{arguments.few_labels} of --few-labels, which are kept apart."
+            )
     first = next(iter(manifests.values()))
     for manifest in manifests.values():
         for name in arguments.pair:
             if find_model(manifest, name).model != find_model(first, name).model:
                 raise ConfigurationError(f"The alignments were made with different models called {name!r}.")
-    loaded = [LoadedModel(name, first) for name in arguments.pair]
-    ways = [(0, 1)] if arguments.one_way else [(0, 1), (1, 0)]
+    pair = [LoadedModel(name, first, arguments.dtype) for name in arguments.pair]
     scores: list[Score] = []
-    for source, target in ways:
+    agreements: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
         for task in tasks:
-            for found in _transfers(arguments, folders, loaded[source], loaded[target], task):
+            for label, folder in folders.items():
+                if seed == 0:
+                    agreements.append(_agreement(arguments, label, folder, pair, task))
+                    console.print(_line(agreements[-1]), soft_wrap=True, highlight=False)
+                found = list(_transfers(arguments, label, folder, pair, task, seed))
                 scores += found
                 # After every run: hours of them must not be lost with the last.
-                _write(arguments.out, arguments, scores)
-                line = ", ".join(f"{s.variant} {s.loss:.3f}/{s.accuracy:.3f}" for s in found)
-                where = f"{task.name}, {loaded[source].name} → {loaded[target].name}, seed {found[0].seed}"
-                console.print(f"{where}: {line}", soft_wrap=True)
-    return scores
+                _write(arguments.out, arguments, scores, agreements)
+                for score in found:
+                    console.print(_line(asdict(score)), soft_wrap=True, highlight=False)
+    return scores, agreements
 
 
 def _transfers(
-    arguments: Arguments,
-    folders: Mapping[str, Path],
-    source: LoadedModel,
-    target: LoadedModel,
-    task: Task,
-) -> Iterator[list[Score]]:
-    """The scores of one run after the other."""
+    arguments: Arguments, label: str, folder: Path, pair: Sequence[LoadedModel], task: Task, seed: int
+) -> Iterator[Score]:
+    """All scores of one run: both cores are trained, each is the other direction's retrained one."""
     settings = TrainingSettings(
         shared_learning_rate=arguments.learning_rate,
         steps=arguments.steps,
         per_device_train_batch_size=arguments.batch_size,
         max_length=arguments.max_length,
+        seed=seed,
     )
-    zero_shot = target.score(target.base, task, arguments.max_length)
-    for seed in range(arguments.seeds):
-        named = [(ZERO_SHOT, zero_shot)]
-        for index, (label, folder) in enumerate(folders.items()):
-            with source.mounted(folder / source.name) as adapted:
-                core = source.train(adapted, task, settings.model_copy(update={"seed": seed}))
-                named.append((f"{SOURCE}: {label}", source.score(adapted, task, arguments.max_length)))
-            if arguments.source_only:
-                continue
-            with target.mounted(folder / target.name) as adapted:
-                named += _scaled(arguments, target, adapted, task, core, label)
-                if index == 0:
-                    scramble(adapted, seed)
-                    named += _scaled(arguments, target, adapted, task, core, UNALIGNED)
-        yield [
-            Score(task.name, source.name, target.name, variant, seed, *values) for variant, values in named
-        ]
+    few = settings.model_copy(update={"steps": max(1, arguments.steps // 4)})
+    cores, own = [], []
+    for model in pair:
+        with model.mounted(folder / model.name) as adapted:
+            cores.append(model.train(adapted, task.train[arguments.few_labels :], settings))
+            own.append(model.score(adapted, task, arguments.max_length))
+    for source, target in (0, 1), (1, 0):
+        model, core = pair[target], cores[source]
+        named = {ZERO_SHOT: model.score(model.base, task, arguments.max_length), RETRAINED: own[target]}
+        for variant, values in named.items():
+            yield Score(task.name, pair[source].name, model.name, label, variant, seed, *values)
+        if arguments.one_way and target == 0:
+            # That the source has learnt the task is all that is asked of it.
+            return
+        named = {}
+        with model.mounted(folder / model.name) as adapted:
+            rank = next(iter(get_basis(adapted).values()))[0].shape[0]
+            for variant, given in ((MOVED, core), (RANDOM_CORE, random_core(core, rank, seed))):
+                write_shared(adapted, given, "local")
+                named[variant] = model.score(adapted, task, arguments.max_length)
+            for variant, given in ((FEW, 0.0 * core), (TUNED, core)):
+                write_shared(adapted, given, "local")
+                model.train(adapted, task.train[: arguments.few_labels], few)
+                named[variant] = model.score(adapted, task, arguments.max_length)
+            scramble(adapted, seed)
+            write_shared(adapted, core, "local")
+            named[RANDOM_BASES] = model.score(adapted, task, arguments.max_length)
+        for variant, values in named.items():
+            yield Score(task.name, pair[source].name, model.name, label, variant, seed, *values)
 
 
-def _scaled(
-    arguments: Arguments,
-    target: LoadedModel,
-    adapted: PeftModel,
-    task: Task,
-    core: np.ndarray,
-    variant: str,
-) -> Iterator[tuple[str, tuple[float, float]]]:
-    for factor in arguments.core_scales:
-        write_shared(adapted, factor * core, "local")
-        name = variant if factor == 1.0 else f"{variant} × {factor:g}"
-        yield name, target.score(adapted, task, arguments.max_length)
+def _agreement(
+    arguments: Arguments, label: str, folder: Path, pair: Sequence[LoadedModel], task: Task
+) -> dict[str, Any]:
+    """How much the two models' reading and core gradients agree on a task, before anything is trained."""
+    examples = task.train[: arguments.compared]
+    bases, gradients, manifest = [], [], find_manifest(folder)
+    for model in pair:
+        with model.mounted(folder / model.name) as adapted:
+            bases.append(get_basis(adapted))
+            gradients.append(model.core_gradients(adapted, examples, arguments.max_length))
+            if model is pair[1]:
+                scramble(adapted, 0)
+                random = model.core_gradients(adapted, examples, arguments.max_length)
+    modules = manifest.settings.get("target_modules") or None
+    left, right = (
+        open_side(model.base, model.tokenizer, find_model(manifest, model.name).layers, modules)
+        for model in pair
+    )
+    texts = [PublicText(example.answer, example.prompt) for example in examples]
+    inputs = collect(left, right, texts, Reading(arguments.max_length, _SCORED_AT_ONCE), outputs=False).inputs
+    named = [
+        {key: found[name] for key, name in side.names.items()}
+        for side, found in zip((left, right), bases, strict=True)
+    ]
+    rank = next(iter(bases[0].values()))[0].shape[0]
+    reading, size = reading_agreement(inputs, *named)
+    mean, single = gradient_agreement(*gradients)
+    return {
+        "task": task.name,
+        "bases": label,
+        "reading": reading,
+        "size": size,
+        # What reaches Q is Bᵀ times what comes back to the outputs.
+        "writing": gradient_agreement(*(found[..., -rank:] for found in gradients))[1],
+        "gradient": mean,
+        "gradient per example": single,
+        "gradient, random bases": gradient_agreement(gradients[0], random)[0],
+    }
 
 
 def scramble(adapted: PeftModel, seed: int) -> None:
@@ -243,43 +308,22 @@ def scramble(adapted: PeftModel, seed: int) -> None:
             draw_orthonormal(a.shape[1], rank, draw).T,
             draw_orthonormal(b.shape[0], rank, draw + 1),
         )
-    set_basis(adapted, fresh, label=UNALIGNED)
+    set_basis(adapted, fresh, label=RANDOM_BASES)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t; infinite for a single value."""
-    count = len(values)
-    return fmean(values), float(t.ppf(0.975, count - 1) * sem(values)) if count > 1 else math.inf
-
-
-def summary(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Mean and interval per task, direction and variant, in the order of the scores."""
-    groups: dict[tuple[str, str, str, str], list[Score]] = {}
-    for score in scores:
-        groups.setdefault((score.task, score.source, score.target, score.variant), []).append(score)
-    rows: list[dict[str, Any]] = []
-    for key, members in groups.items():
-        row: dict[str, Any] = dict(zip(("task", "source", "target", "variant"), key, strict=True))
-        row["seeds"] = len(members)
-        for name in ("loss", "accuracy"):
-            row[name], row[f"{name}_half_width"] = interval([getattr(score, name) for score in members])
-        rows.append(row)
-    return rows
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="Cores moved without training (mean ± half of the 95 % interval)")
-    for heading in ("task", "direction", "variant", "loss", "accuracy"):
-        table.add_column(heading)
+def _table(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
+    table = Table(*keys, "direction", "accuracy", "loss", title=title)
     for row in rows:
         table.add_row(
-            row["task"],
+            *(str(len(row[key]) if key == "tasks" else row[key]) for key in keys),
             f"{row['source']} → {row['target']}",
-            row["variant"],
-            f"{row['loss']:.3f} ± {row['loss_half_width']:.3f}",
-            f"{row['accuracy']:.3f} ± {row['accuracy_half_width']:.3f}",
+            *(f"{row[name]:.3f} ± {row[f'{name}_half_width']:.3f}" for name in ("accuracy", "loss")),
         )
     return table
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values.values())
 
 
 def find_model(manifest: Manifest, name: str) -> Finished:
@@ -315,12 +359,19 @@ def read_task(text: str, test_examples: int) -> Task:
     return Task(name, read_examples(Path(train)), read_examples(Path(test))[:test_examples])
 
 
-def _write(out: Path | None, arguments: Arguments, scores: Sequence[Score]) -> None:
+def _write(
+    out: Path | None,
+    arguments: Arguments,
+    scores: Sequence[Score],
+    agreements: Sequence[Mapping[str, Any]],
+) -> None:
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "arguments": asdict(arguments),
+        "ratios": ratios(scores),
+        "agreements": agreements,
         "summary": summary(scores),
         "scores": [asdict(score) for score in scores],
     }
@@ -331,8 +382,16 @@ def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic align evaluate` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic align evaluate")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    scores = evaluate(parsed, Console(stderr=True))
-    Console().print(_table(summary(scores)))
+    scores, agreements = evaluate(parsed, Console(stderr=True))
+    console = Console()
+    table = Table(*agreements[0], title="Agreement before training, on the tasks' examples")
+    for row in agreements:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()))
+    console.print(table)
+    title = "Calibrated scores (mean ± half of the 95 % interval over seeds)"
+    console.print(_table(title, summary(scores), ("task", "bases", "variant")))
+    title = "Transfer ratio over the tasks that both models learnt (± half of the 95 % interval)"
+    console.print(_table(title, ratios(scores), ("bases", "variant", "tasks")))
     return 0
 
 

@@ -45,6 +45,12 @@ class Spans:
         lengths_G = torch.bincount(self.owners, minlength=self.count).clamp_min(1)
         return self.sum(states_BTH) / lengths_G.unsqueeze(1)
 
+    def last(self, states_BTH: torch.Tensor) -> torch.Tensor:
+        """State at each span's last position, (G, H), differentiable: what predicts the token after it."""
+        last_G = self.positions.new_zeros(self.count)
+        last_G.scatter_reduce_(0, self.owners, self.positions, "amax")
+        return states_BTH.flatten(0, 1)[last_G.to(states_BTH.device)]
+
     def sum(self, states_BTH: torch.Tensor) -> torch.Tensor:
         """Sum over each span's positions, (G, H) float32; what a gradient needs."""
         flat = states_BTH.detach().float().flatten(0, 1).cpu()
@@ -87,11 +93,13 @@ def paired_batches(
             progress(done, len(texts))
 
 
-def run_decoder(model: PreTrainedModel, batch: Batch) -> None:
-    """Run a model on a batch without its output head, whose vocabulary is the widest axis by far."""
+def run_decoder(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Final states (B, T, H) of a model, without its output head: a vocabulary is the widest axis by far."""
     decoder = model.get_submodule(find_decoder_layers(model)[0].rpartition(".")[0])
     inputs = on_device_of(model, batch)
-    decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    found = decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    states: torch.Tensor = found.last_hidden_state
+    return states
 
 
 def _encoded(rendering: Rendering) -> EncodedExample:

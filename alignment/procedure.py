@@ -1,8 +1,8 @@
 """The alignment of a federation's models, start to end: a star around one anchor.
 
 Models are read one after the other and forgotten; what stays of each is its bases and two small matrices
-that say how much of the anchor's latent it shares. When all are read, the anchor's latent is rotated so that
-its leading dimensions are the best shared ones, and all bases turn with it.
+that say how much of the anchor's latent it shares. That latent is wider than the rank at first. When all are
+read, it is rotated so that its leading dimensions are the best shared ones, and only those are kept.
 """
 
 import logging
@@ -18,8 +18,14 @@ from typing import Any, Final
 import torch
 
 from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side, collect, open_side
-from fedmosaic.alignment.anchor import BasisPair, anchor_basis, random_basis
-from fedmosaic.alignment.blocks import LayerSimilarity, choose_layers, measure_similarity
+from fedmosaic.alignment.anchor import BasisPair, anchor_basis
+from fedmosaic.alignment.blocks import (
+    LATE_RULE,
+    LayerSimilarity,
+    choose_layers,
+    late_layers,
+    measure_similarity,
+)
 from fedmosaic.alignment.checkpoint import (
     PARTIAL,
     Bases,
@@ -44,14 +50,13 @@ from fedmosaic.alignment.subspace import (
     Sharing,
     align_inputs,
     align_outputs,
-    align_outputs_as_paper,
+    nearest_orthonormal_rows,
     prediction_share,
     shared_rotation,
     sharing,
 )
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora import find_decoder_layers, target_layers
-from fedmosaic.client.colora.basis import derive_seed
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 log = logging.getLogger(__name__)
@@ -62,6 +67,8 @@ Stage = Callable[[str], Callable[[int, int], None]]
 """Called with the name of a stage; gives a function that is called with what is done and the total."""
 
 _SIMILARITY_TEXTS: Final = 200
+_SPARE: Final = 8
+"""Directions of the anchor among which the shared ones are sought, times the rank."""
 
 
 def align_models(
@@ -110,11 +117,17 @@ class _Run:
         model, tokenizer = source.load()
         depth = len(find_decoder_layers(model)[1])
         first_rule = "relative_depth" if settings.layer_rule == "cka" else settings.layer_rule
-        layers = target_layers(depth, settings.blocks, first_rule)
+        layers = (
+            late_layers(depth, settings.blocks)
+            if first_rule == LATE_RULE
+            else target_layers(depth, settings.blocks, first_rule)
+        )
         self._anchor = open_side(model, tokenizer, layers, settings.target_modules or None)
         self._config = settings.adapter(layers, first_rule)
         self._texts = texts(self._anchor)
-        self._digest = digest_of(asdict(settings), model_digest(model), [asdict(t) for t in self._texts])
+        # The earlier choice of a method for A stays in the digest, so that old directories can be extended.
+        known = asdict(settings) | {"input_method": "ridge"}
+        self._digest = digest_of(known, model_digest(model), [asdict(t) for t in self._texts])
         self._manifest = self._opened()
         self._waiting: list[tuple[ModelSource, Finished, Kept]] = []
         self._bases = self._anchor_bases()
@@ -133,18 +146,23 @@ class _Run:
         if self._manifest is not None:
             return read_checkpoint(self._out / self._manifest.anchor.folder, self._anchor, self._config)
         moments = None
-        if settings.anchor_basis in ("activations", "gradients"):
+        if settings.anchor_basis in ("activations", "cotangents"):
             moments = collect(
                 self._anchor,
                 self._anchor,
                 self._texts,
                 settings.reading(),
                 outputs=settings.anchor_basis == "activations",
-                gradients=settings.anchor_basis == "gradients",
+                gradients=settings.anchor_basis == "cotangents",
                 progress=self._stage(f"{self._source.name}: its own subspace"),
             )
         return anchor_basis(
-            self._anchor, settings.rank, settings.anchor_basis, moments=moments, seed=settings.seed
+            self._anchor,
+            settings.rank,
+            settings.anchor_basis,
+            moments=moments,
+            seed=settings.seed,
+            spare=_SPARE,
         )
 
     def read(self, source: ModelSource) -> None:
@@ -187,7 +205,7 @@ class _Run:
         """What stays of a model and its figures, read now or by a run that was cut off."""
         partial = self._out / PARTIAL / f"{source.name}.safetensors"
         # What was read before the latent was turned must not be taken for what is read afterwards.
-        frame = digest_of(digest, self._manifest.label if self._manifest else None)
+        frame = digest_of(digest, self._manifest.label if self._manifest else None, _SPARE)
         found = load_partial(partial, frame)
         if found is not None:
             return found
@@ -196,34 +214,27 @@ class _Run:
             side,
             self._texts,
             self._settings.reading(),
-            outputs=self._settings.output_method != "gradient",
-            gradients=self._settings.output_method == "gradient",
+            outputs=self._settings.output_method != "cotangents",
+            gradients=self._settings.output_method == "cotangents",
             progress=self._stage(f"{source.name}: activations"),
         )
-        kept = self._aligned(source.name, side, moments)
+        kept = self._aligned(moments)
         report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
-            moments, self._bases, kept
+            moments, self._bases, kept, self._settings.rank
         )
         report["seconds"] = round(time.monotonic() - started, 1)
         save_partial(partial, frame, kept, report)
         return kept, report
 
-    def _aligned(self, name: str, side: Side, moments: PairMoments) -> Kept:
-        settings = self._settings
+    def _aligned(self, moments: PairMoments) -> Kept:
         kept: Kept = {
             "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}
         }  # fmt: skip
-        # A draw of its own: with the anchor's seed a model of equal width would start from the anchor's B.
-        seed = derive_seed(settings.seed, name)
-        fresh = random_basis(side, settings.rank, seed) if settings.output_method == "paper" else {}
         progress = self._stage("bases")
         for done, (key, (a, b)) in enumerate(self._bases.items(), start=1):
             effects = _effects(moments, key)
-            model_a = align_inputs(moments.inputs[key], a, settings.input_method)
-            if settings.output_method == "paper":
-                model_b = align_outputs_as_paper(moments.inputs[key], a, model_a, fresh[key][1])
-            else:
-                model_b = align_outputs(effects, b, settings.output_method)
+            model_a = align_inputs(moments.inputs[key], a)
+            model_b = align_outputs(effects, b, self._settings.output_method)
             found_in, found_out = sharing(moments.inputs[key], a), sharing(effects, b.T)
             values = (
                 model_a, model_b,
@@ -262,7 +273,11 @@ class _Run:
         for source, finished, kept in self._waiting:
             model, tokenizer = source.load()
             side = open_side(model, tokenizer, finished.layers, self._settings.target_modules or None)
-            bases = _turned({key: (kept["A"][key], kept["B"][key]) for key in self._bases}, turns)
+            found = _turned({key: (kept["A"][key], kept["B"][key]) for key in self._bases}, turns)
+            bases = {
+                key: (nearest_orthonormal_rows(a), nearest_orthonormal_rows(b.T).T)
+                for key, (a, b) in found.items()
+            }
             config = self._settings.adapter(finished.layers, self._config.layer_rule)
             write_checkpoint(self._out / source.name, side, bases, config, self._manifest.label)
             others = tuple(done for done in self._manifest.models if done.folder != source.name)
@@ -276,7 +291,7 @@ class _Run:
         def of(purpose: str, key: ModuleKey) -> torch.Tensor:
             return shared_rotation(
                 [Sharing(kept[purpose][key], kept[f"{purpose}_all"][key]) for _, _, kept in self._waiting]
-            )
+            )[: self._settings.rank]
 
         return {key: (of("in", key), of("out", key)) for key in self._bases}
 
@@ -290,7 +305,7 @@ def _turned(
 
 
 def _effects(moments: PairMoments, key: ModuleKey) -> Moments:
-    """What B is aligned on: gradients as they are, for their mean matters too; outputs without their mean."""
+    """What B is aligned on: cotangents as they are, their mean matters too; outputs without their mean."""
     return moments.gradients[key] if moments.gradients else moments.outputs[key].centred()
 
 
@@ -298,16 +313,19 @@ def _quality(
     moments: PairMoments,
     anchor: Bases,
     kept: Mapping[str, Mapping[ModuleKey, torch.Tensor]],
+    rank: int,
 ) -> dict[str, Any]:
-    """Mean squared correlation of aligned directions, by block."""
+    """Mean squared correlation of aligned directions, by block, of those that this model shares best."""
     shares: dict[str, dict[int, list[float]]] = {"inputs": {}, "outputs": {}}
     for key in sorted(anchor):
         a, b = anchor[key]
-        for side, found in (
-            ("inputs", prediction_share(moments.inputs[key], a, kept["A"][key])),
-            ("outputs", prediction_share(_effects(moments, key), b.T, kept["B"][key].T)),
+        for side, found, left, right, of in (
+            ("inputs", moments.inputs[key], a, kept["A"][key], "in"),
+            ("outputs", _effects(moments, key), b.T, kept["B"][key].T, "out"),
         ):
-            shares[side].setdefault(key[0], []).append(float(found.mean()))
+            turn = shared_rotation([Sharing(kept[of][key], kept[f"{of}_all"][key])])[:rank]
+            share = prediction_share(found, turn @ left, turn @ right)
+            shares[side].setdefault(key[0], []).append(float(share.mean()))
     return {
         f"{side}_squared_correlation": [round(fmean(values), 4) for values in by_block.values()]
         for side, by_block in shares.items()

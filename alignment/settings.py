@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fedmosaic.alignment.anchor import ANCHOR_BASES, AnchorBasis
 from fedmosaic.alignment.blocks import PAIR_RULES
 from fedmosaic.alignment.pairing import Reading
-from fedmosaic.alignment.subspace import INPUT_METHODS, OUTPUT_METHODS, InputMethod, OutputMethod
+from fedmosaic.alignment.subspace import OUTPUT_METHODS, OutputMethod
 from fedmosaic.client.colora import CoLoraConfig
+from fedmosaic.client.colora.placement import LAYER_RULES
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -23,17 +24,15 @@ class AlignmentSettings:
     blocks: int = 4
     """Number of relative-depth blocks, one shared layer each."""
     layer_rule: str = "relative_depth"
-    """Which layers: relative_depth, authors (the released code's floor rule), or cka (the most similar)."""
+    """Which layers: relative_depth, authors (the released floor rule), cka (most similar), late (last)."""
     target_modules: tuple[str, ...] = ()
     """Linear modules within a decoder layer, all by default."""
     other_layers: str = "none"
     """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
     anchor_basis: AnchorBasis = "activations"
-    """The anchor's own subspace: random (the paper), weights, activations or gradients."""
-    input_method: InputMethod = "ridge"
-    """How A is aligned: ridge, or gradient_descent (the paper)."""
+    """The anchor's own subspace: random (the paper), weights, activations or cotangents."""
     output_method: OutputMethod = "cca"
-    """How B is aligned: cca, gradient, or paper (the released code)."""
+    """How B is aligned: cca of the modules' outputs, or cotangents, the same signals sent back."""
     max_length: int = 96
     """Most tokens of a public text that are read."""
     batch_size: int = 16
@@ -51,17 +50,16 @@ class AlignmentSettings:
         for name, known in (
             ("layer_rule", PAIR_RULES),
             ("anchor_basis", ANCHOR_BASES),
-            ("input_method", INPUT_METHODS),
             ("output_method", OUTPUT_METHODS),
             ("other_layers", ("none", "lora")),
         ):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}; choose {', '.join(known)}.")
-        # Gradients point out of the span of the outputs where a module widens; outputs say nothing there.
-        if self.anchor_basis == "gradients" and self.output_method == "cca":
+        # Cotangents point out of the span of the outputs where a module widens; outputs say nothing there.
+        if self.anchor_basis == "cotangents" and self.output_method == "cca":
             raise ConfigurationError(
-                "output_method 'cca' cannot place a B that gradients chose; give output_method 'gradient', "
-                "or anchor_basis 'activations' or 'weights'."
+                "output_method 'cca' cannot place a B that cotangents chose; give output_method "
+                "'cotangents', or anchor_basis 'activations' or 'weights'."
             )
 
     def reading(self) -> Reading:
@@ -74,7 +72,7 @@ class AlignmentSettings:
             r=self.rank,
             alpha=self.alpha,
             blocks=self.blocks,
-            layer_rule=rule if rule != "cka" else "relative_depth",
+            layer_rule=rule if rule in LAYER_RULES else "relative_depth",
             shared_layers=list(layers),
             other_layers=self.other_layers,
             basis_seed=self.seed,

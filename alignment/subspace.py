@@ -6,7 +6,7 @@ Notation: x inputs and y = W x outputs of one adapted module; subscripts a ancho
     B (d_out, r), columns orthonormal:  B_m c should move model m as B_a c moves the anchor.
 
 Reference: arXiv 2506.11024, "weight alignment" (L2 and orthogonality for A, canonical correlation analysis
-for B). The released code's map for B never looks at the module's outputs; it is `paper` here.
+for B). The released code's map for B never looks at the module's outputs and stays in the span of a random B.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,17 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import torch
-from torch.nn import functional
 
 from fedmosaic.alignment.moments import Moments
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-InputMethod = Literal["ridge", "gradient_descent"]
-OutputMethod = Literal["cca", "gradient", "paper"]
-INPUT_METHODS: Final[tuple[str, ...]] = get_args(InputMethod)
+OutputMethod = Literal["cca", "cotangents"]
 OUTPUT_METHODS: Final[tuple[str, ...]] = get_args(OutputMethod)
 
 RIDGE: Final = 1e-2
 """Ridge relative to the mean eigenvalue: directions far below the average are noise of a finite sample."""
 
 _SMALLEST_SINGULAR_VALUE: Final = 1e-9
-_PAPER_GAMMA: Final = 1e-4
-_PAPER_LEARNING_RATE: Final = 1e-2
-_PAPER_ORTHOGONALITY: Final = 0.5
 
 
 def nearest_orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
@@ -50,73 +44,41 @@ def nearest_orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
     return nearest
 
 
-def align_inputs(
-    moments: Moments,
-    anchor_RD: torch.Tensor,
-    method: str = "ridge",
-    *,
-    ridge: float = RIDGE,
-    steps: int = 400,
-) -> torch.Tensor:
-    """A of a model, (r, E) float64 with orthonormal rows, from the (r, D) A of the anchor.
+def align_inputs(moments: Moments, anchor_RD: torch.Tensor, *, ridge: float = RIDGE) -> torch.Tensor:
+    """What a model reads for each of the anchor's k ≥ r directions, (k, E) float64: A_a x_a regressed on x_m.
+
+    Linear in the anchor's directions, so which r of them are kept can be chosen afterwards; A is then the
+    nearest row-orthonormal matrix.
 
     Args:
         moments: Moments of the inputs (x_a, x_m).
         anchor_RD: A of the anchor, rows orthonormal.
-        method: `ridge`, the regression of A_a x_a on x_m, then the nearest row-orthonormal matrix;
-            `gradient_descent`, the paper's.
         ridge: Relative to the mean eigenvalue of the model's inputs; above 0.
-        steps: Of the paper's gradient descent.
     """
     wanted_RE = anchor_RD.double() @ moments.cross_DE
-    if method == "ridge":
-        return nearest_orthonormal_rows(_regression(moments.model_EE, wanted_RE, ridge))
-    if method == "gradient_descent":
-        return nearest_orthonormal_rows(_descend(moments.model_EE, wanted_RE, steps))
-    raise ConfigurationError(f"The method for A is {method!r}; choose one of {', '.join(INPUT_METHODS)}.")
+    return _regression(moments.model_EE, wanted_RE, ridge)
 
 
 def align_outputs(
     moments: Moments, anchor_DR: torch.Tensor, method: str = "cca", *, ridge: float = RIDGE
 ) -> torch.Tensor:
-    """B of a model, (E, r) float64 with orthonormal columns, from the (D, r) B of the anchor.
+    """Where a model writes each of the anchor's k ≥ r directions, (E, k) float64, as `align_inputs` for A.
 
     Args:
-        moments: Moments of the outputs (y_a, y_m); of the gradients of the loss by them for `gradient`.
+        moments: Moments of the outputs (y_a, y_m); of the shared cotangents at them for `cotangents`.
         anchor_DR: B of the anchor, columns orthonormal.
         method: `cca`, whiten the anchor's outputs, rotate to canonical directions and colour as the model's;
-            `gradient`, the B_m for which B_mᵀ ∂L/∂y_m predicts B_aᵀ ∂L/∂y_a, so that a core has the same
-            gradient in both models.
+            `cotangents`, the B_m for which B_mᵀ δ_m predicts B_aᵀ δ_a, where δ is what arrives at the outputs
+            when the same contrasts of shared words are sent back through both models.
         ridge: Relative to the mean eigenvalue; above 0.
     """
     basis_DR = anchor_DR.double()
     if method == "cca":
         mapped = _cca_map(moments.anchor_DD, moments.cross_DE, moments.model_EE, ridge)
-        return nearest_orthonormal_rows((mapped @ basis_DR).T).T
-    if method == "gradient":
-        return align_inputs(moments, basis_DR.T, "ridge", ridge=ridge).T
+        return mapped @ basis_DR
+    if method == "cotangents":
+        return align_inputs(moments, basis_DR.T, ridge=ridge).T
     raise ConfigurationError(f"The method for B is {method!r}; choose one of {', '.join(OUTPUT_METHODS)}.")
-
-
-def align_outputs_as_paper(
-    inputs: Moments, anchor_in_RD: torch.Tensor, model_in_RE: torch.Tensor, model_out: torch.Tensor
-) -> torch.Tensor:
-    """Map B as the released code does: canonical correlation of B_a A_a x_a with B_m A_m x_m, P = I, Q = 0.
-
-    The result stays in the span of the random (d_out, r) B of the model. The released map leaves it as it is;
-    here the nearest column-orthonormal matrix is taken, without which its scale is arbitrary.
-    """
-    covariance = inputs.centred()
-    anchor_a, model_a = anchor_in_RD.double(), model_in_RE.double()
-    # Both bases have orthonormal columns, so all of it happens in the latent: with K the latent covariances,
-    # S^½ B = B (K + γ)^½. Sums over rows, not means, as in the code.
-    mapped_RR = _cca_map(
-        anchor_a @ (covariance.anchor_DD * inputs.count) @ anchor_a.T,
-        anchor_a @ (covariance.cross_DE * inputs.count) @ model_a.T,
-        model_a @ (covariance.model_EE * inputs.count) @ model_a.T,
-        None,
-    )
-    return nearest_orthonormal_rows((model_out.double() @ mapped_RR).T).T
 
 
 def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> torch.Tensor:
@@ -133,13 +95,6 @@ def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.
     return torch.where(scale_R > 0, joint_R**2 / scale_R.clamp_min(1e-300), torch.zeros_like(joint_R))
 
 
-def latent_scale(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> float:
-    """ρ = root mean square of the anchor's latent over that of the model's."""
-    own = float(((anchor_RD @ moments.anchor_DD) * anchor_RD).sum())
-    other = float(((model_RE @ moments.model_EE) * model_RE).sum())
-    return (own / other) ** 0.5 if own > 0 and other > 0 else 1.0
-
-
 def _regression(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, ridge: float) -> torch.Tensor:
     """Wanted · (gram + ridge · mean eigenvalue · I)⁻¹."""
     size = len(gram_EE)
@@ -153,36 +108,10 @@ def _regression(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, ridge: float) ->
     return coefficients_RE
 
 
-def _descend(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, steps: int) -> torch.Tensor:
-    """The paper's training of A, on moments, which is its loss over the whole public set at every step.
-
-    Adam with a rate relative to A's entries, and λ times the mean squared cosine between different rows. The
-    released script takes 1,250 steps on four texts each; here each step sees all texts.
-    """
-    # Scaling the loss by the mean eigenvalue makes one learning rate fit every module.
-    unit = float(torch.trace(gram_EE)) / len(gram_EE)
-    gram, wanted = (gram_EE / unit).float(), (wanted_RE / unit).float()
-    rank, width = wanted.shape
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(rank, width, generator=generator) / width**0.5
-    matrix.requires_grad_()
-    optimizer = torch.optim.Adam([matrix], lr=_PAPER_LEARNING_RATE)
-    apart = ~torch.eye(rank, dtype=torch.bool)
-    for _ in range(steps):
-        fit = ((matrix @ gram) * matrix).sum() - 2.0 * (matrix * wanted).sum()
-        rows = functional.normalize(matrix, dim=1)
-        penalty = (rows @ rows.T)[apart].square().mean() if rank > 1 else matrix.new_zeros(())
-        optimizer.zero_grad()
-        (fit / rank + _PAPER_ORTHOGONALITY * penalty).backward()
-        optimizer.step()
-    trained: torch.Tensor = matrix.detach().double()
-    return trained
-
-
 def _cca_map(
-    anchor_DD: torch.Tensor, cross_DE: torch.Tensor, model_EE: torch.Tensor, ridge: float | None
+    anchor_DD: torch.Tensor, cross_DE: torch.Tensor, model_EE: torch.Tensor, ridge: float
 ) -> torch.Tensor:
-    """C_mm^½ U Vᵀ C_aa^-½ (E, D), with U Σ Vᵀ the whitened cross moments; without ridge the paper's γ."""
+    """C_mm^½ U Vᵀ C_aa^-½ (E, D), with U Σ Vᵀ the whitened cross moments."""
     root_m, inverse_m = _roots(model_EE, ridge)
     _, inverse_a = _roots(anchor_DD, ridge)
     left, _, right = torch.linalg.svd(inverse_m @ cross_DE.T @ inverse_a, full_matrices=False)
@@ -190,9 +119,9 @@ def _cca_map(
     return mapped
 
 
-def _roots(gram: torch.Tensor, ridge: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _roots(gram: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = torch.linalg.eigh(gram)
-    shift = _PAPER_GAMMA if ridge is None else ridge * float(values.mean())
+    shift = ridge * float(values.mean())
     if not shift > 0.0:
         raise ModelError("A module's outputs are all zero on the public text, so they align with nothing.")
     values = values.clamp_min(0.0) + shift

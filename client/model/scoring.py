@@ -162,7 +162,20 @@ def most_likely_choices(
     *,
     max_length: int,
 ) -> list[int]:
-    """Index of the most likely choice of every example, the first one if several are equally likely.
+    """Index of the most likely choice of every example, the first of several; see `choice_scores`."""
+    rows = choice_scores(model, tokenizer, examples, batch_size, max_length=max_length)
+    return [max(range(len(row)), key=row.__getitem__) for row in rows]
+
+
+def choice_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    max_length: int,
+) -> list[list[float]]:
+    """Scores of every example's choices: log-likelihoods up to a constant of the example.
 
     A prompt and a choice have at most `max_length` tokens, the prompt cut from the left.
 
@@ -185,7 +198,7 @@ def most_likely_choices(
         raise ModelError(
             "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
         )
-    return [max(range(len(row)), key=row.__getitem__) for _, row in sorted(scores.items())]
+    return [row for _, row in sorted(scores.items())]
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, room: int) -> _Question:

@@ -123,15 +123,21 @@ def fragile(members: int, terms: Terms) -> str:
 
 
 def unaligned(roster: Roster) -> str:
-    """What the adapters of different architectures lack to mean the same; empty if nothing is known to."""
+    """Why the adapters of different architectures may not mean the same; empty where there is one."""
     families = sorted({member.family for member in roster.members if member.family})
-    if roster.terms.adapter.basis or len(families) < 2:
+    if len(families) < 2:
         return ""
+    named = f"{', '.join(families[:4])}{', …' if len(families) > 4 else ''}"
+    begun = f"the roster names models of {len(families)} families ({named})"
+    if not roster.terms.adapter.basis:
+        return (
+            f"{begun} and no aligned basis: what one learns means nothing to another. Align them once with "
+            "`fedmosaic align`, and found the federation with its adapter.basis"
+        )
     return (
-        f"the roster names models of {len(families)} families ({', '.join(families[:4])}"
-        f"{', …' if len(families) > 4 else ''}) and no aligned basis: what one learns means nothing to "
-        "another, unless they are one model cut to different depths. Align them once with `fedmosaic align`, "
-        "and found the federation with its adapter.basis"
+        f"{begun} on one aligned basis, which was shown to carry what they learn only between depths of one "
+        "model: measure the transfer ratio with `fedmosaic align evaluate`, and where its interval holds 0 "
+        "found a federation for each family"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmosaic.alignment import evaluate
 from fedmosaic.alignment.__main__ import Arguments, run
-from fedmosaic.alignment.activations import PairMoments, collect, open_side
+from fedmosaic.alignment.activations import PairMoments, collect, open_side, shared_words
 from fedmosaic.alignment.anchor import ANCHOR_BASES, anchor_basis
 from fedmosaic.alignment.checkpoint import Manifest, read_manifest
-from fedmosaic.alignment.evaluate import UNALIGNED, interval, summary
 from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.public_text import generate_text, random_token_text, read_public_text
 from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import parse_source
+from fedmosaic.alignment.tokens import PublicText
+from fedmosaic.alignment.transfer import (
+    FEW,
+    MOVED,
+    RANDOM_BASES,
+    RANDOM_CORE,
+    RETRAINED,
+    TUNED,
+    ZERO_SHOT,
+)
 from fedmosaic.client.colora import get_basis, read_shared, shared_layout, write_shared
 from fedmosaic.client.colora.aligned import (
     aligned_config,
@@ -33,6 +43,7 @@ from fedmosaic.client.colora.aligned import (
     write_embedded,
 )
 from fedmosaic.client.colora.basis import orthonormality_error
+from fedmosaic.client.model.scoring import choice_scores
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
@@ -133,7 +144,7 @@ def test_aligned_models_have_one_layout(place: Path, aligned: tuple[Path, Manife
 
 def test_a_model_aligned_with_itself_gets_the_anchors_bases(place: Path, tmp_path: Path) -> None:
     # Gradients point out of the span of the outputs where a module widens, so that outputs say nothing there.
-    for output_method, own in [("gradient", "gradients"), ("cca", "activations")]:
+    for output_method, own in [("cotangents", "cotangents"), ("cca", "activations")]:
         settings = AlignmentSettings(
             rank=3, blocks=2, max_length=24, output_method=output_method, anchor_basis=own
         )
@@ -211,7 +222,7 @@ def test_other_inputs_are_refused_in_the_same_place(place: Path, aligned: tuple[
         ({"settings": AlignmentSettings(rank=0)}, "rank is 0"),
         ({"settings": AlignmentSettings(alpha=float("nan"))}, "alpha is nan"),
         ({"settings": AlignmentSettings(layer_rule="deepest")}, "layer_rule is 'deepest'"),
-        ({"settings": AlignmentSettings(anchor_basis="gradients")}, "give output_method 'gradient'"),
+        ({"settings": AlignmentSettings(anchor_basis="cotangents")}, "give output_method 'cotangents'"),
         ({"settings": AlignmentSettings(other_layers="all")}, "other_layers is 'all'"),
     ],
 )
@@ -249,44 +260,56 @@ def test_every_basis_of_the_anchor_is_orthonormal(place: Path, kind: str) -> Non
     for a, b in anchor_basis(side, 3, kind, moments=moments).values():
         assert orthonormality_error(a.half().T) < 1e-3
         assert orthonormality_error(b.half()) < 1e-3
-    if kind in ("activations", "gradients"):
+    if kind in ("activations", "cotangents"):
         with pytest.raises(ConfigurationError, match="needs moments"):
             anchor_basis(side, 3, kind)
 
 
 def test_streamed_moments_are_those_of_hooks_on_single_texts(place: Path) -> None:
-    """An independent path: one text at a time, no padding, autograd of the summed loss."""
+    """An independent path: one text at a time, no padding."""
     model, words = load_base_model(place / "anchor")
     side = open_side(model, words, (1, 2))
     texts = read_public_text(place / "public.jsonl", 6)
-    found = collect(side, side, texts, Reading(24, 4), gradients=True)
+    found = collect(side, side, texts, Reading(24, 4))
     key, name = next(iter(side.names.items()))
-    rows: dict[str, list[torch.Tensor]] = {"x": [], "g": []}
+    rows = []
     for text in texts:
         context = words(text.prompt + "\n")["input_ids"]
         tokens = torch.tensor([[*context, *words(text.text, add_special_tokens=False)["input_ids"]]])
         kept: list[torch.Tensor] = []
-
-        def hook(_m: object, given: Any, output: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
-            output.requires_grad_()
-            output.retain_grad()
-            kept.extend([given[0], output])
-
-        handle = model.get_submodule(name).register_forward_hook(hook)
-        logits = model(tokens).logits[0, :-1]
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda _m, x, _y, kept=kept: kept.append(x[0])
+        )
+        model(tokens)
         handle.remove()
-        losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
-        losses[len(context) - 1 :].sum().backward()
         visible = [*range(1, tokens.shape[1]), len(context) - 1]  # the answer's place counts twice
-        rows["x"].append(kept[0][0, visible].detach())
-        assert kept[1].grad is not None
-        rows["g"].append(kept[1].grad[0, visible])
-    x, g = (torch.cat(rows[part]).double() for part in "xg")
+        rows.append(kept[0][0, visible].detach())
+    x = torch.cat(rows).double()
     assert found.inputs[key].count == len(x)
-    for moments, rows_of_one in ((found.inputs[key].cross_DE, x), (found.gradients[key].model_EE, g)):
-        expected = rows_of_one.T @ rows_of_one / len(rows_of_one)
-        # Float32 activations: the error of an entry is of the size of the largest, not of its own.
-        torch.testing.assert_close(moments, expected, rtol=0, atol=float(1e-5 * expected.abs().max()))
+    expected = x.T @ x / len(x)
+    # Float32 activations: the error of an entry is of the size of the largest, not of its own.
+    torch.testing.assert_close(
+        found.inputs[key].cross_DE, expected, rtol=0, atol=float(1e-5 * expected.abs().max())
+    )
+
+
+def test_the_same_signals_come_back_in_a_twin(place: Path) -> None:
+    """A twin with other token ids: the same words, so the same contrasts, and equal cotangents."""
+    first, words = load_base_model(place / "anchor")
+    second, _ = load_base_model(place / "anchor")
+    order = torch.tensor([0, 1, 2, *range(len(WORDS) + 2, 2, -1)])
+    second.get_input_embeddings().weight.data = first.get_input_embeddings().weight.data[order]
+    second.get_output_embeddings().weight.data = first.get_output_embeddings().weight.data[order]
+    sides = [open_side(first, words, (1, 2)), open_side(second, tokenizer(WORDS[::-1]), (1, 2))]
+    texts = [PublicText(" ".join(WORDS[i : i + 6])) for i in range(14)]
+    found = collect(*sides, texts, Reading(24, 4), outputs=False, gradients=True)
+    for moments in found.gradients.values():
+        assert float(moments.anchor_DD.abs().max()) > 0
+        torch.testing.assert_close(moments.cross_DE, moments.anchor_DD, rtol=1e-3, atol=1e-7)
+    left, right = shared_words(words, tokenizer(WORDS[::-1]), texts)
+    assert [words.decode([i]) for i in left] == [tokenizer(WORDS[::-1]).decode([i]) for i in right]
+    with pytest.raises(ModelError, match="one token each"):
+        shared_words(words, tokenizer(WORDS), [PublicText("abc")])
 
 
 def test_synthetic_text_needs_only_the_anchor(place: Path, tmp_path: Path) -> None:
@@ -337,7 +360,7 @@ def task(place: Path) -> str:
         for index in range(rows):
             answer = str(generator.choice(["yes", "no"]))
             first = "a" if answer == "yes" else "b"
-            prompt = " ".join([first, *generator.choice(WORDS[2:20], 5), "?"])
+            prompt = " ".join([*generator.choice(WORDS[2:20], 5), first])
             lines.append({"id": str(index), "prompt": prompt, "answer": answer, "choices": ["yes", "no"]})
         (place / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return f"letters={place / 'train.jsonl'},{place / 'test.jsonl'}"
@@ -347,19 +370,46 @@ def test_a_core_moved_to_a_twin_does_what_it_did_at_home(place: Path, tmp_path: 
     out = tmp_path / "twins"
     settings = AlignmentSettings(rank=3, blocks=2, max_length=24)
     run(arguments(place, out, model=(f"twin={place / 'anchor'}",), settings=settings), silent)
-    scores = evaluate.evaluate(
+    scores, (agreement,) = evaluate.evaluate(
         evaluate.Arguments(
-            bases=(f"ours={out}",), task=(task,), pair=("anchor", "twin"), seeds=2, steps=30,
-            learning_rate=0.3, out=tmp_path / "scores.json", one_way=True,
+            bases=(f"ours={out}",), task=(task,), pair=("anchor", "twin"), seeds=2, steps=60, few_labels=8,
+            compared=6, learning_rate=0.03, out=tmp_path / "scores.json", one_way=True,
         ),
         Console(quiet=True),
     )  # fmt: skip
-    rows = {row["variant"]: row for row in summary(scores)}
-    gains = {name: rows["zero-shot"]["loss"] - row["loss"] for name, row in rows.items()}
-    assert gains["source itself: ours"] > 0.1
-    assert gains["ours"] == pytest.approx(gains["source itself: ours"], rel=0.25)
-    assert gains["ours"] > gains[UNALIGNED]
-    assert len(json.loads((tmp_path / "scores.json").read_text())["scores"]) == len(scores) == 8
+    there = [score for score in scores if score.target == "twin"]
+    losses = {name: fmean(s.loss for s in there if s.variant == name) for name in (s.variant for s in there)}
+    gained = losses[ZERO_SHOT] - losses[RETRAINED]
+    assert gained > 0.05
+    assert losses[ZERO_SHOT] - losses[MOVED] == pytest.approx(gained, rel=0.1)
+    assert min(losses[RANDOM_CORE], losses[RANDOM_BASES]) > losses[MOVED]
+    kept = json.loads((tmp_path / "scores.json").read_text())
+    assert len(kept["scores"]) == len(scores) == 2 * (7 + 2)
+    assert [row["variant"] for row in kept["ratios"]] == [MOVED, RANDOM_CORE, RANDOM_BASES, FEW, TUNED]
+    assert kept["agreements"] == [agreement]
+    assert min(agreement[name] for name in ("reading", "writing", "gradient", "gradient per example")) > 0.9
+    assert agreement["size"] == pytest.approx(1.0, abs=0.05)
+    assert abs(agreement["gradient, random bases"]) < 0.6
+
+
+def test_the_gradient_is_the_slope_of_the_loss_of_choosing(aligned: tuple[Path, Manifest], task: str) -> None:
+    model = evaluate.LoadedModel("wide", aligned[1])
+    example = evaluate.read_task(task, 1).train[0]
+    with model.mounted(aligned[0] / "wide") as adapted:
+
+        def loss(core: np.ndarray) -> float:
+            write_shared(adapted, core.astype(np.float32), "local")
+            scores = choice_scores(
+                adapted, model.tokenizer, [example], 4, max_length=24, scoring="likelihood"
+            )
+            return -float(torch.tensor(scores[0]).log_softmax(0)[example.choices.index(example.answer)])
+
+        write_shared(adapted, np.zeros(2 * 7 * 12, np.float32), "local")
+        # The end of text counts in both, so that the losses of training are what is differentiated.
+        gradient = model.core_gradients(adapted, [example], 24)[0].flatten().numpy()
+        assert gradient.shape == (2 * 7 * 12,)
+        step = 2e-3 * gradient / np.linalg.norm(gradient)
+        assert loss(step) > loss(-step)
 
 
 def test_runs_are_on_disk_as_soon_as_they_are_done(
@@ -367,8 +417,8 @@ def test_runs_are_on_disk_as_soon_as_they_are_done(
 ) -> None:
     trained = evaluate.LoadedModel.train
     chosen = evaluate.Arguments(
-        bases=(f"ours={aligned[0]}",), task=(task,), pair=("anchor", "wide"), seeds=2, steps=2,
-        core_scales=(1.0, 0.5), out=tmp_path / "scores.json",
+        bases=(f"ours={aligned[0]}",), task=(task,), pair=("anchor", "wide"), seeds=2, steps=2, few_labels=8,
+        compared=2, out=tmp_path / "scores.json",
     )  # fmt: skip
 
     def stop(*given: Any) -> np.ndarray:
@@ -379,10 +429,10 @@ def test_runs_are_on_disk_as_soon_as_they_are_done(
     monkeypatch.setattr(evaluate.LoadedModel, "train", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(chosen, Console(quiet=True))
-    kept = json.loads((tmp_path / "scores.json").read_text())
-    variants = ["zero-shot", "source itself: ours", "ours", "ours × 0.5", UNALIGNED, f"{UNALIGNED} × 0.5"]
-    assert [score["variant"] for score in kept["scores"]] == variants
-    assert {score["seed"] for score in kept["scores"]} == {0}
+    kept = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    variants = [ZERO_SHOT, RETRAINED, MOVED, RANDOM_CORE, FEW, TUNED, RANDOM_BASES]
+    assert [score["variant"] for score in kept] == 2 * variants
+    assert [(score["source"], score["seed"]) for score in kept[::7]] == [("anchor", 0), ("wide", 0)]
 
 
 @pytest.mark.parametrize(
@@ -391,6 +441,7 @@ def test_runs_are_on_disk_as_soon_as_they_are_done(
         ({"pair": ("anchor", "deep")}, "no aligned model 'deep'"),
         ({"bases": ("x=nowhere",)}, "holds no alignment"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"few_labels": 40}, "letters has 40 training examples"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"bases": ("x",)}, "LABEL=VALUE"),
         ({"task": ("x=y",)}, r"TRAIN\.jsonl,TEST\.jsonl"),
@@ -402,13 +453,6 @@ def test_evaluation_refuses_what_does_not_exist(
     chosen = {"bases": (f"x={aligned[0]}",), "task": (task,), "pair": ("anchor", "wide"), "seeds": 1}
     with pytest.raises(ConfigurationError, match=message):
         evaluate.evaluate(evaluate.Arguments(**(chosen | changes)), Console(quiet=True))
-
-
-def test_intervals_are_students() -> None:
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == pytest.approx(2.0)
-    assert half == pytest.approx(4.302652729749464 / 3**0.5)
-    assert interval([1.0])[1] == float("inf")
 
 
 def test_clients_take_the_basis_at_their_own_rank(place: Path, aligned: tuple[Path, Manifest]) -> None:

@@ -82,6 +82,7 @@ def test_deviation_is_zero_on_the_diagonal_and_large_when_reversed() -> None:
 def test_rules_by_name_are_those_of_the_adapter() -> None:
     assert choose_layers(30, (1, 3, 5, 7), "relative_depth") == target_layers(30, 4) == (7, 14, 22, 29)
     assert choose_layers(6, (1, 3, 5, 7), "authors") == (0, 1, 2, 5)
+    assert choose_layers(30, (1, 3, 5, 7), "late") == (26, 27, 28, 29)
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,5 +104,6 @@ def test_wrong_rules_are_named() -> None:
         choose_layers(6, (1, 3), "nearest")
     with pytest.raises(ConfigurationError, match="similarity"):
         choose_layers(6, (1, 3), "cka")
-    with pytest.raises(ModelError, match="fewer"):
-        choose_layers(1, (1, 3), "cka", LayerSimilarity(torch.rand(4, 1), 1))
+    for rule in ("cka", "late"):
+        with pytest.raises(ModelError, match="fewer"):
+            choose_layers(1, (1, 3), rule, LayerSimilarity(torch.rand(4, 1), 1))

@@ -1,17 +1,17 @@
-"""Tasks and public text for the alignment's measurements, from the data sets beside the repository.
+"""Tasks, public text and models for the alignment's measurements, from the data sets beside the repository.
 
-    python -m fedmosaic.experiments.studies.alignment.tasks --data DATA --out runs/alignment/data
-    python -m fedmosaic.experiments.studies.alignment.tasks … --stories MODELS/stories-15m
+    python -m fedmosaic.experiments.studies.alignment.tasks --data DATA --out OUT --model smol=FOLDER
 
-Three tasks with few, short choices, and public text that shares no data set with any of them.
+Six tasks with two or four choices, each in two forms: NAME with words that say what they mean, and
+NAME-letters with letters in their place, which a model can only know from training. Letters are one token in
+every tokenizer. The public text shares no data set with any task.
 
-The stories model cannot learn to end an answer as its tokenizer says: it was trained without `</s>`, whose
-embedding is one and the same vector as those of some twenty thousand other unused tokens, so that no final
-state makes it more likely than one in twenty thousand (10 nats), however it is adapted. It does end its
-stories, with `<s>`. The copy that is written here names `<s>` as the end of a text. Its first five layers are
-written as a model of their own, with an output head refitted on the public text.
+The stories model (`--stories`) cannot learn to end an answer as its tokenizer says: it was trained without
+`</s>`, whose embedding is that of twenty thousand other unused tokens, so no adapter makes it likelier than
+one in twenty thousand. It ends its stories with `<s>`, and the copy that is written names that token.
 """
 
+import csv
 import json
 import random
 import shutil
@@ -31,24 +31,31 @@ from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
 from fedmosaic.protos.errors import ConfigurationError
 
-_PUBLIC: Final = (
-    ("TC/dbpedia/test", "Article", "What kind?"),
-    ("QQP/QQP/train", "Questions", "Duplicate?"),
-    ("NLI/RTE/train", "Text", "Entailment?"),
-    ("WiC/WiC/train", "Words", "Same meaning?"),
-)
-_READOUT_TEXTS: Final = 1500
+_READOUT_TEXTS: Final = 600
 _DOMAINS: Final = ("banking", "travel", "work", "home")
+_INTENTS: Final = ("weather", "timer", "recipe", "traffic")
+_NEWS: Final = {
+    "World": "world",
+    "Sports": "sports",
+    "Business": "business",
+    "Science or Technology": "science",
+}
+_ARTICLES: Final = ("Athlete", "Film", "Animal", "Company")
+_BANKING: Final = {
+    "cash_withdrawal": "cash",
+    "transfer_": "transfer",
+    "exchange": "exchange",
+    "top_up": "top",
+}
+_OPINIONS: Final = {"Good": "good", "Bad": "bad"}
+_PUBLIC: Final = ("BoolQA/BoolQA", "QQP/QQP", "NLI/MNLI")
 Pairs = list[tuple[str, str]]
 """Prompts and answers."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write NAME.train.jsonl, .valid.jsonl and .test.jsonl for sst2, agnews and clinc, and public text.
-
-    The public texts are in public.jsonl as prompts with answers, and in plain.jsonl as plain texts.
-    """
+    """Write NAME.train.jsonl and NAME.test.jsonl, the same as NAME-letters, and general.txt, public text."""
 
     data: Path
     """Folder with the data sets."""
@@ -56,42 +63,37 @@ class Arguments:
     """Folder to write to."""
     train_rows: int = 400
     """Training examples per task, balanced."""
-    test_rows: int = 160
-    """Test examples per task, balanced; as many for validation, from the training part of the data."""
-    public_rows: int = 6000
+    test_rows: int = 96
+    """Test examples per task, balanced."""
+    public_rows: int = 4000
     """Public texts."""
+    model: str | None = None
+    """NAME=FOLDER of a model; its first layers go to OUT/NAME-DEPTH, heads refitted on the public text."""
+    depths: tuple[int, ...] = (10, 20)
+    """How many layers of the model to keep."""
     stories: Path | None = None
-    """Folder of the stories model; a copy that ends texts as it was trained to goes to OUT/stories-15m."""
+    """Folder of the stories model; a copy that can end a text goes to OUT/stories-15m."""
 
 
 def write_tasks(arguments: Arguments) -> None:
     """Write the files; see `Arguments`. `ConfigurationError` if a data set is missing or too small."""
-    text = arguments.data / "cl_benchmark_text"
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
-        tasks = {
-            "sst2": _sentences(text / "SC/SST-2", "Review", "Good or bad?"),
-            "agnews": _sentences(
-                text / "TC/agnews", "News", "World, sports, business or science or technology?"
-            ),
-            "clinc": _intents(arguments.data / "clinc150/data_full.json"),
-        }
-        public = [example for source in _PUBLIC for example in _public(text, *source)]
+        tasks = _tasks(arguments.data)
+        public = _public(arguments.data, arguments.public_rows)
     except OSError as error:
         raise ConfigurationError(
             f"{error.filename} is missing; give the folder with the data sets"
         ) from error
     for name, (train, test) in tasks.items():
-        both = _balanced(name, "train", train, arguments.train_rows + arguments.test_rows)
-        _write(arguments.out / f"{name}.train.jsonl", both[: arguments.train_rows])
-        _write(arguments.out / f"{name}.valid.jsonl", both[arguments.train_rows :])
-        _write(arguments.out / f"{name}.test.jsonl", _balanced(name, "test", test, arguments.test_rows))
-    random.Random("public").shuffle(public)  # noqa: S311 - public data, no secret
-    public = public[: arguments.public_rows]
-    plain = [{"text": f"{row['prompt']}\n{row['answer']}"} for row in public]
-    for name, rows in (("public", public), ("plain", plain)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (arguments.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        for split, pairs, rows in (
+            ("train", train, arguments.train_rows),
+            ("test", test, arguments.test_rows),
+        ):
+            examples = _balanced(name, split, pairs, rows)
+            _write(arguments.out / f"{name}.{split}.jsonl", examples)
+            _write(arguments.out / f"{name}-letters.{split}.jsonl", [_in_letters(e) for e in examples])
+    (arguments.out / "general.txt").write_text("\n".join(public) + "\n", encoding="utf-8")
 
 
 def write_story_model(folder: Path, out: Path) -> None:
@@ -110,46 +112,63 @@ def write_story_model(folder: Path, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def write_shallow_model(folder: Path, depth: int, public: Path, out: Path) -> None:
-    """Cut a model to its first layers, with an output head refitted on public text."""
+def write_shallow_models(folder: Path, depths: Sequence[int], public: Path, out: Path) -> None:
+    """Cut a model to its first layers, with output heads refitted on public text, as folders OUT-DEPTH."""
     model, tokenizer = load_base_model(folder)
-    texts = [f"{text.prompt}\n{text.text}" for text in read_public_text(public, _READOUT_TEXTS)]
+    texts = [text.text for text in read_public_text(public, _READOUT_TEXTS)]
     sequences = [tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in texts]
-    shallow = cut_model(model, depth, fit_readouts(model, sequences, (depth,))[depth])
-    shallow.save_pretrained(str(out))
-    tokenizer.save_pretrained(str(out))
+    readouts = fit_readouts(model, sequences, depths)
+    for depth in depths:
+        cut_model(model, depth, readouts[depth]).save_pretrained(f"{out}-{depth}")
+        tokenizer.save_pretrained(f"{out}-{depth}")
 
 
-def _splits(pairs: Callable[[str], Pairs]) -> tuple[Pairs, Pairs]:
+def _tasks(data: Path) -> dict[str, tuple[Pairs, Pairs]]:
+    """Training and test pairs by task."""
+    text, intents = data / "cl_benchmark_text", _json(data / "clinc150/data_full.json")
+    domain_of = {intent: name for name in _DOMAINS for intent in CLINC_DOMAINS[name].split()}
+    articles = _labelled(text / "TC/dbpedia/test.json", "Article", {name: name.lower() for name in _ARTICLES})
+    return {
+        "clinc": _both(
+            lambda s: [(f"Request: {t}\nTopic?", domain_of[i]) for t, i in intents[s] if i in domain_of]
+        ),
+        "intents": _both(lambda s: [(f"Request: {t}\nTopic?", i) for t, i in intents[s] if i in _INTENTS]),
+        "agnews": _both(lambda s: _labelled(text / f"TC/agnews/{s}.json", "News", _NEWS)),
+        "sst2": _both(lambda s: _labelled(text / f"SC/SST-2/{s}.json", "Review", _OPINIONS)),
+        "dbpedia": (articles[:1500], articles[1500:]),
+        "banking": _both(lambda s: _questions(data / f"banking77/{s}.csv")),
+    }
+
+
+def _both(pairs: Callable[[str], Pairs]) -> tuple[Pairs, Pairs]:
     return pairs("train"), pairs("test")
 
 
-def _sentences(folder: Path, opening: str, question: str) -> tuple[Pairs, Pairs]:
-    return _splits(
-        lambda split: [
-            (f"{opening}: {_short(row['sentence'])}\n{question}", row["label"].lower())
-            for row in _json(folder / f"{split}.json")
-        ]
-    )
+def _labelled(path: Path, opening: str, words: dict[str, str]) -> Pairs:
+    question = "Opinion?" if opening == "Review" else "Topic?"
+    rows = [row for row in _json(path) if row["label"] in words]
+    return [(f"{opening}: {_short(row['sentence'])}\n{question}", words[row["label"]]) for row in rows]
 
 
-def _intents(path: Path) -> tuple[Pairs, Pairs]:
-    domain_of = {intent: name for name in _DOMAINS for intent in CLINC_DOMAINS[name].split()}
-    question = f"{', '.join(_DOMAINS[:-1]).capitalize()} or {_DOMAINS[-1]}?"
-    return _splits(
-        lambda split: [
-            (f"Request: {text}\n{question}", domain_of[intent])
-            for text, intent in _json(path)[split]
-            if intent in domain_of
-        ]
-    )
-
-
-def _public(text: Path, source: str, opening: str, question: str) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{opening}: {_short(row['sentence'], 200)}\n{question}", "answer": row["label"].lower()}
-        for row in _json(text / f"{source}.json")
+def _questions(path: Path) -> Pairs:
+    """Questions to a bank by the one part of it that they are about."""
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    named = [
+        (row["text"], [word for part, word in _BANKING.items() if part in row["category"]]) for row in rows
     ]
+    return [(f"Question: {_short(text)}\nTopic?", found[0]) for text, found in named if len(found) == 1]
+
+
+def _public(data: Path, rows: int) -> list[str]:
+    wiki = [
+        line for part in ("valid", "test") for line in (data / f"wikitext2/{part}.txt").open(encoding="utf-8")
+    ]
+    texts = [line.replace("<unk>", "") for line in wiki if len(line) > 150]
+    for source in _PUBLIC:
+        texts += [row["sentence"] for row in _json(data / f"cl_benchmark_text/{source}/train.json")][:800]
+    random.Random("public").shuffle(texts)  # noqa: S311 - public data, no secret
+    return [_short(text, 250) for text in texts][:rows]
 
 
 def _short(text: str, characters: int = 120) -> str:
@@ -157,7 +176,7 @@ def _short(text: str, characters: int = 120) -> str:
     return plain[:characters].strip()
 
 
-def _balanced(name: str, split: str, pairs: Sequence[tuple[str, str]], rows: int) -> list[Example]:
+def _balanced(name: str, split: str, pairs: Pairs, rows: int) -> list[Example]:
     choices = tuple(sorted({answer for _, answer in pairs}))
     distinct = sorted(dict(pairs).items())
     random.Random(f"{name} {split}").shuffle(distinct)  # noqa: S311 - public data, no secret
@@ -176,6 +195,12 @@ def _balanced(name: str, split: str, pairs: Sequence[tuple[str, str]], rows: int
     ]
 
 
+def _in_letters(example: Example) -> Example:
+    letters = tuple("ABCD"[: len(example.choices)])
+    answer = letters[example.choices.index(example.answer)]
+    return Example(f"{example.id}-letters", example.prompt, answer, letters)
+
+
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -190,9 +215,9 @@ def main(arguments: Sequence[str]) -> int:
     write_tasks(parsed)
     if parsed.stories is not None:
         write_story_model(parsed.stories, parsed.out / "stories-15m")
-        write_shallow_model(
-            parsed.out / "stories-15m", 5, parsed.out / "public.jsonl", parsed.out / "stories-first5"
-        )
+    if parsed.model is not None:
+        name, _, folder = parsed.model.partition("=")
+        write_shallow_models(Path(folder), parsed.depths, parsed.out / "general.txt", parsed.out / name)
     return 0
 
 

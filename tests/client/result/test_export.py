@@ -75,7 +75,7 @@ def test_the_rank_is_that_of_the_adapter_unless_a_layer_has_two_branches(
         left = leave("llama", "none", family)
         config = PeftConfig.from_pretrained(written(left, tmp_path / name, "--format", "lora"))
         assert config.r == expected
-        # llama.cpp reads one alpha for all modules, vLLM one rank: both are right only where all have the same.
+        # llama.cpp reads one alpha for all modules, vLLM one rank: both are right where all have the same.
         assert (config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (expected, {}, {})
         shutil.rmtree(left.state)
 

@@ -11,7 +11,7 @@ from fedmosaic.client.model.examples import read_examples
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.studies.alignment.tasks import (
     Arguments,
-    write_shallow_model,
+    write_shallow_models,
     write_story_model,
     write_tasks,
 )
@@ -25,29 +25,25 @@ def test_tasks_are_balanced_and_share_nothing_with_the_public_text(tmp_path: Pat
         pytest.skip("needs the data sets beside the repository")
     for out in (tmp_path / "a", tmp_path / "b"):
         write_tasks(Arguments(DATA, out, train_rows=40, test_rows=16, public_rows=300))
-    public = {
-        json.loads(line)["prompt"] for line in (tmp_path / "a" / "public.jsonl").read_text().splitlines()
-    }
-    assert len(public) > 250
-    plain = [json.loads(line) for line in (tmp_path / "a" / "plain.jsonl").read_text().splitlines()]
-    assert all(list(row) == ["text"] for row in plain)
-    assert {row["text"].rpartition("\n")[0] for row in plain} == public
-    for name in ("sst2", "agnews", "clinc"):
-        train, valid, test = (
-            read_examples(tmp_path / "a" / f"{name}.{part}.jsonl") for part in ("train", "valid", "test")
-        )
-        assert (tmp_path / "a" / f"{name}.test.jsonl").read_bytes() == (
-            tmp_path / "b" / f"{name}.test.jsonl"
-        ).read_bytes()
-        for examples, rows in ((train, 40), (valid, 16), (test, 16)):
+    public = (tmp_path / "a" / "general.txt").read_text().splitlines()
+    assert len(public) == 300
+    for name in ("clinc", "intents", "agnews", "sst2", "dbpedia", "banking"):
+        parts = [read_examples(tmp_path / "a" / f"{name}.{part}.jsonl") for part in ("train", "test")]
+        second = (tmp_path / "b" / f"{name}.test.jsonl").read_bytes()
+        assert (tmp_path / "a" / f"{name}.test.jsonl").read_bytes() == second
+        for examples, rows in zip(parts, (40, 16), strict=True):
             answers = [example.answer for example in examples]
-            assert len(answers) == rows
-            assert {answers.count(choice) for choice in examples[0].choices} == {
-                rows // len(examples[0].choices)
-            }
-        prompts = [{example.prompt for example in examples} for examples in (train, valid, test)]
-        assert sum(map(len, prompts)) == len(set.union(*prompts))
-        assert not set.union(*prompts) & public
+            each = rows // len(examples[0].choices)
+            assert [answers.count(choice) for choice in examples[0].choices] == [each] * (rows // each)
+        prompts = {example.prompt for examples in parts for example in examples}
+        assert len(prompts) == 56
+        assert not any(text in prompt for prompt in prompts for text in public if len(text) > 20)
+        # The same task, with letters that mean nothing before training.
+        letters = read_examples(tmp_path / "a" / f"{name}-letters.test.jsonl")
+        spoken = {
+            e.choices[e.choices.index(e.answer)]: o.answer for e, o in zip(parts[1], letters, strict=True)
+        }
+        assert sorted(spoken.values()) == list("ABCD"[: len(spoken)])
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
@@ -70,13 +66,15 @@ def test_a_copy_of_a_model_ends_texts_as_it_begins_them(tmp_path: Path) -> None:
         write_story_model(model, tmp_path / "copy")
 
 
-def test_a_shallow_copy_keeps_the_first_layers_and_loads(tiny_folder: Path, tmp_path: Path) -> None:
-    write_shallow_model(tiny_folder / "large", 2, tiny_folder / "public.jsonl", tmp_path / "first2")
+def test_shallow_copies_keep_the_first_layers_and_load(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("yes no yes no yes no yes no yes\nno yes no yes no yes no yes no\n")
+    write_shallow_models(tiny_folder / "large", (1, 2), tmp_path / "general.txt", tmp_path / "large")
     whole, _ = load_base_model(tiny_folder / "large")
-    shallow, tokenizer = load_base_model(tmp_path / "first2")
-    layers = find_decoder_layers(shallow)[1]
-    assert len(layers) == 2
-    for left, right in zip(layers, find_decoder_layers(whole)[1], strict=False):
-        for name, tensor in left.state_dict().items():
-            torch.testing.assert_close(tensor, right.state_dict()[name])
-    assert tokenizer.eos_token == "</s>"  # noqa: S105  # no password
+    for depth in (1, 2):
+        shallow, tokenizer = load_base_model(tmp_path / f"large-{depth}")
+        layers = find_decoder_layers(shallow)[1]
+        assert len(layers) == depth
+        for left, right in zip(layers, find_decoder_layers(whole)[1], strict=False):
+            for name, tensor in left.state_dict().items():
+                torch.testing.assert_close(tensor, right.state_dict()[name])
+        assert tokenizer.eos_token == "</s>"  # noqa: S105  # no password
