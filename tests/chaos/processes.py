@@ -43,7 +43,7 @@ def notebook(path: Path) -> Note:
 
 
 def at_step(step: int, befall: Callable[[], None]) -> None:
-    """Have something befall this process at its n-th durable step: a file opened to write, a flush …"""
+    """Have something befall this process at its n-th durable step: a file opened to write, an fsync."""
     left, flush = step, os.fsync
 
     def count() -> None:
