@@ -62,7 +62,7 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --model $(MODEL) --out runs/gpu/figures
 
 bench-encryption: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.encryption --note docs/encryption-benchmark.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.encryption --note docs/encryption-benchmark.md >/dev/null
 
 # The reference of all settings, from the models that read them.
 docs: $(STAMP)

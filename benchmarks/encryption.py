@@ -153,26 +153,9 @@ def note(cells: Sequence[Cell], command: str) -> str:
             f"Written by `{command}` on {datetime.date.today().isoformat()}: {machine}.",
             *(" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:]),
             "\n".join(results(cells)),
-            _READING.strip() + "\n",
+            "[How to read it](encryption.md#the-cost-read).\n",
         ]
     )
-
-
-_READING = """
-## How to read it
-
-`mask` computes exact sums of 32-bit words with weights of 12 bits, 44 bits in all. float32 holds 24, so the
-product is one in float64, which takes about twice as long as one in float32. Three float32 products over
-limbs of 12 bits would take three times as long, and numpy has no fast integer product. That is all that
-encryption adds to the arithmetic. The rest of the server's time at rank 16 is what any server with our
-interface does, `plain (back end)` included: it checks 2 N headers and N weight rows of N − 1 names,
-digests the rows, and writes N headers. It grows with N², not with d.
-
-Plain numpy does none of this, so the ratio to it is missed; the line after it, against the same server
-without encryption, compares equal work.
-
-Downloads of `mask` carry one nonce of 16 bytes per contributor, as the promise says "plus nonces".
-"""
 
 
 def main() -> None:
@@ -184,7 +167,7 @@ def main() -> None:
             work = make_work(rank, members, arguments.budget)
             cells += [peer(work) for peer in PEERS]
             cells += [ours(work, parameters) for parameters in OURS]
-            print(f"measured rank {rank}, {members} members", flush=True)
+            print(f"measured rank {rank}, {members} members", file=sys.stderr)
     print("\n".join(results(cells)))
     if arguments.note:
         command = " ".join(["python -m benchmarks.encryption", *sys.argv[1:]])

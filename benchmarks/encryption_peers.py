@@ -1,10 +1,6 @@
 """The work of the encryption benchmark, and other systems on it: plain numpy, TenSEAL as its users use it."""
 
-import ctypes
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -119,30 +115,10 @@ def plain_numpy(work: Work, name: str, kind: np.dtype) -> Cell:
     )
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what TenSEAL prints from C++ for every vector longer than one ciphertext."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        # What C++ has buffered would otherwise appear later.
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
-            os.close(descriptor)
-
-
-@_silence()
 def tenseal_vectors(
     work: Work, name: str, degree: int, moduli: list[int], scale: float, *, rescale: bool
 ) -> Cell:
-    """Measure `CKKSVector`, one vector per adapter, as TenSEAL's users use it."""
+    """Measure `CKKSVector`, one vector per adapter, as its users do; TenSEAL prints a warning for each."""
     import tenseal
 
     symmetric = tenseal.ENCRYPTION_TYPE.SYMMETRIC

@@ -94,9 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="python -m benchmarks.scale", description=__doc__)
     if min(parsed.clients, default=0) < 4:
-        raise ConfigurationError(
-            f"clients is {parsed.clients}; give at least 4 clients, which the policy needs"
-        )
+        raise ConfigurationError(f"clients is {parsed.clients}; give at least 4, which the policy needs")
     found: dict[int, Figures] = {}
     for count in parsed.clients:
         sides = (server_side,) if parsed.server_only else (clients_side, server_side)

@@ -47,16 +47,14 @@ class PipeChannel:
 
         def call(request: Any, timeout: float) -> Iterator[Any]:
             requests = request if isinstance(request, Iterator) else (request,)
-            deadline = time.monotonic() + timeout + _PATIENCE_SECONDS
-            heard: list[bytes] = []
+            deadline, heard = time.monotonic() + timeout + _PATIENCE_SECONDS, list[bytes]()
             fault: Exception | None = None
             with self._one_call:
                 try:
                     self._converse(path, map(request_serializer, requests), deadline, heard)
                 except (Refusal, grpc.RpcError) as error:
                     fault = error
-            for answer in heard:
-                yield _parsed(response_deserializer, answer)
+            yield from (_parsed(response_deserializer, answer) for answer in heard)
             if fault is not None:
                 raise fault
 
@@ -147,11 +145,7 @@ def _check(status: bytes, path: str) -> None:
 
 
 def connector(path: Path) -> Callable[[str, Path, Path, Path], grpc.Channel]:
-    """Make the socket, for its owner and group, and what opens a client's channel over it.
-
-    Raises:
-        ConfigurationError: there can be no socket at the path.
-    """
+    """Make a socket for its owner and group, and what opens a channel over it; ConfigurationError if none."""
     listener, mask = socket.socket(socket.AF_UNIX), os.umask(0o117)
     try:
         if path.is_socket():
@@ -173,11 +167,10 @@ def connector(path: Path) -> Callable[[str, Path, Path, Path], grpc.Channel]:
 
 
 def take_part_over_flower(config: tyro.conf.Positional[Path], socket: tyro.conf.Positional[Path]) -> int:
-    """Take part in a federation whose calls a SuperNode on this machine carries.
+    """Take part in a federation whose calls a SuperNode on this machine carries over a Unix socket.
 
-    Args:
-        config: The client's, as of `fedmosaic client`. The host in `server` is checked, not dialled.
-        socket: The Unix socket to make. The SuperNode's user needs the right to it, and to nothing else.
+    The configuration is that of `fedmosaic client`; the host in `server` is checked, not dialled. The socket
+    is made; the SuperNode's user needs the right to it, and to nothing else.
     """
     return take_part(Client(config, connect=connector(socket)))
 

@@ -31,13 +31,12 @@ async def methods_of(service: FederationService) -> Mapping[str, Any]:
         ),
     )
     rpc.add_FederationServicer_to_server(service, server)
-    gate = Gate(service.audit)
+    gate: Any = Gate(service.audit)
 
-    async def handler_of(path: Any) -> Any:
+    async def handler_of(path: str) -> Any:
         return found[path]
 
-    paths: Any = tuple(found)
-    return {path: await gate.intercept_service(handler_of, path) for path in paths}
+    return {path: await gate.intercept_service(handler_of, path) for path in found}
 
 
 class _EndedError(Exception):
@@ -62,16 +61,10 @@ class _Context:
 
 
 class Node:
-    """One SuperNode. It carries one session at a time, and a session one call at a time.
-
-    Args:
-        context: the server's side of TLS.
-        methods: from `methods_of`.
-        name: for the log.
-        member: SPIFFE URI of the only member whose calls this node may carry; empty: any member's.
-    """
+    """One SuperNode. It carries one session at a time, and a session one call at a time."""
 
     def __init__(self, context: ssl.SSLContext, methods: Mapping[str, Any], name: str, member: str) -> None:
+        """`member` is the SPIFFE URI of the only one whose calls it may carry; empty: any member's."""
         self._tls, self._methods, self._name, self._member = context, methods, name, member
         self._secured = Secured(context)
         self._requests: asyncio.Queue[bytes | None] = asyncio.Queue()

@@ -45,12 +45,7 @@ def tls_context(side: int, authority: Path, certificate: Path, private_key: Path
 
 
 class Secured:
-    """One side of a TLS session whose records somebody else carries.
-
-    Attributes:
-        agreed: whether the handshake is over, so that frames may be sent.
-        outgoing: records that wait to be taken.
-    """
+    """One side of a TLS session whose records somebody else carries; once `agreed`, frames may be sent."""
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None = None) -> None:
         """Begin; the client's side names the server, and has records to take at once."""

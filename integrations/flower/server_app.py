@@ -36,15 +36,10 @@ _FAREWELL_SECONDS: Final = 60.0
 
 
 class Post:
-    """The messages to all nodes, and their replies.
-
-    Args:
-        grid: Flower's.
-        pipe: makes the pipe to a node, of its name and the only member that it may carry, or "".
-        members: that member, by SHA-256 of the public key of the only nodes to ask; empty: all.
-    """
+    """The messages to all nodes, and their replies."""
 
     def __init__(self, grid: Any, pipe: Callable[[str, str], Node], members: Mapping[str, str]) -> None:
+        """`pipe` makes a `Node` of its name and its member, which is in `members` by SHA-256 of its key."""
         self._grid, self._pipe, self._members = grid, pipe, members
         self._nodes: dict[int, asyncio.Task[None]] = {}
         self._to_push: list[tuple[Message, asyncio.Future[Any]]] = []
