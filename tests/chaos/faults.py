@@ -63,9 +63,14 @@ def slow_disk(draw: random.Random) -> None:
 
 
 def clock_jump(draw: random.Random) -> None:
-    """The clock on the wall is set by a minute to a month, forward or back."""
+    """The clock on the wall is set by a minute to a month; for gRPC it stays, whose core does not ask Python."""
     clock, seconds = time.time, draw.choice((-1, 1)) * draw.choice((60, 3600, 30 * 86_400))
-    time.time = lambda: clock() + seconds
+
+    def jumped() -> float:
+        ours = sys._getframe(1).f_globals.get("__name__", "").startswith("fedmosaic")
+        return clock() + seconds * ours
+
+    time.time = jumped
 
 
 STEPS = {
