@@ -22,7 +22,7 @@ from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.records import digest_of, read_upload, write_upload
+from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -171,12 +171,6 @@ class GroupSession(Session):
         index = partition.group_of(self._identity.client_id)
         group = partition.groups[index]
 
-        def draw() -> np.ndarray | None:
-            share = self._group_learner.group_share(round_number, len(group), self._releases)
-            if share is not None:
-                self._releases.adapter_left(round_number, digest_of(share))
-            return share
-
         terms = self._terms
         context = sum_context(
             self.roster.federation, run_id, round_number, self.roster.hash, partition, self._chain
@@ -189,7 +183,7 @@ class GroupSession(Session):
             take_part(
                 member,
                 _Relay(self._transport, round_number),
-                draw,
+                lambda: self._group_learner.group_share(round_number, len(group), self._releases),
                 patience_seconds=terms.schedule.round_deadline_seconds,
             )
         except (Refusal, EncryptionError) as error:

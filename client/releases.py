@@ -1,12 +1,13 @@
 """The releases of a client, charged to the ledger before they exist.
 
-The order is always: finish the private sum, charge (durably, or be refused), draw noise, store the noisy
-bytes, mark them released, send. A crash in between wastes budget and never forgets any; bytes that are
-stored are sent again as they are, free of charge.
+`Releases._release` is the one order of both channels: finish the private sum, charge (durably, or be
+refused), draw noise, store the noisy bytes, mark them released; then they are sent. A crash in between wastes
+budget and never forgets any; bytes that are stored are sent again as they are, free of charge.
 """
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +37,8 @@ from fedmosaic.protos.messages import Profile
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
+R = TypeVar("R")
 Randomness = SecureNoise | SeededTestNoise
 ProfileSum = Callable[[], ClippedSum]
 """Probes the examples of a data epoch and sums their clipped gradients: private, before noise."""
@@ -103,24 +106,81 @@ class Releases:
             raise PrivacyError("this run does not train the adapter with differential privacy")
         return self._plan
 
-    def charge_adapter(self, round_number: int, event: GaussianEvent) -> None:
-        """Charge a round of DP-SGD before its first noise is drawn; BudgetExceededError if refused."""
-        self._ledger.reserve(
-            "adapter",
+    def _release(
+        self,
+        channel: Channel,
+        round_number: int,
+        event: GaussianEvent,
+        total: Callable[[], S],
+        noise: Callable[[S], R],
+        store: Callable[[R], str] | None,
+        **about: Any,
+    ) -> R:
+        """Sum, charge, noise, store: the order of every release under differential privacy.
+
+        Args:
+            channel: of the ledger.
+            round_number: for the ledger.
+            event: all noise that `noise` will draw.
+            total: finishes the private sum, or checks that it can be: all that may fail at no cost.
+            noise: makes the noisy release of it.
+            store: makes it durable and gives its SHA-256, hexadecimal; None where `adapter` books it later.
+            **about: mechanism, clipping norm, dimensions, coverage and context, as of `Ledger.reserve`.
+
+        Raises:
+            BudgetExceededError: the budget refuses; no noise was drawn.
+        """
+        summed = total()
+        sequence = self._ledger.reserve(
+            channel,
             round_number,
             event,
             data_epoch=self._data_epoch,
             secure_noise=not self.randomness.is_test,
-            mechanism={
-                "name": "DP-SGD on P and Q",
-                "expected_batch_size": self._terms.adapter_privacy.expected_batch_size,
-                **self._group,
-            },
-            clipping_norm=self._terms.adapter_privacy.clipping_norm,
-            dimensions=self._terms.adapter.shared_dimensions,
             example_ids=self._evidence,
-            context=self._state.record.run_id,
+            **about,
         )
+        released = noise(summed)
+        if store is not None:
+            self._ledger.released(sequence, store(released))
+        return released
+
+    def release_adapter(
+        self,
+        round_number: int,
+        event: GaussianEvent,
+        total: Callable[[], S],
+        noise: Callable[[S], R],
+        store: Callable[[R], str] | None = None,
+    ) -> R | None:
+        """A round's release of the shared branch, by `_release`; None in receive-only mode, new or not.
+
+        What DP-SGD trains is stored with the rest of the adapter, and booked by `adapter`.
+        """
+        if self.receive_only:
+            return None
+        privacy = self._terms.adapter_privacy
+        try:
+            return self._release(
+                "adapter",
+                round_number,
+                event,
+                total,
+                noise,
+                store,
+                mechanism={
+                    "name": "DP-SGD on P and Q",
+                    "expected_batch_size": privacy.expected_batch_size,
+                    **self._group,
+                },
+                clipping_norm=privacy.clipping_norm,
+                dimensions=self._terms.adapter.shared_dimensions,
+                context=self._state.record.run_id,
+            )
+        except BudgetExceededError as error:
+            self.receive_only = True
+            log.warning("round %d: %s; going on in receive-only mode", round_number, error)
+            return None
 
     def adapter_begun(self, round_number: int) -> bool:
         """Whether this round's release was charged, or refused, before: no other follows it."""
@@ -130,10 +190,6 @@ class Releases:
             or ledger.pending("adapter", round_number, epoch, run) is not None
             or ledger.refused("adapter", round_number, epoch, run)
         )
-
-    def adapter_left(self, round_number: int, digest: str) -> None:
-        """Record what is about to enter a secure sum: SHA-256 of this member's share."""
-        self._book("adapter", round_number, digest)
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Book the adapter sections that are about to leave.
@@ -213,7 +269,7 @@ class Releases:
         return Profile(average.vector.astype(np.float32), average.noise_variance, average.releases)
 
     def _released_profile(self, round_number: int) -> Float32Array:
-        """Sum, charge, noise, store: or what was stored before."""
+        """What was stored before, or a release."""
         mechanism, ledger = self._terms.profile, self._ledger
         path = profile_path(ledger.directory, self._data_epoch, mechanism)
         done = ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256)
@@ -225,26 +281,29 @@ class Releases:
             released = read_profile(path, mechanism.dimensions)
             ledger.released(pending.sequence, digest_of(released))
             return released
-        total = self._profile_sum()
-        self.clipping.add("profile", total.clipped, total.rows)
+
+        def noise(total: ClippedSum) -> Float32Array:
+            self.clipping.add("profile", total.clipped, total.rows)
+            return release(total, mechanism, self.randomness)
+
+        def store(profile: Float32Array) -> str:
+            write_profile(path, profile)
+            return digest_of(profile)
+
         event = GaussianEvent(mechanism.noise_multiplier, mechanism.sampling_rate, 1)
-        sequence = ledger.reserve(
+        return self._release(
             "profile",
             round_number,
             event if event.is_private else UNPROTECTED,
-            data_epoch=self._data_epoch,
-            secure_noise=not self.randomness.is_test,
+            self._profile_sum,
+            noise,
+            store,
             mechanism={"name": "task profile", "sha256": mechanism.sha256},
             clipping_norm=mechanism.clipping_norm,
             dimensions=mechanism.dimensions,
             covered_by="dp" if event.is_private else "nothing",
-            example_ids=self._evidence,
             context=mechanism.sha256,
         )
-        released = release(total, mechanism, self.randomness)
-        write_profile(path, released)
-        ledger.released(sequence, digest_of(released))
-        return released
 
     def profile_acknowledged(self) -> None:
         """The server has the profile; it is not sent again until the data changes."""

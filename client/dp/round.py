@@ -16,19 +16,20 @@ from fedmosaic.client.data.records import by_unit
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine
 from fedmosaic.client.dp.engine import check_cores, clip_and_sum, dimensions_of, example_gradient
-from fedmosaic.client.dp.training import PrivateTrainingSettings, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, private_steps
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import example_losses, in_bfloat16, training_mode
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
+from fedmosaic.client.records import digest_of
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterPrivacyTerms, AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import IntArray, poisson_sample
 from fedmosaic.privacy.mechanism.shares import noisy_share
-from fedmosaic.protos.errors import BudgetExceededError, PrivacyError
+from fedmosaic.protos.errors import PrivacyError
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,6 @@ def train_shared(
     progress: Progress,
 ) -> None:
     """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow it."""
-    if releases.receive_only:
-        return
     plan = releases.adapter_plan
     settings = PrivateTrainingSettings(
         learning_rate=training.private_learning_rate,
@@ -77,21 +76,22 @@ def train_shared(
         bf16=training.bf16,
     )
     progress.stage(round_number, "private training", terms.steps_per_round)
-    try:
-        with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
-            counts = train_private(
+    with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+        counts = releases.release_adapter(
+            round_number,
+            settings.event,
+            lambda: private_steps(
                 model,
                 cores,
                 examples,
                 settings,
-                charge=lambda event: releases.charge_adapter(round_number, event),
                 private_parameters=private_parameters(model),
                 randomness=releases.randomness,
                 progress=lambda step, _total: progress.advance(step),
-            )
-    except BudgetExceededError as error:
-        releases.receive_only = True
-        log.warning("round %d: %s; going on in receive-only mode", round_number, error)
+            ),
+            lambda steps: steps(),
+        )
+    if counts is None:
         return
     releases.clipping.add("adapter", counts.clipped, counts.rows)
     if counts.rows:
@@ -129,8 +129,6 @@ def group_share(
         MechanismError: the group is too large for the bits of the terms.
         PrivacyError: the plan charges another noise than the terms add.
     """
-    if releases.receive_only:
-        return None
     plan, grid = releases.adapter_plan, group_grid(terms, members)
     if plan.noise_multiplier != terms.group_sums.noise_multiplier:
         raise PrivacyError(
@@ -139,11 +137,11 @@ def group_share(
         )
     losses = in_bfloat16() if training.bf16 else example_losses
     units = by_unit(examples, terms.unit)
-    try:
+
+    def clipped() -> ClippedSum:
         with only_shared_branch(model) as cores, training_mode(model, False):
             check_cores(cores)
             assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
-            releases.charge_adapter(round_number, GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1))
             chosen = poisson_sample(len(units), plan.sampling_rate, releases.randomness)
             progress.stage(round_number, "private gradients", len(chosen))
             total = ClippedSum.empty(dimensions_of(cores))
@@ -154,12 +152,14 @@ def group_share(
                 row = torch.stack(own).sum(dim=0)
                 total = total + clip_and_sum(row[None], terms.adapter_privacy.clipping_norm, grid.steps)
                 progress.advance(done)
-    except BudgetExceededError as error:
-        releases.receive_only = True
-        log.warning("round %d: %s; going on in receive-only mode", round_number, error)
-        return None
-    releases.clipping.add("adapter", total.clipped, total.rows)
-    return noisy_share(total, grid, releases.randomness)
+        return total
+
+    def noisy(total: ClippedSum) -> IntArray:
+        releases.clipping.add("adapter", total.clipped, total.rows)
+        return noisy_share(total, grid, releases.randomness)
+
+    event = GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1)
+    return releases.release_adapter(round_number, event, clipped, noisy, digest_of)
 
 
 def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:

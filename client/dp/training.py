@@ -48,9 +48,6 @@ from fedmosaic.protos.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-Charge = Callable[[GaussianEvent], None]
-"""Books an event durably, or raises (`BudgetExceededError`) to refuse it."""
-
 
 class PrivateTrainingSettings(Frozen):
     """How the shared branch is trained privately; all of it public and fixed before the run.
@@ -75,25 +72,29 @@ class PrivateTrainingSettings(Frozen):
     noise_multiplier: float = Field(default=1.0, gt=0.0, le=1e6, allow_inf_nan=False)
     bf16: bool = False
 
+    @property
+    def event(self) -> GaussianEvent:
+        """What a round of these steps costs, to be charged before the first."""
+        return GaussianEvent(self.noise_multiplier, self.sampling_rate, self.steps)
 
-def train_private(
+
+def private_steps(
     model: nn.Module,
     cores: Mapping[str, nn.Linear],
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
     *,
-    charge: Charge,
     private_parameters: Mapping[str, nn.Parameter],
     randomness: Randomness,
     losses: ExampleLosses = example_losses,
     progress: Callable[[int, int], None] | None = None,
-) -> ClippedSum:
-    """Train the cores with DP-SGD; the new values in them are one release.
+) -> Callable[[], ClippedSum]:
+    """DP-SGD on the cores, checked and not yet begun; the new values in them will be one release.
 
-    What takes part is checked on public tokens, with public values in the place of what was received; then
-    the planned steps are charged in full, and only then is the data touched. A failure afterwards leaves the
-    charge standing. No value that was received, or is private, can end the training: a gradient that is not
-    finite counts as zero. That the model has gradients to clip is tried before, once, by
+    What takes part is checked on public tokens, with public values in the place of what was received; no
+    data is touched. The caller charges `settings.event` and then calls what it is given, once. A failure
+    afterwards leaves the charge standing. No value that was received, or is private, can end the training: a
+    gradient that is not finite counts as zero. That the model has gradients to clip is tried before, once, by
     `fedmosaic.client.dp.checks.check_engine`.
 
     Args:
@@ -101,19 +102,18 @@ def train_private(
         cores: Cores by name, with starting values that are public or an earlier release.
         examples: Encoded examples of the client.
         settings: Public parameters of the mechanism and the optimizer.
-        charge: Called once, with the planned event, before anything is drawn.
         private_parameters: Tensors that private data reaches without noise; must be out of the forward pass.
         randomness: Source of samples and noise; seeded ones void the guarantee.
         losses: Loss of each example, of that example alone.
         progress: Called after each step with the step (from 1) and the planned steps.
 
     Returns:
-        How many gradients there were over all steps, clipped or rejected ones among them: private, for the
-        client's own people. Its sum is empty.
+        What takes the steps. It returns how many gradients there were over all of them, clipped or rejected
+        ones among them: private, for the client's own people. Its sum is empty.
 
     Raises:
         ConfigurationError: There is no example.
-        PrivacyError: A private tensor takes part, or ``charge`` refused.
+        PrivacyError: A private tensor takes part.
         ModelError: The cores cannot be trained privately.
     """
     if not examples:
@@ -121,13 +121,15 @@ def train_private(
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     check_cores(cores)
     assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
-    charge(GaussianEvent(settings.noise_multiplier, settings.sampling_rate, settings.steps))
 
     def gradient(example: EncodedExample) -> torch.Tensor:
         return example_gradient(model, cores, example, loss_of)
 
-    with training_mode(model, False):
-        return _steps(cores, gradient, examples, settings, randomness, progress)
+    def train() -> ClippedSum:
+        with training_mode(model, False):
+            return _steps(cores, gradient, examples, settings, randomness, progress)
+
+    return train
 
 
 def noisy_sum(

@@ -1,6 +1,6 @@
 """Empirical ε of the adapter channel: canaries of the largest allowed gradient through the real DP-SGD.
 
-`train_private` trains a model that consists of cores alone. Its examples name one entry of P each: the loss
+`private_steps` trains a model that consists of cores alone. Its examples name one entry of P each: the loss
 of such an example has a huge gradient at that entry and none elsewhere, so clipping brings it to exactly C
 in a direction of its own. Half of the canaries, by fair coins, are in the data. With plain SGD the change of
 the cores is the sum of all noisy gradients, which is all that an observer of every step can use.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.dp.training import PrivateTrainingSettings, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, private_steps
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import Batch
 from fedmosaic.experiments.attacks.statistics.empirical import CanaryScores, audit_figures
@@ -95,20 +95,18 @@ def one_run(
     model = CanaryModel(-(-canaries // RANK**2))
     included = coins.random(canaries) < 0.5
     examples = [example for example, coin in zip(canary_examples(canaries), included, strict=True) if coin]
-    charged: list[GaussianEvent] = []
-    train_private(
+    private_steps(
         model,
         model.named_cores(),
         examples,
         settings,
-        charge=charged.append,
         private_parameters={},
         randomness=randomness,
         losses=lambda _model, batch: model.losses(batch),
-    )
+    )()
     moved = torch.cat([core.weight.detach().flatten() for core in model.named_cores().values()]).numpy()
     unit = settings.learning_rate * settings.max_grad_norm / settings.expected_batch_size
-    return OneRun(-moved[:canaries].astype(np.float64) / unit, included, charged[0])
+    return OneRun(-moved[:canaries].astype(np.float64) / unit, included, settings.event)
 
 
 def audit_result(run: OneRun, *, setting: Setting = "product", words: str = "") -> AttackResult:

@@ -20,7 +20,6 @@ from fedmosaic.client.releases import ProfileSum, Randomness, Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
-from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource
@@ -168,10 +167,6 @@ class StreamReleases(Releases):
         if self._current is None or self._current[0] != round_number:
             self._current = (round_number, self._of_round(round_number))
         return self._current[1]
-
-    def charge_adapter(self, round_number: int, event: GaussianEvent) -> None:
-        """See `Releases.charge_adapter`."""
-        self._round(round_number).charge_adapter(round_number, event)
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """See `Releases.adapter`."""

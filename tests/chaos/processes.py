@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ class _Learner(fv.VectorLearner):
     def train(self, round_number: int, releases: Any, give_up: Callable[[], None]) -> None:
         private = self.terms.adapter.private
         if private:
-            releases.charge_adapter(round_number, EVENT)
-            self.note("draw", round=round_number)
+            draw = partial(self.note, "draw", round=round_number)
+            releases.release_adapter(round_number, EVENT, lambda: None, lambda _: draw())
         super().train(round_number, releases, give_up)
         if private:
             noise = np.random.default_rng([self.seed, round_number, 1]).normal(0, 0.1, self.local.size)

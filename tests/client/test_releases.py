@@ -25,7 +25,7 @@ from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import Float64Array, SecureNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
-from fedmosaic.protos.errors import BudgetExceededError, LedgerError, PrivacyError, StateError
+from fedmosaic.protos.errors import LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5
 MECHANISM = ProfileMechanism(
@@ -34,6 +34,7 @@ MECHANISM = ProfileMechanism(
     reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
     noise_multiplier=2.0,
 )
+EVENT = GaussianEvent(1.0, 0.02, 5)
 IDS = tuple(f"e{i}" for i in range(400))
 
 
@@ -116,6 +117,13 @@ class Client:
         ]
 
 
+def released(releases: Releases, event: GaussianEvent = EVENT) -> list[str]:
+    """Release an adapter of round 1; what was done for it, in order."""
+    done: list[str] = []
+    releases.release_adapter(1, event, lambda: done.append("sum"), lambda _: done.append("noise"))
+    return done
+
+
 @pytest.fixture
 def client(tmp_path: Path) -> Client:
     return Client(tmp_path / "state", terms())
@@ -125,6 +133,26 @@ def test_the_charge_stands_in_the_ledger_before_the_noise_is_drawn(client: Clien
     with client.opened() as releases:
         assert releases.profile(1) is not None
     assert client.charges_before_draws == [1]
+
+
+def test_an_adapter_is_summed_charged_noised_and_stored_in_this_order(client: Client) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def note(what: str) -> str:
+        seen.append((what, len(client.reserved("adapter"))))
+        return "0" * 64
+
+    def fail() -> None:
+        raise PrivacyError("a private tensor takes part")
+
+    with client.opened() as releases:
+        with pytest.raises(PrivacyError, match="takes part"):
+            releases.release_adapter(1, EVENT, fail, lambda _: note("noise"))
+        releases.release_adapter(
+            1, EVENT, lambda: note("sum"), lambda _: note("noise"), lambda _: note("store")
+        )
+    assert seen == [("sum", 0), ("noise", 1), ("store", 1)]
+    assert client.reserved("adapter") == [EVENT]
 
 
 def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Client) -> None:
@@ -162,7 +190,7 @@ def test_a_second_run_goes_on_with_the_ledger_of_the_first(tmp_path: Path, prote
         _join(client, f"run-{number}")
         with client.opened() as releases:
             if protection == "dp":
-                releases.charge_adapter(1, GaussianEvent(1.0, 0.02, 5))
+                released(releases)
             assert releases.profile(1) is not None
             assert releases.adapter(1, {"shared": vectors["shared"] * number})
     assert len(client.reserved("adapter")) == 2, "each run's first round is a release of its own"
@@ -184,8 +212,10 @@ def test_another_public_map_makes_another_profile(tmp_path: Path) -> None:
 
 def test_a_refusal_is_remembered_by_the_next_process(tmp_path: Path) -> None:
     client = Client(tmp_path / "state", terms("dp"), target=0.5)
-    with client.opened() as releases, pytest.raises(BudgetExceededError):
-        releases.charge_adapter(1, GaussianEvent(0.5, 0.5, 50))
+    with client.opened() as releases:
+        assert released(releases, GaussianEvent(0.5, 0.5, 50)) == ["sum"]
+        assert releases.receive_only
+        assert released(releases) == [], "in receive-only mode nothing is even summed"
     with client.opened() as releases:
         # Trained before the process ended, so `train_shared` does not run again.
         assert releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)}) == {}
@@ -317,14 +347,14 @@ def test_a_private_adapter_that_was_not_charged_may_not_leave(client: Client) ->
 def test_resending_an_upload_is_free_and_other_bytes_are_refused(client: Client) -> None:
     sent = {"shared": np.ones(4, dtype=np.float32)}
     with client.opened() as releases:
-        releases.charge_adapter(1, GaussianEvent(1.0, 0.02, 5))
+        released(releases)
         releases.adapter(1, sent)
         releases.adapter(1, sent)
     with client.opened() as releases:
         releases.adapter(1, sent)
         with pytest.raises(PrivacyError, match="bytes"):
             releases.adapter(1, {"shared": np.zeros(4, dtype=np.float32)})
-    assert client.reserved("adapter") == [GaussianEvent(1.0, 0.02, 5)]
+    assert client.reserved("adapter") == [EVENT]
 
 
 def test_in_receive_only_mode_nothing_of_the_adapter_leaves(client: Client) -> None:

@@ -18,6 +18,7 @@ from end_to_end.federation_of_vectors import (
 )
 from fedmosaic.client.dp.group_steps import mixed_gradient, shared_branch
 from fedmosaic.client.planning import AdapterPlan, group_grid
+from fedmosaic.client.records import digest_of
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import clipped_sum
@@ -64,11 +65,15 @@ class PullingLearner(VectorLearner):
         if round_number == self.dies_in:
             raise KeyboardInterrupt
         grid = group_grid(self.terms, members)
-        releases.charge_adapter(round_number, GaussianEvent(SIGMA, 0.1, 1))
         rows = np.tile(self.local - 1.0, (10, 1))
-        share = noisy_share(clipped_sum(rows, 1.0, grid.steps), grid, releases.randomness)
-        self.shares[round_number] = share
-        return share
+        self.shares[round_number] = releases.release_adapter(
+            round_number,
+            GaussianEvent(SIGMA, 0.1, 1),
+            lambda: clipped_sum(rows, 1.0, grid.steps),
+            lambda total: noisy_share(total, grid, releases.randomness),
+            digest_of,
+        )
+        return self.shares[round_number]
 
     def train_personal(self, round_number):
         self.personal.append(round_number)

@@ -74,7 +74,8 @@ class ChargingLearner(fv.VectorLearner):
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
         if self.terms.adapter.private:
-            releases.charge_adapter(round_number, GaussianEvent(SIGMA, RATE, PRIVATE_STEPS))
+            event = GaussianEvent(SIGMA, RATE, PRIVATE_STEPS)
+            releases.release_adapter(round_number, event, lambda: None, lambda _: None)
         super().train(round_number, releases, give_up)
 
 

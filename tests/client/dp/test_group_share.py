@@ -50,8 +50,10 @@ class Releases:
         self.adapter_plan = AdapterPlan(sigma, 1.0)
         self.clipping = ClippingRecord(path / "clipping")
 
-    def charge_adapter(self, round_number, event):
+    def release_adapter(self, round_number, event, total, noise, store):
+        summed = total()
         self.charged.append(event)
+        return noise(summed)
 
 
 def terms(unit):

@@ -13,13 +13,13 @@ from torch import nn
 from fedmosaic.client.colora import adapted_layers, read_shared, set_active_branches, write_shared
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.engine import dimensions_of, example_gradient
-from fedmosaic.client.dp.training import Charge, PrivateTrainingSettings, noisy_sum, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import Randomness, SecureNoise, SeededTestNoise
-from fedmosaic.protos.errors import BudgetExceededError, ConfigurationError, PrivacyError
+from fedmosaic.protos.errors import ConfigurationError, PrivacyError
 from tiny import random_texts, tiny_colora
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -83,7 +83,6 @@ def train(
     settings: PrivateTrainingSettings = SETTINGS,
     randomness: Randomness | None = None,
     losses: ExampleLosses = example_losses,
-    charge: Charge = lambda _: None,
     active: set[str] | None = None,
     **options: Any,
 ) -> ClippedSum:
@@ -91,17 +90,16 @@ def train(
     with only_shared_branch(model, global_weight=0.5) as cores:
         if active is not None:
             set_active_branches(model, active, layers="shared")
-        return train_private(
+        return private_steps(
             model,
             cores,
             examples,
             settings,
-            charge=charge,
             private_parameters=options.pop("private", {} if active else private_parameters(model)),
             randomness=randomness or Script(),
             losses=losses,
             **options,
-        )
+        )()
 
 
 def test_a_step_is_the_clipped_sum_over_the_public_divisor() -> None:
@@ -137,11 +135,10 @@ def test_noise_is_drawn_once_per_step_over_all_coordinates() -> None:
 
 def test_an_empty_sample_releases_noise_and_is_charged() -> None:
     model, script = make_model(), Script(everyone=False, level=1.0)
-    charged: list[GaussianEvent] = []
-    counts = train(model, make_examples(9), SETTINGS, script, charge=charged.append)
+    counts = train(model, make_examples(9), SETTINGS, script)
     # Every step moves every coordinate by −lr · σC / expected batch size: noise alone.
     assert np.allclose(read_shared(model), -3 * 1.0 * 1.5 * 0.05 / 7, rtol=1e-4)
-    assert charged == [GaussianEvent(1.5, 0.5, 3)]
+    assert SETTINGS.event == GaussianEvent(1.5, 0.5, 3)
     assert counts.rows == 0
     full = Script(level=1.0)
     train(make_model(), make_examples(9), SETTINGS, full)
@@ -156,42 +153,25 @@ def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
     assert "moved no weight" in caplog.text
 
 
-def test_charged_in_full_before_anything_is_drawn() -> None:
-    script = Script()
-    seen: list[tuple[GaussianEvent, int]] = []
-
-    def charge(event: GaussianEvent) -> None:
-        seen.append((event, len(script.log)))
-
-    train(make_model(), make_examples(9), SETTINGS, script, charge=charge)
-    assert seen == [(GaussianEvent(1.5, 0.5, 3), 0)]
-
-
-def test_a_refused_charge_draws_nothing_and_leaves_everything_as_it_was() -> None:
+def test_before_the_steps_are_charged_nothing_is_drawn_and_everything_is_as_it_was() -> None:
     script, model = Script(), make_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def refuse(_: GaussianEvent) -> None:
-        raise BudgetExceededError("the budget is spent")
-
-    with pytest.raises(BudgetExceededError):
-        train(model, make_examples(9), SETTINGS, script, charge=refuse)
+    with only_shared_branch(model, global_weight=0.5) as cores:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        private = private_parameters(model)
+        private_steps(model, cores, make_examples(9), SETTINGS, private_parameters=private, randomness=script)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert script.log == []
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_wrong_model_is_refused_before_it_is_charged() -> None:
+def test_a_wrong_model_is_refused_before_its_steps_can_be_charged() -> None:
     model = make_model()
-    charged: list[GaussianEvent] = []
-    with pytest.raises(PrivacyError):
-        train(
-            model,
-            make_examples(9),
-            charge=charged.append,
-            active={"local", "personal"},
-            private=private_parameters(model),
-        )
-    assert charged == []
+    with only_shared_branch(model) as cores:
+        set_active_branches(model, {"local", "personal"}, layers="shared")
+        private = private_parameters(model)
+        with pytest.raises(PrivacyError):
+            private_steps(
+                model, cores, make_examples(9), SETTINGS, private_parameters=private, randomness=Script()
+            )
 
 
 def disturb_private_tensors(model: nn.Module) -> None:

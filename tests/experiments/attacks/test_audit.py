@@ -16,7 +16,7 @@ from fedmosaic.client.colora import CoLoraConfig, set_active_branches
 from fedmosaic.client.dp import training as dp_training
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.engine import clip_and_sum, example_gradient
-from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.experiments.attacks.audit import audit_result, one_run
 from fedmosaic.experiments.attacks.profile import audit_result as audit_profile
@@ -287,8 +287,8 @@ def test_the_product_refuses_to_train_with_the_personal_branch_in_the_forward_pa
         set_active_branches(model, {"local", "personal"}, layers="shared")
         private = private_parameters(model)
         with pytest.raises(PrivacyError, match="take part in the forward pass"):
-            train_private(
-                model, cores, text_examples(4), SETTINGS, charge=lambda _event: None,
+            private_steps(
+                model, cores, text_examples(4), SETTINGS,
                 private_parameters=private, randomness=SeededTestNoise(0),
             )  # fmt: skip
 
