@@ -63,7 +63,7 @@ def slow_disk(draw: random.Random) -> None:
 
 
 def clock_jump(draw: random.Random) -> None:
-    """The clock on the wall is set by a minute to a month; for gRPC it stays, whose core does not ask Python."""
+    """The clock on the wall is set by a minute to a month; not for gRPC, whose core does not ask Python."""
     clock, seconds = time.time, draw.choice((-1, 1)) * draw.choice((60, 3600, 30 * 86_400))
 
     def jumped() -> float:
