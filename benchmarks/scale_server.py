@@ -78,7 +78,7 @@ def sums_seconds(count: int, dimensions: int) -> float:
     """Processor seconds of `_SUMS` weighted sums of so many adapters, as the back end `mask` forms them."""
     random = np.random.default_rng(0)
     words = list(random.integers(-(1 << 31), 1 << 31, (count, dimensions), dtype=np.int32))
-    weights = random.integers(0, 1 << 12, (_SUMS, count))
+    weights = random.multinomial(1 << 12, np.full(count, 1 / count), _SUMS)
     product, sums = WordProduct(), list(np.empty((_SUMS, dimensions), dtype=np.uint32))
     return measure(lambda: product(weights, words, sums)).least
 
