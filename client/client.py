@@ -13,24 +13,23 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.group_session import GroupLearner, GroupSession
+from fedmosaic.client.group_session import GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.maker import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
 from fedmosaic.client.result.file import ResultFile
@@ -53,7 +52,7 @@ from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import PrivacyStatement, StatementInputs
@@ -70,12 +69,7 @@ NOTHING_RECEIVED = (
 
 
 class Participant:
-    """A member's session in a federation, and what its statement is made from.
-
-    Attributes:
-        session: to be run.
-        state: the member's directory.
-    """
+    """A member's `session` in a federation, and what its statement is made from."""
 
     def __init__(
         self,
@@ -88,18 +82,7 @@ class Participant:
         releases: Releases,
         progress: Progress,
     ) -> None:
-        """Put the session together; nothing is sent yet.
-
-        Args:
-            kit: identity and roster.
-            transport: way to the server.
-            learner: the model's side.
-            state: the member's directory.
-            ledger: of the member's data; the caller closes it.
-            plan: DP-SGD parameters.
-            releases: charged to the ledger.
-            progress: told of every stage.
-        """
+        """Put the session together; nothing is sent yet. The caller closes the ledger."""
         roster, client_id = kit.roster, kit.member_id()
         identity = Identity.of(kit)
         encrypted = roster.terms.adapter.encrypted
@@ -108,26 +91,13 @@ class Participant:
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
         ledger.tell(audited(state.audit, client_id, roster))
-        parts = (state, releases, protection, progress)
-        if roster.terms.adapter.in_group_sums:
-            self.session: Session = GroupSession(
-                kit, identity, transport, cast(GroupLearner, learner), *parts
-            )
-        else:
-            self.session = Session(kit, identity, transport, learner, *parts)
-        self._client_id, self._ledger, self._plan = client_id, ledger, plan
+        kind = GroupSession if roster.terms.adapter.in_group_sums else Session
+        self.session = kind(kit, identity, transport, learner, state, releases, protection, progress)
+        self._ledger, self._plan = ledger, plan
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
-        return statement_inputs(
-            self.session.roster,
-            self.state.record.run_id,
-            self._client_id,
-            self._ledger,
-            self._plan,
-            smallest_row=self.state.smallest_row(),
-            clipped_share=ClippingRecord(self.state.directory / CLIPPING).shares(),
-        )
+        return statement_inputs(self.session.roster, self.state, self._ledger, self._plan)
 
 
 @dataclass(frozen=True)
@@ -173,9 +143,7 @@ class Client:
         ledger: Path | str | None = None,
         connect: Connect = open_channel,
     ) -> None:
-        """Prepare; nothing is opened yet.
-
-        What is handed over passes the same checks as what is read from files.
+        """Prepare; nothing is opened yet. What is handed over passes the same checks as what is in files.
 
         Args:
             settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
@@ -197,7 +165,7 @@ class Client:
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)
-            settings = read_configuration(file, ClientSettings).resolved(file.parent)
+            settings = read_configuration(file, ClientSettings).located(file.parent)
         if (model is None) != (tokenizer is None):
             raise ConfigurationError("hand over model and tokenizer together, or name both in [model] path")
         if ledger is not None:
@@ -216,7 +184,9 @@ class Client:
         Raises:
             FedMosaicError: a check before the first round fails, or see `Session.run`.
         """
-        settings = self.settings
+        settings, seed = self.settings, self.settings.unsafe_test_noise_seed
+        if seed is not None:
+            log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
         kit = open_kit(settings.kit)
         state = ClientState(settings.state_dir, kit.roster.federation, kit.member_id())
         with ExitStack() as held:
@@ -237,13 +207,11 @@ class Client:
             if kit.roster.terms.adapter.private:
                 log.info("adapter: planned σ = %.3f, q = %.4f", plan.noise_multiplier, plan.sampling_rate)
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
-            channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
-            epoch = data_epoch(learner.example_ids)
-            unit, bound = kit.roster.terms.unit, kit.roster.terms.adapter_privacy.largest_delta
-            ledger = held.enter_context(
-                books.open(learner.example_count, epoch, target, channels, bound, unit)
-            )
-            releases = self._releases(kit, ledger, state, learner, plan, progress)
+            target = agreed_epsilon(settings, kit)
+            ledger = held.enter_context(books.open(kit.roster.terms, learner.example_ids, target))
+            randomness = SecureNoise() if seed is None else SeededTestNoise(seed)
+            probe = client_probe(settings, kit, learner.examples, randomness, progress.advance)
+            releases = Releases(ledger, kit.roster.terms, state, learner.example_ids, probe, randomness, plan)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
@@ -263,8 +231,7 @@ class Client:
         """Statements, the last message to the server, and what this client's own people learn."""
         learner, state, progress = checked.learner, member.state, checked.progress
         progress.stage(0, "writing the privacy statement")
-        most = checked.data.train.most_of_one_person
-        own = _conclude(checked.kit, member, learner, checked.transport, result, most)
+        own = _conclude(checked, member, result)
         traffic = checked.transport.traffic().as_dict()
         # The connection is closed first, so that no time which the server sees depends on what follows.
         checked.close()
@@ -285,43 +252,21 @@ class Client:
             tokenizer=tokenizer,
         )
 
-    def _releases(
-        self,
-        kit: Kit,
-        ledger: Ledger,
-        state: ClientState,
-        learner: ModelLearner,
-        plan: AdapterPlan,
-        progress: Progress,
-    ) -> Releases:
-        seed = self.settings.unsafe_test_noise_seed
-        if seed is not None:
-            log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
-        randomness = SecureNoise() if seed is None else SeededTestNoise(seed)
-        probe = client_probe(self.settings, kit, learner.examples, randomness, progress.advance)
-        return Releases(ledger, kit.roster.terms, state, learner.example_ids, probe, randomness, plan)
 
-
-def _conclude(
-    kit: Kit,
-    member: Participant,
-    learner: ModelLearner,
-    transport: Transport,
-    result: ResultFile,
-    most: int,
-) -> PrivacyStatement:
+def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> PrivacyStatement:
     """Write the own statement, hand the shareable one over, and say what came of the run."""
-    facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
+    terms, transport = checked.kit.roster.terms, checked.transport
+    facts, state, most = member.statement_inputs(), member.state, checked.data.train.most_of_one_person
     received, rounds = state.record.received_rounds, terms.schedule.rounds
     result.put("received_rounds", received)
-    result.put("certificate_expires", kit.expires.isoformat())
+    result.put("certificate_expires", checked.kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
     if most > 1 and terms.unit == "example":
         own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
-    told = shareable(for_handing_over(facts, terms, learner.example_count))
+    told = shareable(for_handing_over(facts, terms, checked.learner.example_count))
     write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
     result.put("traffic", transport.traffic().as_dict())

@@ -11,13 +11,14 @@ The first round has no sum: its profiles decide who adds up with whom.
 """
 
 import logging
-from collections.abc import Mapping
-from typing import Final, Protocol
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Final, Protocol, cast
 
 import numpy as np
 
 from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.group_sum import take_part
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
@@ -31,6 +32,7 @@ from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
+from fedmosaic.privacy.secureaggregation.messages import Opening
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
 from fedmosaic.protos.errors import EncryptionError, StateError
 from fedmosaic.protos.messages import Enrolled, KeyMessage
@@ -41,6 +43,36 @@ log = logging.getLogger(__name__)
 _PERSONAL: Final = "personal-trained"
 """Empty file of a state directory whose newest adapter has the personal branch of the run's end."""
 _SECONDS_PER_READ: Final = 60.0
+_SECONDS_PER_CALL: Final = 30.0
+
+
+def take_part(
+    member: SumMember,
+    answered: Callable[[str, bytes], Mapping[str, bytes]],
+    draw: Callable[[], np.ndarray | None],
+) -> None:
+    """Bring a vector into the group's sum; see `fedmosaic.privacy.secureaggregation.member`.
+
+    Args:
+        member: fresh, of this round's terms.
+        answered: sends this member's message of a step and gives what the step brought, once it is over.
+        draw: gives (D,) this round's share, charged and booked, or None to leave the sum; called once, when
+            enough others have proved to take part, so that a sum that never begins costs nothing.
+
+    Raises:
+        EncryptionError: somebody else's message is not acceptable, or a step took too long.
+        Refusal: the server forms no sum of this group, or goes on without this member.
+    """
+    openings = answered("sum-open", member.open().encoded())
+    sealed = member.share({name: Opening.decoded(data) for name, data in openings.items()})
+    envelopes = answered("sum-share", b"".join(sealed[name] for name in sorted(sealed)))
+    member.accept(envelopes)
+    vector = draw()
+    if vector is None:
+        return
+    survivors = answered("sum-vector", member.mask(vector))
+    signatures = answered("sum-agree", member.agree(tuple(survivors)))
+    answered("sum-unmask", member.unmask(signatures).encoded())
 
 
 class GroupLearner(Learner, Protocol):
@@ -64,16 +96,15 @@ class GroupSession(Session):
         kit: Kit,
         identity: Identity,
         transport: Transport,
-        learner: GroupLearner,
+        learner: Learner,
         state: ClientState,
         releases: Releases,
         protection: Protection,
         progress: Progress,
     ) -> None:
         super().__init__(kit, identity, transport, learner, state, releases, protection, progress)
-        self._group_learner = learner
+        self._group_learner = cast(GroupLearner, learner)
         self._terms = kit.roster.terms
-        self._partition: Partition | None = None
         self._chain = NO_ROUND
         self._gradients: list[FloatArray | None] = []
         self._start = learner.sections()["shared"].astype(np.float64)
@@ -114,7 +145,7 @@ class GroupSession(Session):
     def _receive_sums(self, round_number: int) -> None:
         """Take the public steps of all rounds before this one."""
         self._progress.stage(round_number, "receiving the sums")
-        partition = self._groups()
+        partition = self._groups
         mixing = partition.mixing[self._identity.client_id]
         for number in range(2 + len(self._gradients), round_number):
             # Whether others were told the same shows in the next sum, which every member signs with them.
@@ -130,17 +161,17 @@ class GroupSession(Session):
         received = round_number > 2 and self._gradients[-1] is not None
         self._state.note_received(round_number, received=received)
 
+    @cached_property
     def _groups(self) -> Partition:
-        if self._partition is None:
-            partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
-            partition.check(
-                self._identity.client_id,
-                [member.id for member in self.roster.members],
-                self._terms.group_sums.minimum_contributors,
-                self._terms.group_sums.groups,
-            )
-            self._partition = partition
-        return self._partition
+        """Who adds up with whom in all rounds, checked against the terms."""
+        partition, sums = Partition.decoded(self._read(1, "sum-partition").get("server", b"")), self._terms
+        partition.check(
+            self._identity.client_id,
+            [member.id for member in self.roster.members],
+            sums.group_sums.minimum_contributors,
+            sums.group_sums.groups,
+        )
+        return partition
 
     def _sums_of(self, totals: RoundTotals, partition: Partition) -> list[GroupSum | None]:
         sums: list[GroupSum | None] = []
@@ -149,17 +180,11 @@ class GroupSession(Session):
             if not names:
                 sums.append(None)
                 continue
-            grid = group_grid(terms, len(group))
+            grid, privacy = group_grid(terms, len(group)), terms.adapter_privacy
             words = unpack(packed, terms.adapter.shared_dimensions, grid.bits)
-            vector = from_words(words, grid.bits).astype(np.float64) * (
-                terms.adapter_privacy.clipping_norm / grid.steps
-            )
-            sums.append(
-                GroupSum(
-                    np.asarray(vector, dtype=np.float64),
-                    float(len(names) * terms.adapter_privacy.expected_batch_size),
-                )
-            )
+            units = from_words(words, grid.bits).astype(np.float64)
+            divisor = float(len(names) * privacy.expected_batch_size)
+            sums.append(GroupSum(units * (privacy.clipping_norm / grid.steps), divisor))
         return sums
 
     def _share(self, run_id: str, round_number: int) -> None:
@@ -167,7 +192,7 @@ class GroupSession(Session):
         if self._releases.adapter_begun(round_number):
             log.warning("round %d: begun before the restart; its sum is formed without us", round_number)
             return
-        partition = self._groups()
+        partition = self._groups
         index = partition.group_of(self._identity.client_id)
         group = partition.groups[index]
 
@@ -182,30 +207,25 @@ class GroupSession(Session):
         try:
             take_part(
                 member,
-                _Relay(self._transport, round_number),
+                lambda step, payload: self._answered(round_number, step, payload),
                 lambda: self._group_learner.group_share(round_number, len(group), self._releases),
-                patience_seconds=terms.schedule.round_deadline_seconds,
             )
         except (Refusal, EncryptionError) as error:
             # What was charged is lost. What is told the server is what it knows: that no answer came.
             log.warning("round %d: no sum with us in it: %s", round_number, error)
+
+    def _answered(self, number: int, step: str, payload: bytes) -> Mapping[str, bytes]:
+        """Send this member's message of a step, and wait for what the step brought."""
+        self._transport.post_key_message(KeyMessage(number, step, "", payload))
+        patience = self._terms.schedule.round_deadline_seconds
+        deadline = time.monotonic() + patience
+        while (left := deadline - time.monotonic()) > 0:
+            if found := self._transport.read_key_messages(number, step, 1, min(_SECONDS_PER_CALL, left)):
+                return found
+        raise EncryptionError(f"step {step!r} was not over within {patience:.0f} s")
 
     def _read(self, number: int, stage: str) -> Mapping[str, bytes]:
         found = self._transport.read_key_messages(number, stage, 1, _SECONDS_PER_READ)
         if not found:
             raise StateError(f"the server has no {stage} of round {number}; its operator can tell why")
         return found
-
-
-class _Relay:
-    """The relay of one round's messages, as `take_part` asks for it."""
-
-    def __init__(self, transport: Transport, round_number: int) -> None:
-        self._transport = transport
-        self._round = round_number
-
-    def post(self, step: str, payload: bytes) -> None:
-        self._transport.post_key_message(KeyMessage(self._round, step, "", payload))
-
-    def read(self, step: str, timeout_seconds: float) -> Mapping[str, bytes]:
-        return self._transport.read_key_messages(self._round, step, 1, timeout_seconds)

@@ -42,17 +42,19 @@ _UNCONFIRMED = "epoch-unconfirmed.json"
 
 @dataclass(frozen=True)
 class _Agreed:
-    """A group key with what limits its use.
-
-    Attributes:
-        key: the key.
-        first_round: round that was open when it was agreed on.
-        roster_hash: 32 bytes, of the roster it was agreed on under.
-    """
+    """A group key with what limits its use: the round and the roster (its hash) that it was agreed on in."""
 
     key: GroupKey
     first_round: int
     roster_hash: bytes
+
+    def content(self) -> dict[str, object]:
+        """As it is stored."""
+        return {
+            "first_round": self.first_round,
+            "roster_hash": self.roster_hash.hex(),
+            "key": self.key.dump().decode(),
+        }
 
 
 class Keyring:
@@ -65,15 +67,10 @@ class Keyring:
     """
 
     def __init__(
-        self,
-        client_id: str,
-        signing_key: Ed25519PrivateKey,
-        roster: Roster,
-        transport: Transport,
-        directory: Path,
+        self, client_id: str, key: Ed25519PrivateKey, roster: Roster, transport: Transport, directory: Path
     ) -> None:
         self._client_id = client_id
-        self._signing_key = signing_key
+        self._signing_key = key
         self._roster = roster
         self._transport = transport
         self._directory = directory
@@ -98,8 +95,7 @@ class Keyring:
             KeyAgreementError: there is no such key here.
         """
         agreed = self._agreed(epoch)
-        reason = self._expired(agreed, round_number)
-        if reason is not None:
+        if (reason := self._expired(agreed, round_number)) is not None:
             raise KeyExpiredError(
                 f"key epoch {epoch} must not encrypt round {round_number}: {reason}; the server has to begin "
                 f"a new key epoch (rotate_key_every is {self._roster.terms.schedule.rotate_key_every})"
@@ -131,12 +127,8 @@ class Keyring:
             return f"it was agreed on for round {agreed.first_round} and later"
         # Members that missed the agreement are no reason: an epoch without them is lawful.
         taking_part = set(agreed.key.members) & set(self._roster.identity_keys())
-        reason = rotation_reason(
-            agreed.key.members,
-            taking_part,
-            round_number - agreed.first_round,
-            self._roster.terms.schedule.rotate_key_every,
-        )
+        served, term = round_number - agreed.first_round, self._roster.terms.schedule.rotate_key_every
+        reason = rotation_reason(agreed.key.members, taking_part, served, term)
         if reason is None and agreed.roster_hash != self._roster.hash:
             return "it was agreed on under another roster"
         return reason
@@ -184,7 +176,9 @@ class Keyring:
             raise KeyAgreementError(
                 f"the server left this client out of key epoch {epoch}: {sorted(members)}"
             )
-        self._note_change(epoch, members)
+        if absent := sorted(set(self._roster.identity_keys()) - set(members)):
+            # A server can leave members out, but not without every other member's log saying so.
+            log.warning("key epoch %d has no %s, who are on the roster", epoch, ", ".join(absent))
         try:
             key, confirmation = self._run(epoch, members)
         except Refusal as refusal:
@@ -195,7 +189,7 @@ class Keyring:
                 f"{self._directory.parent} {OLDER_COPY}"
             ) from None
         agreed = _Agreed(key, round_number, self._roster.hash)
-        content = {**_content(agreed), "confirmation": confirmation.hex()}
+        content = agreed.content() | {"confirmation": confirmation.hex()}
         write_atomically(self._directory / _UNCONFIRMED, json.dumps(content).encode())
         return agreed, confirmation
 
@@ -212,12 +206,9 @@ class Keyring:
     def _run(self, epoch: int, members: Collection[str]) -> tuple[GroupKey, bytes]:
         parameters = self._roster.terms.encryption
         agreement = KeyAgreement(
-            self._signing_key,
-            self._client_id,
-            self._plan(epoch, members),
-            lambda: generate_group_secret(parameters),
-            group_secret_bytes(parameters),
-        )
+            self._signing_key, self._client_id, self._plan(epoch, members),
+            lambda: generate_group_secret(parameters), group_secret_bytes(parameters),
+        )  # fmt: skip
         self._post(epoch, "opening", "", agreement.opening())
         boxes = agreement.accept_openings(self._all(epoch, "opening", members))
         if boxes is not None:
@@ -236,8 +227,7 @@ class Keyring:
         key = agreed.key
         self._post(key.epoch, "confirmation", "", confirmation)
         received = self._all(key.epoch, "confirmation", key.members)
-        missing = sorted(set(key.members) - set(received))
-        if missing:
+        if missing := sorted(set(key.members) - set(received)):
             raise KeyAgreementError(f"confirmations of members are missing: {', '.join(missing)}")
         try:
             check_confirmations(self._plan(key.epoch, key.members), key, received)
@@ -279,46 +269,32 @@ class Keyring:
         deadline = time.monotonic() + seconds
         while True:
             left = deadline - time.monotonic()
-            messages = self._transport.read_key_messages(
-                epoch, stage, expected, max(0.1, min(_POLL_SECONDS, left))
-            )
+            wait = max(0.1, min(_POLL_SECONDS, left))
+            messages = self._transport.read_key_messages(epoch, stage, expected, wait)
             if enough(messages) or left <= 0:
                 return messages
 
     def _post(self, epoch: int, stage: str, recipient: str, payload: bytes) -> None:
         self._transport.post_key_message(KeyMessage(epoch, stage, recipient, payload))
 
-    def _note_change(self, epoch: int, members: Collection[str]) -> None:
-        """A server can leave members out, but not without every other member's log saying so."""
-        missing = sorted(set(self._roster.identity_keys()) - set(members))
-        if missing:
-            log.warning("key epoch %d has no %s, who are on the roster", epoch, ", ".join(missing))
-
     def _path(self, epoch: int) -> Path:
         return self._directory / f"epoch-{epoch:010d}.json"
 
     def _store(self, agreed: _Agreed) -> None:
         key = agreed.key
-        write_atomically(self._path(key.epoch), json.dumps(_content(agreed)).encode())
+        write_atomically(self._path(key.epoch), json.dumps(agreed.content()).encode())
         (self._directory / _UNCONFIRMED).unlink(missing_ok=True)
         self._keys[key.epoch] = agreed
         for path in sorted(self._directory.glob("epoch-*.json"))[:-_KEPT_EPOCHS]:
             path.unlink()
         for epoch in sorted(self._keys)[:-_KEPT_EPOCHS]:
             del self._keys[epoch]
-        log.info(
-            "key epoch %d: agreed with %s, fingerprint %s",
-            key.epoch,
-            ", ".join(m for m in key.members if m != self._client_id),
-            key.fingerprint.hex()[:16],
-        )
+        others, fingerprint = (m for m in key.members if m != self._client_id), key.fingerprint.hex()[:16]
+        log.info("key epoch %d: agreed with %s, fingerprint %s", key.epoch, ", ".join(others), fingerprint)
 
     def _agreed(self, epoch: int) -> _Agreed:
-        if epoch not in self._keys:
-            self._keys[epoch] = self._load(epoch)
-        return self._keys[epoch]
-
-    def _load(self, epoch: int) -> _Agreed:
+        if epoch in self._keys:
+            return self._keys[epoch]
         path = self._path(epoch)
         try:
             agreed, _ = self._read_key(path)
@@ -328,6 +304,7 @@ class Keyring:
             ) from None
         if agreed.key.epoch != epoch:
             raise KeyAgreementError(f"{path} holds the key of epoch {agreed.key.epoch}")
+        self._keys[epoch] = agreed
         return agreed
 
     def _read_key(self, path: Path) -> tuple[_Agreed, dict[str, Any]]:
@@ -343,11 +320,3 @@ class Keyring:
         if key.federation != self._roster.federation:
             raise KeyAgreementError(f"{path} holds a key of federation {key.federation!r}")
         return agreed, stored
-
-
-def _content(agreed: _Agreed) -> dict[str, object]:
-    return {
-        "first_round": agreed.first_round,
-        "roster_hash": agreed.roster_hash.hex(),
-        "key": agreed.key.dump().decode(),
-    }

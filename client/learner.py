@@ -13,16 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.colora import (
-    copy_branch,
-    read_family,
-    set_active_branches,
-    set_trainable,
-    write_family,
-)
+from fedmosaic.client.colora import copy_branch, read_family, set_active_branches, set_trainable, write_family
 from fedmosaic.client.colora.aligned import read_embedded, write_embedded
-from fedmosaic.client.data.records import unit_ids
-from fedmosaic.client.data.sets import ClientData, read_sets
+from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
@@ -62,15 +55,9 @@ class ModelLearner:
     ) -> None:
         """Load model and data and put a fresh adapter on.
 
-        Args:
-            settings: model, data and training of this client.
-            terms: what the members agreed on.
-            family: architecture name, as on the roster.
-            progress: told of every step.
-            loaded: an adapted model and its tokenizer, as `load_adapted` gives them, where several clients
-                of one process take turns on one model; loaded from the settings by default.
-            base: a base model and its tokenizer that were accepted, instead of what the settings name.
-            data: the examples, if they were read.
+        `loaded` is an adapted model, as `load_adapted` gives it, where several clients of one process take
+        turns on one; `base` an accepted base model instead of what the settings name; `data` the examples, if
+        they were read.
 
         Raises:
             ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
@@ -82,8 +69,8 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
+        # Told the loss of every step of a round. It is private: for the client's own people alone.
         self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
-        """Told the loss of every step of a round. It is private: for the client's own people alone."""
         self._data = data or read_sets(settings.data)
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter, base, self._data)
         self._train = self._data.train.examples
@@ -163,23 +150,14 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """Train one round; see `fedmosaic.client.membership.Learner.train`.
-
-        Raises:
-            TrainingError: training fails in round 1 of a run without DP, in which nothing was received yet.
-        """
+        """See `fedmosaic.client.membership.Learner.train`; TrainingError in round 1 without DP alone."""
         private = self._terms.adapter.private
         if private:
             self._blend_received()
             private_round.train_shared(
-                self._model,
-                self._encoded,
-                self._terms.adapter_privacy,
-                self._settings.training,
-                releases=releases,
-                round_number=round_number,
-                progress=self._progress,
-            )
+                self._model, self._encoded, self._terms.adapter_privacy, self._settings.training,
+                releases=releases, round_number=round_number, progress=self._progress,
+            )  # fmt: skip
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
         may_fail = round_number == 1 and not private
@@ -202,15 +180,9 @@ class ModelLearner:
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
         """See `fedmosaic.client.dp.round.group_share`."""
         return private_round.group_share(
-            self._model,
-            self._encoded,
-            self._terms,
-            self._settings.training,
-            members=members,
-            releases=releases,
-            round_number=round_number,
-            progress=self._progress,
-        )
+            self._model, self._encoded, self._terms, self._settings.training, members=members,
+            releases=releases, round_number=round_number, progress=self._progress,
+        )  # fmt: skip
 
     def train_personal(self, round_number: int) -> None:
         """Train what never leaves, on top of the shared branch."""
@@ -237,13 +209,10 @@ class ModelLearner:
 
         while done < steps:
             try:
+                left = self._settings.training.model_copy(update={"steps": steps - done})
+                pad = padding_token(self._tokenizer)
                 report = train_local(
-                    self._model,
-                    examples,
-                    self._settings.training.model_copy(update={"steps": steps - done}),
-                    pad_token_id=padding_token(self._tokenizer),
-                    sampler=order,
-                    progress=advance,
+                    self._model, examples, left, pad_token_id=pad, sampler=order, progress=advance
                 )
                 # For this client's own people alone: a loss is a function of private examples.
                 log.info(
@@ -280,9 +249,8 @@ class ModelLearner:
     def evaluate(self) -> dict[str, Score]:
         """Score the client's own test set ("self") and the others', by name. Stays local."""
         scores: dict[str, Score] = {}
-        sets = self._data.tests
-        self._progress.stage(0, "scoring", len(sets))
-        for done, (name, found) in enumerate(sets.items(), start=1):
+        self._progress.stage(0, "scoring", len(self._data.tests))
+        for done, (name, found) in enumerate(self._data.tests.items(), start=1):
             scores[name] = self._score(name, found.examples)
             self._progress.advance(done)
         return scores
@@ -304,9 +272,6 @@ class ModelLearner:
         when the last upload and the statement have been sent, its tensors are dropped here, and its score
         stays in the state directory, for the client's own people. Whoever hands that score on releases it.
 
-        Args:
-            rounds: of the federation; each trains for as many steps as a round.
-
         Returns:
             The score; None if there are no own test rows, or training fails.
         """
@@ -316,10 +281,8 @@ class ModelLearner:
         federated, sampler, received = self._adapter_tensors(), self._sampler, self._received
         try:
             set_peft_model_state_dict(self._model, self._fresh, adapter_name=_ADAPTER)
-            self._sampler, self._received = (
-                EpochSampler(len(self._encoded), self._settings.training.seed),
-                set(),
-            )
+            self._sampler = EpochSampler(len(self._encoded), self._settings.training.seed)
+            self._received = set()
             for number in range(1, rounds + 1):
                 for section in self.sections():
                     self.keep_own(section)
@@ -337,12 +300,7 @@ class ModelLearner:
         return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}
 
     def check_tests(self) -> None:
-        """Refuse test sets that could not be scored after the last round.
-
-        Raises:
-            ModelError: a text has a token that the model does not embed, or the model cannot write answers.
-            ConfigurationError: an answer is too long for the model's positions.
-        """
+        """Refuse test sets that could not be scored after the last round; see `check_scorable`."""
         length = self._settings.training.max_length
         for name, found in self._data.tests.items():
             check_scorable(self._model, self._tokenizer, found.examples, length, f"test set {name!r}")
@@ -363,8 +321,6 @@ class ModelLearner:
         """Read what `save` wrote; StateError if it is missing or damaged."""
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
-            order = directory / SAMPLER
-            sampler = parse_json(order.read_bytes()) if order.exists() else None
             report: Any = set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
             if report.unexpected_keys:
                 raise ValueError(f"it is of another shape ({report.unexpected_keys[0]})")
@@ -374,12 +330,13 @@ class ModelLearner:
                 "from a backup, or delete it: the client then goes on with a fresh adapter, and what the "
                 "ledger has spent stays spent"
             ) from None
-        if sampler is None:
+        order = directory / SAMPLER
+        if not order.exists():
             log.warning("%s is not there; the order of the examples starts over", order)
             return
         try:
-            self._sampler.load_state_dict(sampler)
-        except StateError as error:
+            self._sampler.load_state_dict(parse_json(order.read_bytes()))
+        except (OSError, ValueError, StateError) as error:
             raise StateError(f"{order}: {error}; delete that file, and the order starts over") from None
 
 

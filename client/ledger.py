@@ -8,8 +8,7 @@
         profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
     STATE/ledger.json              which ledger a state directory charges, and its last row as seen there
 
-Every run on the data opens the same ledger, also two at once. A ledger in a state directory, where versions
-before kept it, is moved beside the data.
+Every run on the data opens the same ledger, also two at once.
 """
 
 import json
@@ -27,11 +26,12 @@ from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
-from fedmosaic.privacy.ledger.rules import keeper
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
+from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
 from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
@@ -54,7 +54,6 @@ class ServerAnchor:
 
     The server hands back what it has kept, and the client looks for it in its own ledger: a client is honest
     about its budget, but may have lost some of it. A server that lies can only make a client refuse.
-
     """
 
     def __init__(self, ledger: Ledger, record: SessionRecord) -> None:
@@ -99,11 +98,8 @@ def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow
 class DataLedger:
     """The one ledger of a data set, as one client of one federation sees it.
 
-    Attributes:
-        place: its directory.
-        named: whether the configuration names it (`data.ledger`).
-        state: the client's state directory.
-        record: which federation and client, and how far they got.
+    `place` is its directory, `named` tells whether `data.ledger` names it; `state` and `record` are the
+    client's.
     """
 
     place: Path
@@ -115,47 +111,38 @@ class DataLedger:
     def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
         """The ledger beside the data, or where the configuration says.
 
-        Raises:
-            ConfigurationError: it says nothing, and nothing here is beside the data.
+        ConfigurationError if nothing here is beside the data; LedgerError if one in the state directory has
+        to be moved first.
         """
         train, named = settings.train, settings.ledger
         if named is not None:
-            return cls(named.resolve(), True, state, record)
-        if not isinstance(train, Path):
+            place = named.resolve()
+        elif not isinstance(train, Path):
             raise ConfigurationError(NO_LEDGER.format("of a hub" if train else "handed over in Python"))
-        data = train.resolve()  # two links to one file are one data set
-        return cls(data.with_name(data.name + SUFFIX), False, state, record)
+        else:
+            data = train.resolve()  # two links to one file are one data set
+            place = data.with_name(data.name + SUFFIX)
+        earlier = state / LEDGER
+        begun = earlier.exists() or earlier.with_name(f"{LEDGER}.head").exists()
+        if begun and place != state.resolve() and read_ledger(earlier)[-1].kind != "MOVED":
+            raise LedgerError(
+                f"there is a privacy ledger in {state}, where an early version kept it; releases from the "
+                f"same data are charged to one: run `fedmosaic ledger move {state} {place}`, which joins them"
+            )
+        return cls(place, named is not None, state, record)
 
-    def open(
-        self,
-        examples: int,
-        epoch: str,
-        target: float,
-        channels: Sequence[Channel],
-        largest_delta: float | None = None,
-        unit: Unit = "example",
-    ) -> Ledger:
-        """Open the ledger, or make the first one of data that nothing was released from.
+    def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
+        """Open the ledger of n units with a budget ε, or make the first of data with no release.
 
-        Args:
-            examples: n, the client's number of units.
-            epoch: hash of their ids.
-            target: ε, the budget of `channels`.
-            channels: see `open_ledger`.
-            largest_delta: of the terms.
-            unit: what the releases protect.
-
-        Raises:
-            LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
+        LedgerError if it cannot be used, is behind what this state has seen, or a fresh one would forget.
         """
-        self._adopt()
         path = self.place / LEDGER
         seen = self._seen()
         if not has_begun(path):
-            self._check_fresh(seen, epoch)
+            self._check_fresh(seen, data_epoch(unit_ids))
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta, unit)
+            ledger = open_ledger(path, self.record.client, terms, len(unit_ids), target)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -186,25 +173,6 @@ class DataLedger:
         remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
         return read_own(self.state / SEEN, read, remedy)
 
-    def _adopt(self) -> None:
-        """Move a ledger that stands in the state directory beside the data."""
-        path = self.state / LEDGER
-        if self.place == self.state.resolve() or not (
-            path.exists() or path.with_name(f"{LEDGER}.head").exists()
-        ):
-            return
-        rows = read_ledger(path)
-        if rows[-1].kind == "MOVED":
-            return
-        if (self.place / LEDGER).exists() and rows[-1].kind != "CLOSED":
-            raise LedgerError(
-                f"there is a privacy ledger in {self.state} and one in {self.place}; releases from the same "
-                f"data have to be charged to one. Join them with `fedmosaic ledger move {self.state} "
-                f"{self.place}`, or, if the second is of other data, name another directory in data.ledger"
-            )
-        move(self.state, self.place)
-        log.warning("the privacy ledger of %s now stands in %s, for every run", self.state, self.place)
-
     def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
         if seen is not None or self.record.run_id:
             where = f"the one in {seen[0]}" if seen is not None else f"that of {self.state}, which is gone"
@@ -226,29 +194,30 @@ class DataLedger:
                 )
 
 
-def open_ledger(
-    path: Path,
-    client: str,
-    examples: int,
-    target: float,
-    channels: Sequence[Channel],
-    largest_delta: float | None = None,
-    unit: Unit = "example",
-) -> Ledger:
-    """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
+def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
+    """Channels that a budget can bound: without DP on the adapter, its ε is ∞ whatever the budget."""
+    return ("profile", "adapter") if terms.adapter.private else ("profile",)
 
-    Raises:
-        LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
-    """
-    delta = ledger_delta(path, examples, largest_delta)
-    return Ledger.open(path, client, delta, target, budgeted_channels=channels, unit=unit)
+
+def ledger_parameters(path: Path, client: str, terms: Terms, units: int, target: float) -> LedgerParameters:
+    """What a client's ledger of n units is opened with: the δ of `ledger_delta`, and a budget ε."""
+    delta = ledger_delta(path, units, terms.adapter_privacy.largest_delta)
+    return LedgerParameters(
+        client, delta, target, budgeted_channels=budgeted_channels(terms), unit=terms.unit
+    )
+
+
+def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float) -> Ledger:
+    """Open a client's ledger, or begin one; LedgerError if it is damaged or of other `ledger_parameters`."""
+    wanted = ledger_parameters(path, client, terms, units, target)
+    channels, unit = wanted.budgeted_channels, wanted.unit
+    return Ledger.open(path, client, wanted.delta, target, budgeted_channels=channels, unit=unit)
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
     """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
 
-    Raises:
-        LedgerError: its δ is above 1/n or above the bound, or it is damaged.
+    LedgerError if its δ is above 1/n or above the bound, or it is damaged.
     """
     if not has_begun(path):
         return default_delta(examples, largest)

@@ -1,4 +1,4 @@
-"""A client's standing with the server: enrolment, and what it does when the server has lost something.
+"""A client's standing with the server: enrolment, sampling, the group key, and a server behind what it said.
 
 A server may be put back to an older copy of its state: it then asks for uploads again that it has
 acknowledged, keeps an older head of the privacy ledger, or knows a key epoch no more. None of that makes a
@@ -22,9 +22,10 @@ from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.protos.errors import PolicyError, StateError
+from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, PolicyError, StateError
 from fedmosaic.protos.messages import (
     PROTOCOL_VERSION,
+    Aggregate,
     Enrolled,
     Enrolment,
     Phase,
@@ -46,6 +47,7 @@ ROSTER_REASONS: Final = frozenset({"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CE
 """Reasons of refusals, in the middle of a run, that the newest roster may cure, here or at the server."""
 
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
+_SECONDS_BETWEEN_EPOCHS: Final = 2.0
 _SENT_AGAIN: Final = 3
 """How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
 
@@ -96,14 +98,7 @@ def ask_to_enrol(
 ) -> Enrolled:
     """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
 
-    Args:
-        transport: way to the server.
-        roster: this client's.
-        adapter_spec_hash: SHA-256 of the shared layout.
-        family: architecture name; empty if none.
-        check_only: leave the server as it is; a model need not be loaded yet.
-        ledger_head: anchor of this client's privacy ledger, for the server to keep; empty for none.
-        ledger_signature: this client's, over `fedmosaic.protos.signing.ledger_digest`.
+    The ledger's head, for the server to keep, is signed over `fedmosaic.protos.signing.ledger_digest`.
 
     Raises:
         RefusedError: the server refuses this client; the reason and the remedy are in the message.
@@ -133,11 +128,7 @@ def ask_to_enrol(
 
 
 class SealAnewError(Exception):
-    """The key epoch of an upload is over: its round is to be taken part in again, with the trained adapter.
-
-    Attributes:
-        round: of the upload.
-    """
+    """The key epoch of an upload is over: its round is taken part in again, with the trained adapter."""
 
     def __init__(self, upload: Upload) -> None:
         super().__init__(f"round {upload.round}")
@@ -145,11 +136,7 @@ class SealAnewError(Exception):
 
 
 class Membership:
-    """A member's standing with the server: enrolment, and the answers to one that is behind what it said.
-
-    Attributes:
-        roster: the newest that was taken up.
-    """
+    """A member's standing with the server; `roster` is the newest that was taken up."""
 
     def __init__(
         self,
@@ -162,7 +149,6 @@ class Membership:
         protection: Protection,
         progress: Progress,
     ) -> None:
-        """Put the parts of a client together; nothing is sent yet."""
         self._kit = kit.directory
         self._identity = identity
         self.roster = kit.roster
@@ -197,9 +183,8 @@ class Membership:
     def _renewed(self, refusal: Refusal) -> Enrolled:
         """Wait until kit and server have the same roster again, take it up, and enrol under it.
 
-        Raises:
-            RefusedError: they had not, for as long as a round lasts.
-            IdentityError: the new roster cannot follow on the present one, or does not name this client.
+        RefusedError if they had not, for as long as a round lasts; IdentityError if the new roster cannot
+        follow on the present one, or does not name this client.
         """
         patience = self.roster.terms.schedule.round_deadline_seconds
         deadline = time.monotonic() + patience
@@ -221,22 +206,68 @@ class Membership:
                 if again.reason not in ROSTER_REASONS or time.monotonic() > deadline:
                     raise
 
+    def _drawn(self, number: int) -> frozenset[str]:
+        return self.roster.taking_part(self._state.record.run_id, number)
+
+    def _takes_part(self, number: int) -> bool:
+        """Whether this client takes part in a round; if others were drawn, it waits for one of its own."""
+        drawn = self._identity.client_id in self._drawn(number)
+        if not drawn and number <= self.roster.terms.schedule.rounds:
+            log.info("round %d: others were drawn to take part in it", number)
+            self._progress.stage(number, "waiting for a round that it takes part in")
+        return drawn
+
+    def _pull(self, round_number: int) -> Aggregate:
+        aggregate = self._transport.pull(round_number, self._waiting)
+        if aggregate.round < round_number:
+            raise StateError(
+                f"the server opened round {aggregate.round} where round {round_number} was due: a round "
+                "that is over is never encrypted again; restore the server's state, or begin a new run"
+            )
+        self._state.see(aggregate.round, aggregate.head)
+        return aggregate
+
+    def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
+        """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
+
+        KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
+        """
+        patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
+        told = ""
+        while aggregate.round <= rounds:
+            epoch = aggregate.upload_key_epoch
+            try:
+                self._progress.stage(aggregate.round, "agreeing on the group key")
+                members = self._protection.ready(epoch, aggregate.round)
+                if members and epoch != self._noted_key_epoch:
+                    self._state.audit.add("key-epoch", epoch=epoch, members=members)
+                    self._noted_key_epoch = epoch
+                return aggregate
+            except (KeyAgreementError, Refusal) as error:
+                if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
+                    raise
+                if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
+                    raise
+                if str(error) != told:
+                    log.warning("key epoch %d: %s", epoch, error)
+                told = str(error)
+            time.sleep(_SECONDS_BETWEEN_EPOCHS)
+            aggregate = self._pull(aggregate.round)
+        return aggregate
+
     def _as_ours(self, run_id: str, upload: Upload) -> Upload:
         """A stored upload; the same bytes signed again if our identity key has changed since."""
-        again = self._protection.claim_anew(run_id, upload, upload.ledger)
+        again = self._protection.signed(run_id, upload, upload.ledger)
         if again.signature != upload.signature:  # Ed25519 signs alike every time
-            log.warning(
-                "round %d: the stored upload is signed again, with the new identity key", upload.round
-            )
+            log.warning("round %d: the stored upload is signed again, with the new key", upload.round)
             write_upload(self._state.upload_path(upload.round), again)
         return again
 
     def _waiting(self, status: RoundStatus) -> None:
         """Told now and then what the server waits for: sees whether it is still the server we know.
 
-        Raises:
-            StateError: it is an older copy, or one with another past.
-            SealAnewError: it has lost an upload, and the key epoch of its bytes as well.
+        StateError if it is an older copy, or one with another past; SealAnewError if it has lost an upload,
+        and the key epoch of its bytes as well.
         """
         self._progress.waiting(status)
         if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
@@ -272,10 +303,7 @@ class Membership:
                 raise self._retired(upload) from None
 
     def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
-        """What can still be done about an upload that was refused.
-
-        Returns:
-            The upload as it was taken after all, and the receipt.
+        """What can still be done about an upload that was refused: as it was taken, and the receipt.
 
         Raises:
             SealAnewError: its key epoch is over.
@@ -288,7 +316,7 @@ class Membership:
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.
             self._enrol()
             claim = self._releases.anchor.claim()
-            upload = self._protection.claim_anew(self._state.record.run_id, upload, claim)
+            upload = self._protection.signed(self._state.record.run_id, upload, claim)
             write_upload(self._state.upload_path(upload.round), upload)
             try:
                 return upload, self._transport.push(upload)

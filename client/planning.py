@@ -1,4 +1,4 @@
-"""What a client plans before its first round: the channels its budget bounds, and σ of DP-SGD."""
+"""What a client plans before its first round: σ of DP-SGD, and the integers of a group's sum."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,6 @@ from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.terms_checks import plan_inputs
-from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.mechanism.shares import ShareGrid, plan_grid
 from fedmosaic.protos.errors import AccountingError
 
@@ -15,18 +14,12 @@ from fedmosaic.protos.errors import AccountingError
 class AdapterPlan:
     """DP-SGD parameters of this client, planned once for the whole run.
 
-    Attributes:
-        noise_multiplier: σ, noise over clipping norm; 0 where the adapter is not trained privately.
-        sampling_rate: q, expected batch size over the number of examples.
+    σ is noise over clipping norm, 0 where the adapter is not trained privately; the sampling rate q is the
+    expected batch size over the number of examples.
     """
 
     noise_multiplier: float
     sampling_rate: float
-
-
-def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
-    """Channels that a budget can bound: without DP on the adapter, its ε is ∞ whatever the budget."""
-    return ("profile", "adapter") if terms.adapter.private else ("profile",)
 
 
 def sampling_rate(terms: Terms, examples: float) -> float:
@@ -35,16 +28,7 @@ def sampling_rate(terms: Terms, examples: float) -> float:
 
 
 def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
-    """Find σ for all rounds from the budget that the profile leaves.
-
-    Args:
-        terms: schedule, batch size, profile mechanism.
-        examples: number n of the client's examples.
-        delta: δ of the budget.
-        target_epsilon: ε of the whole experiment, both channels together.
-
-    Returns:
-        The plan; with σ = 0 where the terms do not train the adapter privately.
+    """Find σ for all rounds of n examples, from the budget (ε, δ) that the profile leaves.
 
     Raises:
         AccountingError: the profile alone passes the target, no noise suffices, or the client has too few
@@ -52,13 +36,9 @@ def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: fl
     """
     if not terms.adapter.private:
         return AdapterPlan(0.0, sampling_rate(terms, examples))
-    if terms.adapter.in_group_sums:
-        return _plan_group_sums(terms, examples)
-    settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
-    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
-
-
-def _plan_group_sums(terms: Terms, examples: float) -> AdapterPlan:
+    if not terms.adapter.in_group_sums:
+        settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+        return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
     sums = terms.group_sums
     if sums.noise_multiplier is None:
         raise AccountingError(

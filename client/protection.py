@@ -1,6 +1,5 @@
 """What stands between a vector and the wire: clipping to the agreed range, encryption, signature."""
 
-import hashlib
 import logging
 import uuid
 from collections.abc import Mapping
@@ -8,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.encryption.cipher import ClientCipher
@@ -18,8 +16,7 @@ from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.protos.errors import IdentityError, WitnessError
+from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.messages import (
     SECTION_NAMES,
     AggregateSection,
@@ -30,19 +27,13 @@ from fedmosaic.protos.messages import (
     WeightRow,
 )
 from fedmosaic.protos.signing import sign_upload
-from fedmosaic.protos.witnessing import countersigned_digest
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who this client is.
-
-    Attributes:
-        client_id: as on the roster and in the TLS certificate.
-        signing_key: Ed25519 identity key that the roster pins.
-    """
+    """Who this client is: its id on the roster, and the Ed25519 identity key that the roster pins."""
 
     client_id: str
     signing_key: Ed25519PrivateKey
@@ -81,14 +72,14 @@ class Protection:
         if self._keyring is not None:
             self._keyring.renew(identity.signing_key, roster)
 
-    def ready(self, key_epoch: int, round_number: int) -> None:
-        """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors."""
-        if self._keyring is not None:
-            self._keyring.agree(key_epoch, round_number)
+    def ready(self, key_epoch: int, round_number: int) -> tuple[str, ...]:
+        """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors.
 
-    def members(self, key_epoch: int) -> tuple[str, ...]:
-        """Members of a key epoch that was agreed on; empty where nothing is encrypted."""
-        return () if self._keyring is None else tuple(sorted(self._keyring.key(key_epoch).members))
+        Returns the members of the epoch, sorted; none where nothing is encrypted.
+        """
+        if self._keyring is None:
+            return ()
+        return tuple(sorted(self._keyring.agree(key_epoch, round_number).members))
 
     def retire(self, key_epoch: int) -> None:
         """Seal nothing more under an epoch that the server has replaced."""
@@ -100,62 +91,17 @@ class Protection:
         if self._keyring is not None:
             self._keyring.forget()
 
-    def check_witnessed(
-        self, run_id: str, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int
-    ) -> None:
-        """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
-
-        Raises:
-            WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
-        """
-        witness = self._roster.witness
-        if witness is None:
-            return
-        if not section.countersignature:
-            raise WitnessError(
-                f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
-                "shown it, or hides what it said"
-            )
-        digest = countersigned_digest(
-            federation=self._roster.federation,
-            run_id=run_id,
-            round_number=round_number,
-            key_epoch=key_epoch,
-            section=self._label(section.name),
-            recipient=self._identity.client_id,
-            row=row,
-            aggregate_sha256=hashlib.sha256(section.payload).digest(),
-            uploads_sha256=section.uploads_sha256,
-        )
-        try:
-            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(witness.identity_key))
-            key.verify(section.countersignature, digest)
-        except (InvalidSignature, ValueError):
-            raise WitnessError(
-                f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
-                f"by another key, or of another run, round than {round_number}, recipient, row or sum"
-            ) from None
-
     def open(
         self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int, size: int
     ) -> np.ndarray:
-        """Check and decrypt one section of an aggregate.
+        """Check and decrypt one section of an aggregate of the uploads of a key epoch and round.
 
-        Args:
-            section: as received.
-            row: its weight row.
-            key_epoch: epoch of the uploads.
-            round_number: round of the uploads.
-            size: length that the vector must have.
-
-        Returns:
-            (size,) float64. Under `ckks` it must stay in this process.
-
-        Raises:
-            PolicyError, CiphertextError, EncryptionError: see `ClientCipher.decrypt`.
+        Returns (size,) float64, which under `ckks` must stay in this process; errors as of
+        `ClientCipher.decrypt`.
         """
+        key = None if self._keyring is None else self._keyring.key(key_epoch)
         context = self._context(section.name, key_epoch, round_number, size)
-        return self._cipher.decrypt(section.payload, self._key(key_epoch), context, row)
+        return self._cipher.decrypt(section.payload, key, context, row)
 
     def seal(
         self,
@@ -166,83 +112,49 @@ class Protection:
         profile: Profile | None,
         ledger: LedgerHead | None = None,
     ) -> Upload:
-        """Encrypt and sign one upload. What is sealed once is stored and re-sent, never sealed again.
+        """Encrypt and sign one upload of finite vectors by section name, or of none to abstain.
 
-        Args:
-            run_id: the server's run.
-            round_number: the open round.
-            key_epoch: epoch of the group key.
-            vectors: section name → finite vector; empty to abstain.
-            profile: a new task profile or None.
-            ledger: head of the privacy ledger, for the server to keep.
-
-        Raises:
-            KeyExpiredError: the epoch is over by the roster's terms; nothing was encrypted.
+        What is sealed once is stored and re-sent, never sealed again. KeyExpiredError if the epoch is over by
+        the roster's terms; nothing was encrypted then.
         """
-        sections = []
-        key = None
+        key, nonce, sections, limit = None, bytes(NONCE_BYTES), [], self._roster.terms.encryption.clip
         if vectors and self._keyring is not None:
             key = self._keyring.encryption_key(key_epoch, round_number)
         for name in SECTION_NAMES:
-            if name in vectors:
-                vector = vectors[name]
-                self._warn_of_clipping(round_number, name, vector)
-                context = self._context(name, key_epoch, round_number, vector.size)
-                nonce = self._nonce(key_epoch, round_number, name)
-                payload = self._cipher.encrypt(vector, key, context, nonce)
-                sections.append(Section(name, payload))
-        attempt = uuid.uuid4().hex
-        return self._signed(run_id, round_number, key_epoch, tuple(sections), profile, ledger, attempt)
+            if name not in vectors:
+                continue
+            vector = vectors[name]
+            if outside := int(np.count_nonzero(np.abs(vector) > limit)):
+                log.warning(
+                    "round %d: %d of %d values of the %s section lie outside ±%g and are clipped",
+                    round_number, outside, vector.size, name, limit,
+                )  # fmt: skip
+            context = self._context(name, key_epoch, round_number, vector.size)
+            if self._keyring is not None:
+                # A crash between this and storing the upload costs a nonce; the content is sealed anew.
+                nonce = self._keyring.counter.take(key_epoch, round_number, name)
+            sections.append(Section(name, self._cipher.encrypt(vector, key, context, nonce)))
+        upload = Upload(round_number, uuid.uuid4().hex, key_epoch, tuple(sections), profile, b"")
+        return self.signed(run_id, upload, ledger)
 
-    def claim_anew(self, run_id: str, upload: Upload, ledger: LedgerHead | None) -> Upload:
-        """The same sealed bytes with another head of the privacy ledger; nothing is encrypted again."""
-        return self._signed(
-            run_id, upload.round, upload.key_epoch, upload.sections, upload.profile, ledger, upload.attempt_id
-        )
-
-    def _signed(
-        self,
-        run_id: str,
-        round_number: int,
-        key_epoch: int,
-        sections: tuple[Section, ...],
-        profile: Profile | None,
-        ledger: LedgerHead | None,
-        attempt_id: str,
-    ) -> Upload:
+    def signed(self, run_id: str, upload: Upload, ledger: LedgerHead | None) -> Upload:
+        """The sealed bytes of an upload, signed with a head of the privacy ledger; nothing is encrypted."""
         return sign_upload(
             self._identity.signing_key,
             federation=self._roster.federation,
             run_id=run_id,
-            round_number=round_number,
+            round_number=upload.round,
             client_id=self._identity.client_id,
-            key_epoch=key_epoch,
-            sections=sections,
-            profile=profile,
+            key_epoch=upload.key_epoch,
+            sections=upload.sections,
+            profile=upload.profile,
             ledger=ledger,
-            attempt_id=attempt_id,
+            attempt_id=upload.attempt_id,
         )
 
-    def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
-        return RoundContext(self._roster.federation, key_epoch, round_number, self._label(section), size)
-
-    def _label(self, section: str) -> str:
+    def label(self, section: str) -> str:
+        """What a section is called in a record and under a countersignature: a family's names the family."""
         return section if section == "shared" else f"family:{self._family}"
 
-    def _key(self, key_epoch: int) -> GroupKey | None:
-        return None if self._keyring is None else self._keyring.key(key_epoch)
-
-    def _nonce(self, key_epoch: int, round_number: int, section: str) -> bytes:
-        if self._keyring is None:
-            return bytes(NONCE_BYTES)
-        # A crash between this and storing the upload costs a nonce; the content is then sealed anew.
-        return self._keyring.counter.take(key_epoch, round_number, section)
-
-    def _warn_of_clipping(self, round_number: int, section: str, vector: np.ndarray) -> None:
-        limit = self._roster.terms.encryption.clip
-        outside = int(np.count_nonzero(np.abs(vector) > limit))
-        if outside:
-            log.warning(
-                "round %d: %d of %d values of the %s section lie outside ±%g and are clipped",
-                round_number, outside, vector.size, section, limit,
-            )  # fmt: skip
+    def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
+        return RoundContext(self._roster.federation, key_epoch, round_number, self.label(section), size)

@@ -34,18 +34,9 @@ CLIPPING: Final = "clipping.json"
 _ONE_READER: Final = threading.Lock()
 _LENGTH: Final = struct.Struct("<Q")
 _ARRAY_ERRORS: Final = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+    OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError, SyntaxError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 """Everything that NumPy says of a file that is no array, or no archive of arrays."""
 _LOST_PROFILE: Final = (
     "A fresh draw would cost its ε again: put the file back from a backup of the ledger, or change "
@@ -82,10 +73,10 @@ def read_upload(path: Path) -> Upload | None:
         raise StateError(
             f"{path} is damaged ({error}); delete it: the round is then sealed again from the trained adapter"
         ) from None
-    signature, profile = header.signature, header.profile
     return Upload(
-        header.round, header.attempt_id, header.key_epoch, tuple(sections), profile, signature, header.ledger
-    )
+        header.round, header.attempt_id, header.key_epoch, tuple(sections), header.profile, header.signature,
+        header.ledger,
+    )  # fmt: skip
 
 
 def digest_of(vector: np.ndarray) -> str:
@@ -98,23 +89,18 @@ def profile_path(directory: Path, epoch: str, mechanism: ProfileMechanism) -> Pa
     return directory / f"profile-{epoch[:16]}-{mechanism.sha256[:16]}.npy"
 
 
-def write_profile(path: Path, vector: Float32Array) -> None:
-    """Store a noised profile durably."""
+def write_profile(path: Path, vector: Float32Array) -> str:
+    """Store a noised profile durably; returns its `digest_of`."""
     buffer = io.BytesIO()
     np.save(buffer, vector)
     write_atomically(path, buffer.getvalue())
+    return digest_of(vector)
 
 
 def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Float32Array:
-    """A stored profile of some length.
+    """A stored profile of some length, with the digest that the ledger has of it, if it has one.
 
-    Args:
-        path: of the file.
-        dimensions: length that it must have.
-        digest: what the ledger has of it; None where it has nothing yet.
-
-    Raises:
-        StateError: it cannot be read, or is not the one that was released.
+    StateError if it cannot be read, or is not the one that was released.
     """
     try:
         with path.open("rb") as file, _ONE_READER:

@@ -22,7 +22,7 @@ from fedmosaic.client.records import (
     read_profile,
     write_average,
     write_profile,
-)
+)  # fmt: skip
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
@@ -68,17 +68,9 @@ class Releases:
     ) -> None:
         """Begin, or go on with what the ledger and the state directory hold.
 
-        Args:
-            ledger: the client's own.
-            terms: the roster's.
-            state: the client's directory.
-            example_ids: n ids of this data epoch.
-            profile_sum: the private sum that the task profile is released from.
-            randomness: noise and Poisson samples.
-            adapter_plan: DP-SGD parameters.
-            disjoint_epochs: compose this data epoch in parallel with others that share no example with it,
-                which the ledger proves or refuses. Right only where the epoch of an example does not depend
-                on other examples, as with examples that arrive over time.
+        `disjoint_epochs` composes this data epoch in parallel with others that share no example with it,
+        which the ledger proves or refuses. Right only where the epoch of an example does not depend on other
+        examples, as with examples that arrive over time.
         """
         self.receive_only = False
         self.clipping = ClippingRecord(state.directory / CLIPPING)
@@ -92,10 +84,6 @@ class Releases:
         self._evidence = example_ids if disjoint_epochs else None
         self._profile_sum = profile_sum
         self._plan = adapter_plan
-        self._group: dict[str, object] = {}
-        if terms.adapter.in_group_sums:
-            sums = terms.group_sums
-            self._group = {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}
         self._sent = state.directory / "profile-sent"
         self._average = state.directory / "profile-average.npz"
 
@@ -159,24 +147,20 @@ class Releases:
         """
         if self.receive_only:
             return None
-        privacy = self._terms.adapter_privacy
+        terms, privacy = self._terms, self._terms.adapter_privacy
+        mechanism: dict[str, object]
+        mechanism = {"name": "DP-SGD on P and Q", "expected_batch_size": privacy.expected_batch_size}
+        if terms.adapter.in_group_sums:
+            sums = terms.group_sums
+            mechanism |= {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}
         try:
             return self._release(
-                "adapter",
-                round_number,
-                event,
-                total,
-                noise,
-                store,
-                mechanism={
-                    "name": "DP-SGD on P and Q",
-                    "expected_batch_size": privacy.expected_batch_size,
-                    **self._group,
-                },
+                "adapter", round_number, event, total, noise, store,
+                mechanism=mechanism,
                 clipping_norm=privacy.clipping_norm,
-                dimensions=self._terms.adapter.shared_dimensions,
+                dimensions=terms.adapter.shared_dimensions,
                 context=self._state.record.run_id,
-            )
+            )  # fmt: skip
         except BudgetExceededError as error:
             self.receive_only = True
             log.warning("round %d: %s; going on in receive-only mode", round_number, error)
@@ -184,43 +168,34 @@ class Releases:
 
     def adapter_begun(self, round_number: int) -> bool:
         """Whether this round's release was charged, or refused, before: no other follows it."""
-        ledger, epoch, run = self._ledger, self._data_epoch, self._state.record.run_id
-        return (
-            ledger.release_of("adapter", round_number, epoch, run) is not None
-            or ledger.pending("adapter", round_number, epoch, run) is not None
-            or ledger.refused("adapter", round_number, epoch, run)
-        )
+        ledger, key = self._ledger, self._key("adapter", round_number)
+        return bool(ledger.release_of(*key) or ledger.pending(*key) or ledger.refused(*key))
+
+    def _key(self, channel: Channel, round_number: int) -> tuple[Channel, int, str, str]:
+        """What the ledger knows a release of the adapter by. The rounds of a run are not those of another."""
+        return channel, round_number, self._data_epoch, self._state.record.run_id
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Book the adapter sections that are about to leave.
+        """Book the adapter sections that are about to leave, by name, and return what may leave.
 
-        Args:
-            round_number: round of the upload.
-            vectors: section name → vector.
-
-        Returns:
-            What may leave: nothing in receive-only mode, or where an earlier process was refused this round's
-            training and ended before it sent.
+        That is nothing in receive-only mode, or where an earlier process was refused this round's training
+        and ended before it sent.
         """
-        run = self._state.record.run_id
-        if self.receive_only or (
-            self._terms.adapter.private
-            and self._ledger.refused("adapter", round_number, self._data_epoch, run)
-        ):
+        private = self._terms.adapter.private
+        if self.receive_only or (private and self._ledger.refused(*self._key("adapter", round_number))):
             return {}
         for name, vector in vectors.items():
             self._book("family" if name == "family" else "adapter", round_number, digest_of(vector))
         return vectors
 
     def _book(self, channel: Channel, round_number: int, digest: str) -> None:
-        # Of one run: its rounds are not those of an earlier run.
-        run, ledger = self._state.record.run_id, self._ledger
-        done = ledger.release_of(channel, round_number, self._data_epoch, run)
+        ledger, key = self._ledger, self._key(channel, round_number)
+        done = ledger.release_of(*key)
         if done is not None:
             if done.reference is not None:
                 ledger.resent(done.reference, digest, round_number)
             return
-        pending = ledger.pending(channel, round_number, self._data_epoch, run)
+        pending = ledger.pending(*key)
         if pending is not None:
             ledger.released(pending.sequence, digest)
             return
@@ -236,7 +211,7 @@ class Releases:
             data_epoch=self._data_epoch,
             secure_noise=True,
             covered_by=coverage,
-            context=run,
+            context=self._state.record.run_id,
         )
         ledger.released(sequence, digest)
 
@@ -286,24 +261,16 @@ class Releases:
             self.clipping.add("profile", total.clipped, total.rows)
             return release(total, mechanism, self.randomness)
 
-        def store(profile: Float32Array) -> str:
-            write_profile(path, profile)
-            return digest_of(profile)
-
         event = GaussianEvent(mechanism.noise_multiplier, mechanism.sampling_rate, 1)
         return self._release(
-            "profile",
-            round_number,
-            event if event.is_private else UNPROTECTED,
-            self._profile_sum,
-            noise,
-            store,
+            "profile", round_number, event if event.is_private else UNPROTECTED,
+            self._profile_sum, noise, lambda profile: write_profile(path, profile),
             mechanism={"name": "task profile", "sha256": mechanism.sha256},
             clipping_norm=mechanism.clipping_norm,
             dimensions=mechanism.dimensions,
             covered_by="dp" if event.is_private else "nothing",
             context=mechanism.sha256,
-        )
+        )  # fmt: skip
 
     def profile_acknowledged(self) -> None:
         """The server has the profile; it is not sent again until the data changes."""

@@ -13,32 +13,18 @@ Everything that a crash could lose is on disk before the next step depends on it
 """
 
 import logging
-import time
-from typing import Final
 
 import numpy as np
 
-from fedmosaic.client.membership import KEY_REASONS, ROSTER_REASONS, Membership, SealAnewError
+from fedmosaic.client.membership import ROSTER_REASONS, Membership, SealAnewError
 from fedmosaic.client.records import read_upload, write_upload
+from fedmosaic.client.witness import check_countersigned
 from fedmosaic.privacy.policy import check_row
-from fedmosaic.protos.errors import (
-    EncryptionError,
-    KeyAgreementError,
-    KeyExpiredError,
-    PolicyError,
-    StateError,
-)
-from fedmosaic.protos.messages import (
-    Aggregate,
-    AggregateSection,
-    Enrolled,
-    ReceiptStatus,
-    Upload,
-)
+from fedmosaic.protos.errors import EncryptionError, PolicyError
+from fedmosaic.protos.messages import Aggregate, AggregateSection, Enrolled, ReceiptStatus, Upload
 from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
-_SECONDS_BETWEEN_EPOCHS: Final = 2.0
 
 
 class Session(Membership):
@@ -65,8 +51,7 @@ class Session(Membership):
         self._state.follow_roster(self.roster)
         enrolled = self._enrol()
         self._state.join_run(enrolled.run_id)
-        self._state.see(enrolled.round, enrolled.head)
-        round_number = self._resume(enrolled.round)
+        round_number = self._resume(enrolled)
         while round_number <= enrolled.rounds:
             try:
                 round_number = self._take_part(enrolled, round_number)
@@ -76,8 +61,7 @@ class Session(Membership):
                 if refusal.reason not in ROSTER_REASONS:
                     raise
                 enrolled = self._renewed(refusal)
-                self._state.see(enrolled.round, enrolled.head)
-                round_number = self._resume(enrolled.round)
+                round_number = self._resume(enrolled)
         self._after_last_round(enrolled)
         self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
@@ -86,18 +70,19 @@ class Session(Membership):
     def _after_last_round(self, enrolled: Enrolled) -> None:
         """What is left to do once all rounds are over."""
 
-    def _resume(self, open_round: int) -> int:
+    def _resume(self, enrolled: Enrolled) -> int:
         """Go on from disk. Returns the round to take part in.
 
         That is the round of an upload that nobody acknowledged, if there is one, even if it is over: the
         server may have taken it, and only its answer tells.
         """
+        self._state.see(enrolled.round, enrolled.head)
         newest = self._state.latest_adapter()
         if newest is not None:
             self._learner.load(newest[1])
             log.info("resumed after round %d", newest[0])
         completed = self._state.record.completed_round
-        return self._state.unacknowledged_round() or max(open_round, completed + 1)
+        return self._state.unacknowledged_round() or max(enrolled.round, completed + 1)
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
         """One round. Returns the number of the next round to take part in."""
@@ -122,59 +107,6 @@ class Session(Membership):
         upload = self._seal(enrolled.run_id, aggregate)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
-
-    def _takes_part(self, number: int) -> bool:
-        """Whether this client takes part in a round; if others were drawn, it waits for one of its own."""
-        drawn = self._identity.client_id in self._drawn(number)
-        if not drawn and number <= self.roster.terms.schedule.rounds:
-            log.info("round %d: others were drawn to take part in it", number)
-            self._progress.stage(number, "waiting for a round that it takes part in")
-        return drawn
-
-    def _drawn(self, number: int) -> frozenset[str]:
-        return self.roster.taking_part(self._state.record.run_id, number)
-
-    def _pull(self, round_number: int) -> Aggregate:
-        aggregate = self._transport.pull(round_number, self._waiting)
-        if aggregate.round < round_number:
-            raise StateError(
-                f"the server opened round {aggregate.round} where round {round_number} was due: a round "
-                "that is over is never encrypted again; restore the server's state, or begin a new run"
-            )
-        self._state.see(aggregate.round, aggregate.head)
-        return aggregate
-
-    def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
-        """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
-
-        Raises:
-            KeyExpiredError: the server has kept a key in use that the roster's terms have ended.
-        """
-        patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
-        told = ""
-        while aggregate.round <= rounds:
-            try:
-                self._progress.stage(aggregate.round, "agreeing on the group key")
-                self._protection.ready(aggregate.upload_key_epoch, aggregate.round)
-                self._note_key(aggregate.upload_key_epoch)
-                return aggregate
-            except (KeyAgreementError, Refusal) as error:
-                if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
-                    raise
-                if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
-                    raise
-                if str(error) != told:
-                    log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
-                told = str(error)
-            time.sleep(_SECONDS_BETWEEN_EPOCHS)
-            aggregate = self._pull(aggregate.round)
-        return aggregate
-
-    def _note_key(self, epoch: int) -> None:
-        members = self._protection.members(epoch)
-        if members and epoch != self._noted_key_epoch:
-            self._state.audit.add("key-epoch", epoch=epoch, members=members)
-            self._noted_key_epoch = epoch
 
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
@@ -213,14 +145,14 @@ class Session(Membership):
             raise PolicyError(
                 f"weight row names {', '.join(away)}, who took no part in round {uploaded}: others were drawn"
             )
-        if section.name == "family":
-            family = self._learner.family
-            strangers = sorted(name for name in row.contributors if members[name] != family)
-            if strangers:
-                named = ", ".join(strangers)
-                raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
-        run = self._state.record.run_id
-        self._protection.check_witnessed(run, section, row, aggregate.key_epoch, uploaded)
+        family = self._learner.family
+        strangers = sorted(name for name in row.contributors if members[name] != family)
+        if section.name == "family" and strangers:
+            named = ", ".join(strangers)
+            raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
+        label = self._protection.label(section.name)
+        run, recipient = self._state.record.run_id, self._identity.client_id
+        check_countersigned(self.roster, run, recipient, label, section, row, aggregate.key_epoch, uploaded)
         self._state.accept_row(section.name, uploaded, row)
         return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)
 

@@ -6,7 +6,7 @@ Imports no model and no tensor: a configuration is read and refused before anyth
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -15,14 +15,9 @@ from fedmosaic.privacy.federation.names import Address
 from fedmosaic.protos.errors import ConfigurationError
 
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
-"""`auto` (CUDA, then MPS, then the processor), `cpu`, `mps`, `cuda` or `cuda:1`."""
-
 DtypeName = Literal["auto", "float32", "bfloat16"]
-"""`auto` takes bfloat16 where the device is faster in it, float32 elsewhere."""
-
 Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
-
 
 CORE_RATE: Final = 3.0
 """Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
@@ -32,13 +27,24 @@ GATE_RATE: Final = 3.0
 """Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
 
 
-class ModelSettings(Frozen):
-    """Where a model comes from.
+class Located(Frozen):
+    """Settings with paths in them, which are relative to the file that they are written in."""
 
-    `path` is a local folder or a hub id. `keep_layers` cuts a decoder to its first layers, which makes a
-    smaller architecture of the same family. `aligned` is what `fedmosaic align` wrote for this model, a
-    folder or a hub id, where the roster names an aligned basis.
-    """
+    def located(self, base: Path) -> Self:
+        """The same with every relative path taken from `base`."""
+
+        def place(value: Any) -> Any:
+            if isinstance(value, Path):
+                return base / value
+            if isinstance(value, dict):
+                return {name: place(each) for name, each in value.items()}
+            return value.located(base) if isinstance(value, Located) else value
+
+        return self.model_copy(update={name: place(getattr(self, name)) for name in self.model_fields_set})
+
+
+class ModelSettings(Located):
+    """Where a model comes from, and how it is loaded."""
 
     path: str = Field(min_length=1)
     """Folder or hub id of a causal language model, or of a vision-language model."""
@@ -75,7 +81,7 @@ class ModelSettings(Frozen):
             )
         return self
 
-    def located(self, base: Path) -> "ModelSettings":
+    def located(self, base: Path) -> Self:
         """The same with absolute folders; what is no folder below `base` may be an id on a hub."""
 
         def place(text: str) -> str:
@@ -159,7 +165,7 @@ class ColumnSettings(Frozen):
         return self
 
 
-class DataSettings(Frozen):
+class DataSettings(Located):
     """The client's own examples, as files, folders of the `datasets` library or splits on a hub.
 
     `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
@@ -194,19 +200,6 @@ class DataSettings(Frozen):
     def scored(self, name: str) -> int:
         """How many examples of a test set are scored; 0 for all."""
         return self.evaluation_examples if name == "self" else self.others_examples
-
-    def located(self, base: Path) -> "DataSettings":
-        """The same with every relative path taken from `base`."""
-
-        def place(source: HubData | Path | None) -> HubData | Path | None:
-            return base / source if isinstance(source, Path) else source
-
-        return self.model_copy(
-            update={
-                **{name: place(getattr(self, name)) for name in ("train", "ledger", "test", "pictures")},
-                "others": {name: place(source) for name, source in self.others.items()},
-            }
-        )
 
 
 class TrainingSettings(Frozen):
@@ -269,7 +262,7 @@ _OF_LOADING: Final = ("gguf_file", "keep_layers", "device", "dtype", "quantizati
 """Keys of `[model]` that have no meaning for a model that is loaded already."""
 
 
-class ClientSettings(Frozen):
+class ClientSettings(Located):
     """Everything one client decides for itself. Paths are relative to the file."""
 
     kit: Path
@@ -301,29 +294,10 @@ class ClientSettings(Frozen):
     profile_max_length: int = Field(default=96, ge=8)
     """Number of tokens per example that the task profile reads."""
 
-    def resolved(self, base: Path) -> "ClientSettings":
-        """The same settings with every relative path taken from `base`."""
-        return self.model_copy(
-            update={
-                "kit": base / self.kit,
-                "state_dir": base / self.state_dir,
-                "data": self.data.located(base),
-                "projector": base / self.projector if self.projector else None,
-                "model": self.model.located(base),
-                "probe": self.probe.located(base),
-            }
-        )
-
     def check_complete(self, *, model: bool = False, train: bool = False, test: bool = False) -> None:
         """Refuse settings that leave something out, or name what is handed over as well.
 
-        Args:
-            model: a model and its tokenizer are handed over.
-            train: training examples are.
-            test: a test set is.
-
-        Raises:
-            ConfigurationError: what is missing, or there twice, is named; or a tracker that is not installed.
+        ConfigurationError names what is missing, or there twice; or a tracker that is not installed.
         """
         if not model and self.model == IN_MEMORY:
             raise ConfigurationError(
@@ -336,12 +310,11 @@ class ClientSettings(Frozen):
                 f"model.{named[0]} says how to load a model, and one is handed over that is loaded already; "
                 "leave it out"
             )
-        for package in self.report_to:
-            if find_spec(package) is None:
-                raise ConfigurationError(
-                    f"report_to names {package!r}, whose package is not installed: pip install {package}, or "
-                    "leave it out"
-                )
+        if absent := next((package for package in self.report_to if find_spec(package) is None), None):
+            raise ConfigurationError(
+                f"report_to names {absent!r}, whose package is not installed: pip install {absent}, or leave "
+                "it out"
+            )
         if not train and self.data.train is None:
             raise ConfigurationError(
                 "data.train: missing; name the training examples in [data] train, or hand them over, "

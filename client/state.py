@@ -79,11 +79,7 @@ class SessionRecord(BaseModel):
 
 
 def read_record(directory: Path) -> SessionRecord | None:
-    """What a state directory says of its run, without taking hold of it; None if there is nothing yet.
-
-    Raises:
-        StateError: the record is damaged.
-    """
+    """What a state directory says of its run, without taking hold of it; StateError if it is damaged."""
 
     def read(data: dict[str, Any]) -> SessionRecord:
         if data.pop("version") != _VERSION:
@@ -118,24 +114,12 @@ def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
 
 
 class ClientState:
-    """The state directory of one client in one federation.
-
-    Attributes:
-        directory: the directory.
-        audit: the audit log in it.
-        record: how far the client got.
-    """
+    """The state directory of one client in one federation; `record` says how far the client got."""
 
     def __init__(self, directory: Path, federation: str, client: str) -> None:
-        """Open or create the state.
+        """Open or create the state; the directory is closed to other users.
 
-        Args:
-            directory: made if missing; closed to other users if it is open to them.
-            federation: name of the federation.
-            client: this client's id.
-
-        Raises:
-            StateError: the directory belongs to another federation or client, is in use, or is damaged.
+        StateError if it belongs to another federation or client, is in use, or is damaged.
         """
         self.directory = directory
         private_directory(directory)
@@ -181,23 +165,14 @@ class ClientState:
             self._write(roster=mark)
 
     def contradicts(self, server_round: int, head: bytes) -> bool:
-        """Whether what the server says now cannot follow on what it said before.
-
-        Args:
-            server_round: the round that it says is open.
-            head: what it says of all rounds before; 32 bytes.
-        """
+        """Whether the open round that the server says, or its hash of those before, is not what it said."""
         record = self.record
         if server_round == record.server_round:
             return head.hex() != record.server_head
         return server_round < record.server_round
 
     def see(self, server_round: int, head: bytes) -> None:
-        """Remember where the server says the run is; arguments as of `contradicts`.
-
-        Raises:
-            StateError: the server is an older copy of the one we know, or one with another past.
-        """
+        """Remember where the server says the run is; StateError if it `contradicts` what it said."""
         before = self.record.server_round
         if self.contradicts(server_round, head):
             what = (
@@ -228,7 +203,7 @@ class ClientState:
         self.save_adapter(round_number, save_adapter)
         self._write(completed_round=round_number)
         self.forget_uploads(round_number)
-        for number, old in self._numbered("adapter/round-*"):
+        for number, old in _numbered(self.directory, "adapter/round-*"):
             if number < round_number:
                 shutil.rmtree(old)
 
@@ -240,17 +215,12 @@ class ClientState:
 
     def forget_uploads(self, before: int) -> None:
         """Remove the uploads of rounds below `before`: these are closed, so nobody asks for them again."""
-        for number, old in self._numbered("upload-*.bin"):
+        for number, old in _numbered(self.directory, "upload-*.bin"):
             if number < before:
                 old.unlink()
 
     def save_adapter(self, round_number: int, save: Callable[[Path], None]) -> None:
-        """Store the adapter after a round's training, in a directory renamed into place.
-
-        Args:
-            round_number: the round.
-            save: writes the adapter into the directory that it is given.
-        """
+        """Store the adapter after a round's training: `save` writes a directory, renamed into place."""
         place = self.adapter_path(round_number)
         if place.exists():
             return
@@ -289,11 +259,8 @@ class ClientState:
 
     def unacknowledged_round(self) -> int | None:
         """The first round of a stored upload that the server has not acknowledged, or None."""
-        rounds = (number for number, _ in self._numbered("upload-*.bin"))
+        rounds = (number for number, _ in _numbered(self.directory, "upload-*.bin"))
         return min((number for number in rounds if number > self.record.completed_round), default=None)
-
-    def _numbered(self, pattern: str) -> list[tuple[int, Path]]:
-        return _numbered(self.directory, pattern)
 
     def upload_path(self, round_number: int) -> Path:
         """Where the bytes of a round's upload are, until the round is closed."""
@@ -302,8 +269,8 @@ class ClientState:
     def accept_row(self, section: str, round_number: int, row: WeightRow) -> None:
         """Remember the weight row of a section and round of uploads, and refuse a second, different one.
 
-        Several rows over the same uploads are equations in the single adapters. The record survives
-        restarts, so that asking again does not give a second answer.
+        Several rows over the same uploads are equations in the single adapters. The record survives restarts,
+        so that asking again does not give a second answer.
 
         Raises:
             PolicyError: another row was accepted for this section and round before.
@@ -321,11 +288,7 @@ class ClientState:
         write_atomically(self._rows, json.dumps(accepted, indent=0).encode())
 
     def smallest_row(self) -> int | None:
-        """Fewest contributors of any row that was accepted; None before the first.
-
-        Raises:
-            StateError: the record is damaged.
-        """
+        """Fewest contributors of any row that was accepted, None before; StateError if damaged."""
         return min((count for _, count in self._accepted_rows().values()), default=None)
 
     def _accepted_rows(self) -> dict[str, tuple[str, int]]:

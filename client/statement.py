@@ -1,15 +1,16 @@
 """The privacy statement of one client, made from its own ledger and the roster's terms."""
 
 import datetime as dt
-from collections.abc import Mapping
 
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
+from fedmosaic.client.records import CLIPPING, ClippingRecord
+from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger.rows import Channel, charges
+from fedmosaic.privacy.ledger.rows import charges
 from fedmosaic.privacy.statement.costs import round_down
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
@@ -28,55 +29,41 @@ _PLANNING_MARGIN = 0.98
 
 
 def statement_inputs(
-    roster: Roster,
-    run_id: str,
-    client_id: str,
-    ledger: Ledger,
-    plan: AdapterPlan,
-    *,
-    smallest_row: int | None,
-    clipped_share: Mapping[Channel, float] | None = None,
-    metrics_shared: bool = False,
+    roster: Roster, state: ClientState, ledger: Ledger, plan: AdapterPlan
 ) -> StatementInputs:
     """What a client's own statement is made from and, after `for_handing_over`, the shared one.
 
-    Args:
-        roster: terms and members.
-        run_id: the server's run.
-        client_id: of this client on the roster.
-        ledger: of the data that this client trains on.
-        plan: q of the adapter channel, to tell what DP would have cost where there is none.
-        smallest_row: fewest contributors of any weight row that this client accepted; None if none was.
-        clipped_share: share of clipped examples by channel, for this client's own eyes.
-        metrics_shared: whether accuracies or losses left this client.
+    The plan tells what DP would have cost where there is none. Shares of clipped examples are for this
+    client's own eyes.
     """
-    terms = roster.terms
+    smallest_row = state.smallest_row()
+    terms, parameters = roster.terms, roster.terms.encryption
+    named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
     fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
-        run_id=run_id,
+        run_id=state.record.run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         clients=(
             ClientInputs(
                 ledger=tuple(ledger.export()),
-                client_id=client_id,
+                client_id=state.record.client,
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
-                clipped_share=dict(clipped_share or {}),
+                clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
                 planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
                 largest_delta=terms.adapter_privacy.largest_delta,
             ),
         ),
         roster_sha256=roster.hash.hex(),
-        encryption=_encryption(terms),
+        encryption=named if terms.adapter.encrypted else "",
         minimum_contributors=terms.policy.fewest_contributors,
         weight_cap=terms.policy.weight_cap,
         squares_cap=terms.policy.squares_cap,
         rounds=terms.schedule.rounds,
         smallest_row=smallest_row,
-        coalition_rows=(() if terms.adapter.in_group_sums else coalition_rows(fewest, terms.schedule.rounds)),
-        metrics_shared=metrics_shared,
+        coalition_rows=() if terms.adapter.in_group_sums else coalition_rows(fewest, terms.schedule.rounds),
     )
 
 
@@ -100,12 +87,7 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
 
 
 def person_words(inputs: StatementInputs, examples: int) -> str:
-    """What the DP releases reveal of the person with most examples, for this client's own eyes.
-
-    Args:
-        inputs: of one client.
-        examples: k ≥ 2, how many of the training examples are that person's. The count is private.
-    """
+    """What DP releases reveal of the person with most examples, k ≥ 2 of them; for this client's own eyes."""
     (client,) = inputs.clients
     events = [charge.event for charge in charges(row for row in client.ledger if row.covered_by == "dp")]
     delta = parameters_of(client.ledger).delta
@@ -124,22 +106,12 @@ def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
     return statement.model_copy(update={"clients": clients})
 
 
-def _encryption(terms: Terms) -> str:
-    parameters = terms.encryption
-    named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
-    return named if terms.adapter.encrypted else ""
-
-
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:
     """What k recipients hold together, up to the first k that solves with the rows of one round.
 
     Every recipient holds one weight row per round from the second on. Rows over the same adapters are linear
     equations in them; recipients that are one another's contributors know their own adapters, which leaves
-    contributors - (k - 1) unknown.
-
-    Args:
-        contributors: adapters in the smallest row.
-        rounds: R; there are R - 1 aggregates, whose equations add up if adapters hardly move.
+    contributors - (k - 1) unknown. R - 1 aggregates' equations add up if adapters hardly move.
     """
     return tuple(
         CoalitionRows(

@@ -1,9 +1,10 @@
-"""`fedmosaic witness CONFIG`: see that a server keeps to its weights.
+"""`fedmosaic witness CONFIG`: see that a server keeps to its weights; and how a client checks what it said.
 
 Asks the server for each round that waits, has `WitnessBook` judge it, and answers. It sees
 ciphertexts, rows and signatures.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -13,19 +14,23 @@ from pathlib import Path
 from typing import Final
 
 import tyro
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field
 
+from fedmosaic.client.settings import Located
 from fedmosaic.client.transport.connection import Patience, open_channel
 from fedmosaic.privacy.audit import AuditLog
-from fedmosaic.privacy.configuration import Frozen, read_configuration
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.names import Address
+from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.privacy.files import hold_directory, private_directory
-from fedmosaic.protos import wire
-from fedmosaic.protos.errors import IdentityError, WireError
-from fedmosaic.protos.messages import Phase, RoundStatus
+from fedmosaic.protos import wire, witnessing
+from fedmosaic.protos.errors import IdentityError, WireError, WitnessError
+from fedmosaic.protos.messages import AggregateSection, Phase, RoundStatus, WeightRow
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
@@ -37,7 +42,7 @@ _CALL_SECONDS: Final = 600.0
 _SHORTEST_POLL_SECONDS: Final = 0.5
 
 
-class WitnessSettings(Frozen):
+class WitnessSettings(Located):
     """Everything the witness decides for itself. Paths are relative to the file."""
 
     kit: Path
@@ -48,6 +53,52 @@ class WitnessSettings(Frozen):
     """Directory of what was judged, and of the audit log."""
     retry_seconds: float = Field(default=3600.0, gt=0.0, le=1e9)
     """Give up when the server could not be reached for so long."""
+
+
+def check_countersigned(
+    roster: Roster,
+    run_id: str,
+    recipient: str,
+    label: str,
+    section: AggregateSection,
+    row: WeightRow,
+    key_epoch: int,
+    round_number: int,
+) -> None:
+    """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
+
+    Key epoch and round are those of the uploads; `label` is the section's name, or names its family.
+
+    Raises:
+        WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
+    """
+    witness = roster.witness
+    if witness is None:
+        return
+    if not section.countersignature:
+        raise WitnessError(
+            f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
+            "shown it, or hides what it said"
+        )
+    digest = witnessing.countersigned_digest(
+        federation=roster.federation,
+        run_id=run_id,
+        round_number=round_number,
+        key_epoch=key_epoch,
+        section=label,
+        recipient=recipient,
+        row=row,
+        aggregate_sha256=hashlib.sha256(section.payload).digest(),
+        uploads_sha256=section.uploads_sha256,
+    )
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(witness.identity_key))
+        key.verify(section.countersignature, digest)
+    except (InvalidSignature, ValueError):
+        raise WitnessError(
+            f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
+            f"by another key, or of another run, round than {round_number}, recipient, row or sum"
+        ) from None
 
 
 @dataclass
@@ -69,8 +120,7 @@ class Review:
 def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
     """Read an answer of the server, and no more of it than the terms and its announcement allow.
 
-    Raises:
-        WireError, EncryptionError, IdentityError: a piece is out of place, too large, or of no member.
+    WireError, EncryptionError or IdentityError if a piece is out of place, too large, or of no member.
     """
     review, payload, size = Review(), bytearray(), 0
     for part in parts:
@@ -120,7 +170,10 @@ def run(settings: WitnessSettings) -> tuple[int, int]:
             with open_channel(settings.server, kit.authority, kit.tls_certificate, kit.tls_key) as channel:
                 stub = rpc.WitnessStub(channel)
                 review = patience.retry("review", lambda: _review(stub, book))  # noqa: B023
-                for verdict in (verdicts := _judge(book, review)):
+                verdicts: list[Verdict] = []
+                if review.header is not None and review.complete:
+                    verdicts = book.judge(review.header, review.uploads, review.claims)
+                for verdict in verdicts:
                     _answer(stub, patience, verdict)
                     signed, refused = signed + (not verdict.refusal), refused + bool(verdict.refusal)
             if review.header is not None and verdicts:
@@ -155,12 +208,6 @@ def _review(stub: rpc.WitnessStub, book: WitnessBook) -> Review:
     return receive(stub.Review(request, timeout=_CALL_SECONDS), book)
 
 
-def _judge(book: WitnessBook, review: Review) -> list[Verdict]:
-    if review.header is None or not review.complete:
-        return []
-    return book.judge(review.header, review.uploads, review.claims)
-
-
 def _answer(stub: rpc.WitnessStub, patience: Patience, verdict: Verdict) -> None:
     request = wire.encode(verdict, pb.CountersignRequest)
     try:
@@ -181,8 +228,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic witness` with its arguments; 1 says that something was not countersigned."""
     path = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic witness").config
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", force=True)
-    found = read_configuration(path, WitnessSettings)
-    places = {"kit": path.parent / found.kit, "state_dir": path.parent / found.state_dir}
-    signed, refused = run(found.model_copy(update=places))
+    signed, refused = run(read_configuration(path, WitnessSettings).located(path.parent))
     print(f"{signed} aggregates countersigned, {refused} refused")
     return 1 if refused else 0

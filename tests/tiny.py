@@ -1,12 +1,14 @@
 """Tiny random models and texts for unit tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig
@@ -28,6 +30,33 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         "max_position_embeddings": 64,
     }
     return here(LlamaForCausalLM(LlamaConfig(**(fields | changes))).to(dtype))
+
+
+def save_tiny_model(
+    folder: Path,
+    words: Sequence[str],
+    special: Mapping[str, str],
+    *,
+    kind: tuple[Any, Any] = (LlamaForCausalLM, LlamaConfig),
+    template: str | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Save a model of random weights and a tokenizer of whole words, the special ones first."""
+    torch.manual_seed(seed)
+    names = [*special.values(), *words]
+    fields: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    fields |= {f"{name}_id": names.index(token) for name, token in special.items() if name != "unk_token"}
+    kind[0](kind[1](vocab_size=len(names), **(fields | changes))).save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token=special["unk_token"]))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_colora(

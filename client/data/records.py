@@ -1,4 +1,4 @@
-"""A row as an example: which columns it is made of, what may stand in them, and how it is named."""
+"""Rows as examples: which columns they are made of, what may stand in them, how they are named."""
 
 import difflib
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from fedmosaic.client.data.sources import label_of, rows_of
-from fedmosaic.client.settings import ColumnSettings, DataSource
+from fedmosaic.client.settings import ColumnSettings, DataSettings, DataSource
 from fedmosaic.privacy.configuration import canonical_json, parse_json
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.protos.errors import ConfigurationError
@@ -26,12 +26,7 @@ _ROLES: Final = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation.
-
-    Attributes:
-        role: `system`, `user` or `assistant`.
-        content: Its text.
-    """
+    """One message of a conversation: the text of the `system`, the `user` or the `assistant`."""
 
     role: str
     content: str = field(repr=False)
@@ -87,8 +82,7 @@ R = TypeVar("R", bound=Record)
 def by_unit(examples: Sequence[R], unit: Unit) -> list[tuple[R, ...]]:
     """The units that a guarantee is for, in the order of their first examples: each alone, or by person.
 
-    Raises:
-        ConfigurationError: the unit is a person and an example says none.
+    ConfigurationError if the unit is a person and an example says none.
     """
     if unit == "example":
         return [(example,) for example in examples]
@@ -112,13 +106,10 @@ def unit_ids(examples: Sequence[Record], unit: Unit) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples of one source, and how they were read.
+    """The examples of one source, at least one, and how they were read.
 
-    Attributes:
-        label: Short name of the source, for messages.
-        examples: In order; at least one.
-        columns: Which columns they were made of, for people.
-        named: Whether a column names the examples; else their names are made from what they say.
+    `label` and `columns` are for people; `named` tells whether a column names the examples, else their names
+    are made from what they say.
     """
 
     label: str
@@ -244,14 +235,8 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
         raise ConfigurationError(
             f"{where}: {names.choices!r} must differ from each other and contain the answer"
         )
-    return Example(
-        record.get("id", ""),
-        record["prompt"],
-        record["answer"],
-        tuple(choices),
-        turns,
-        record.get("person", ""),
-    )
+    name, person = record.get("id", ""), record.get("person", "")
+    return Example(name, record["prompt"], record["answer"], tuple(choices), turns, person)
 
 
 def _check_text(value: object, name: str, where: str) -> None:
@@ -332,3 +317,26 @@ def _named(examples: list[Example]) -> tuple[Example, ...]:
         seen[name] += 1
         found.append(replace(example, id=name if seen[name] == 1 else f"{name}-{seen[name]}"))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's examples as read: to be trained on, and to be scored, the client's own set as "self"."""
+
+    train: ExampleSet
+    tests: dict[str, ExampleSet]
+
+
+def read_sets(
+    settings: DataSettings, train: Iterable[Any] | None = None, test: Iterable[Any] | None = None
+) -> ClientData:
+    """Read every set, or take the rows that are handed over instead; ConfigurationError as of `read_set`."""
+    if "self" in settings.others:
+        raise ConfigurationError('data.others names a set "self", the name of data.test; rename it')
+    source = settings.train if train is None else train
+    if source is None:
+        raise ConfigurationError("data.train: missing; name the training examples")
+    tests = {name: read_set(place, settings.columns) for name, place in settings.test_sets.items()}
+    if test is not None:
+        tests = {"self": read_set(test, settings.columns)} | tests
+    return ClientData(read_set(source, settings.columns), tests)

@@ -30,17 +30,13 @@ Row = tuple[str, object]
 IN_PYTHON: Final = "examples"
 _LONGEST_CELL: Final = 1 << 27
 _EXTRA: Final = "pip install 'fedmosaic[datasets]'"
+_HUB_ERRORS: Final = (OSError, ValueError, LookupError, RuntimeError, TypeError)
 
 
 def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows of a source in order.
+    """The rows of a source in order; ConfigurationError if it cannot be read.
 
-    Args:
-        source: file, folder, split on a hub, or what a caller in Python holds: dictionaries, or a `Dataset`.
-        wanted: columns to be read where others need not be; None for all.
-
-    Raises:
-        ConfigurationError: it cannot be read.
+    Where `wanted` names columns, others need not be read.
     """
     if isinstance(source, HubData):
         return _dataset_rows(_from_hub(source), str(source), wanted)
@@ -48,10 +44,8 @@ def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = N
         return _rows_in_python(source, wanted)
     if source.is_dir():
         return _dataset_rows(_from_folder(source), str(source), wanted)
-    read = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}.get(
-        source.suffix.lower(), _lines
-    )
-    return read(source)
+    kinds = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    return kinds.get(source.suffix.lower(), _lines)(source)
 
 
 def label_of(source: DataSource | Iterable[Any]) -> str:
@@ -64,13 +58,11 @@ def label_of(source: DataSource | Iterable[Any]) -> str:
 def _text(path: Path) -> str:
     try:
         return decode_text(path.read_bytes())
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read the examples in {path}: {error.strerror}; give a readable file of JSON lines, "
-            "JSON, CSV or Parquet"
-        ) from None
-    except ValueError as error:
-        raise ConfigurationError(f"cannot read the examples in {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        words = str(error)
+        if isinstance(error, OSError):
+            words = f"{error.strerror}; give a readable file of JSON lines, JSON, CSV or Parquet"
+        raise ConfigurationError(f"cannot read the examples in {path}: {words}") from None
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -168,14 +160,7 @@ def _from_hub(source: HubData) -> Any:
     try:
         return library.load_dataset(source.name, source.subset, split=source.split)
     # Whatever the hub, the network and the readers of the files raise.
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        library.exceptions.DatasetsError,
-    ) as error:
+    except (*_HUB_ERRORS, library.exceptions.DatasetsError) as error:
         reason = "no hub is asked here" if offline else "the hub cannot be reached, has no such split, or"
         raise ConfigurationError(
             f"{source} cannot be loaded ({type(error).__name__}: {str(error)[:200]}): {reason} its copy in "

@@ -13,14 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from fedmosaic.client.data.records import unit_ids
-from fedmosaic.client.data.sets import ClientData, read_sets
+from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import DataLedger, ledger_delta
+from fedmosaic.client.ledger import DataLedger, ledger_parameters
 from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.given import accept_model
 from fedmosaic.client.model.load import LoadedModel, load_tokenizer
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter
+from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
 from fedmosaic.client.profile.maker import client_probe, public_map, read_as_text
@@ -35,8 +34,8 @@ from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
-from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, has_begun, read_ledger
-from fedmosaic.privacy.ledger.rules import check_parameters
+from fedmosaic.privacy.ledger.ledger import LEDGER, data_epoch, has_begun, read_ledger
+from fedmosaic.privacy.ledger.rules import LedgerParameters, check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
@@ -48,10 +47,7 @@ _SPARE_BYTES: Final = 1 << 28
 class Check:
     """One thing that is checked.
 
-    Attributes:
-        name: for people.
-        needs: names of the checks without whose success this one cannot be made.
-        run: makes it; returns what was found in a few words, or raises what is wrong.
+    It needs the success of other checks, by name; `run` returns what was found in a few words, or raises.
     """
 
     name: str
@@ -63,11 +59,8 @@ class Check:
 class Given:
     """What a caller in Python hands over instead of naming it in the settings.
 
-    Attributes:
-        model: a causal language model of transformers, loaded, and its tokenizer.
-        train: training examples.
-        test: examples to score.
-        connect: opens the channel to the server.
+    A loaded causal language model of transformers with its tokenizer, examples to train on and to score, and
+    what opens the channel to the server.
     """
 
     model: tuple[Any, Any] | None = None
@@ -79,9 +72,7 @@ class Given:
 class Preflight:
     """The checks of one client, and what they have read and loaded on the way.
 
-    Attributes:
-        warnings: what was found that stops nobody, one line each.
-        reading: what was read of the data, one line per set.
+    `warnings` has what was found that stops nobody, one line each; `reading` what was read, one line per set.
     """
 
     def __init__(
@@ -94,18 +85,9 @@ class Preflight:
         traffic: Traffic | None = None,
         given: Given | None = None,
     ) -> None:
-        """Prepare; nothing is read yet.
+        """Prepare; nothing is read yet. ConfigurationError as of `ClientSettings.check_complete`.
 
-        Args:
-            settings: of the client, paths resolved.
-            progress: told of what takes long.
-            server_patience_seconds: how long to wait for the server.
-            scratch: where the model's side may write instead of the state directory; None for a client.
-            traffic: counts the bytes of the connection; a count of its own by default.
-            given: what is handed over; by default the settings name all.
-
-        Raises:
-            ConfigurationError: the settings leave something out, or name what is handed over as well.
+        `scratch` is where the model's side may write instead of the state directory.
         """
         self._given = given or Given()
         settings.check_complete(
@@ -139,11 +121,7 @@ class Preflight:
         )
 
     def require(self, warn: Callable[[str], None]) -> None:
-        """Make every check; the first that fails raises.
-
-        Args:
-            warn: told each warning, one line.
-        """
+        """Make every check and `warn` of each warning; the first that fails raises."""
         for check in self.checks():
             self.progress.stage(0, f"checking {check.name}")
             told = len(self.warnings)
@@ -169,9 +147,10 @@ class Preflight:
     @cached_property
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
-        terms, count = self.kit.roster.terms, len(self._unit_ids)
-        delta = ledger_delta(self._ledger, count, terms.adapter_privacy.largest_delta)
-        return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
+        target = agreed_epsilon(self.settings, self.kit)
+        return plan_adapter(
+            self.kit.roster.terms, len(self._unit_ids), self._parameters(target).delta, target
+        )
 
     @cached_property
     def learner(self) -> ModelLearner:
@@ -287,18 +266,13 @@ class Preflight:
         return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
 
     def _check_budget(self) -> str:
-        kit, count = self.kit, len(self._unit_ids)
-        target = agreed_epsilon(self.settings, kit)
-        path = self._ledger
-        delta = ledger_delta(path, count, kit.roster.terms.adapter_privacy.largest_delta)
-        if has_begun(path):
-            channels = budgeted_channels(kit.roster.terms)
-            unit = kit.roster.terms.unit
-            wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels, unit=unit)
-            check_parameters(wanted, read_ledger(path))
+        target = agreed_epsilon(self.settings, self.kit)
+        wanted = self._parameters(target)
+        if has_begun(self._ledger):
+            check_parameters(wanted, read_ledger(self._ledger))
         plan = self.plan
-        budget = f"ε = {target:g} at δ = {delta:.1e}"
-        if not kit.roster.terms.adapter.private:
+        budget = f"ε = {target:g} at δ = {wanted.delta:.1e}"
+        if not self.kit.roster.terms.adapter.private:
             return f"{budget}, for the task profile"
         return f"{budget}; planned σ = {plan.noise_multiplier:.3f} at q = {plan.sampling_rate:.4f}"
 
@@ -310,14 +284,15 @@ class Preflight:
             self.warnings.append(words)
         return words if fits else "this may not suffice"
 
+    def _parameters(self, target: float) -> LedgerParameters:
+        terms, units = self.kit.roster.terms, len(self._unit_ids)
+        return ledger_parameters(self._ledger, self.kit.member_id(), terms, units, target)
+
     @property
     def _ledger(self) -> Path:
-        """The ledger of the data, or the one in the state directory that will be moved there."""
         settings, member = self.settings, self.kit.member_id()
         record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
-        beside = DataLedger.of(settings.data, settings.state_dir, record).place
-        earlier = settings.state_dir / LEDGER
-        return earlier if earlier.exists() and not (beside / LEDGER).exists() else beside / LEDGER
+        return DataLedger.of(settings.data, settings.state_dir, record).place / LEDGER
 
     @property
     def _releases_profile(self) -> bool:
@@ -352,11 +327,7 @@ class Preflight:
 
 
 def agreed_epsilon(settings: ClientSettings, kit: Kit) -> float:
-    """The client's budget for the whole run.
-
-    Raises:
-        ConfigurationError: the client wants a looser one than the federation's.
-    """
+    """The client's budget for the run; ConfigurationError if it is looser than the federation's."""
     agreed = kit.roster.terms.adapter_privacy.target_epsilon
     target = settings.target_epsilon or agreed
     if target > agreed:

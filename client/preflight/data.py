@@ -9,8 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.data.records import Example, ExampleSet, by_unit
-from fedmosaic.client.data.sets import ClientData
+from fedmosaic.client.data.records import ClientData, Example, ExampleSet, by_unit
 from fedmosaic.client.model.examples import answer_tokens, example_pieces
 from fedmosaic.client.vision.inputs import located
 from fedmosaic.client.vision.words import images_in, without_images
@@ -19,15 +18,7 @@ from fedmosaic.protos.errors import ConfigurationError
 
 
 def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") -> list[str]:
-    """Check what needs no model.
-
-    Args:
-        data: as read.
-        pictures: folder that images lie in.
-        unit: what the terms protect.
-
-    Returns:
-        Warnings, one line each.
+    """Check what needs no model; returns warnings, one line each.
 
     Raises:
         ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
@@ -48,13 +39,10 @@ def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a set's examples are in tokens, for one tokenizer.
+    """How long a set's examples are in tokens, for one tokenizer, answer and end of text included.
 
-    Attributes:
-        longest: tokens of the longest example, answer and end of text included; images are not counted.
-        learned: most tokens that carry loss in one example.
-        cut: examples that are longer than what is read.
-        warning: what of them is not read, in one line; empty if nothing.
+    `longest` counts no images; `learned` is the most tokens that carry loss in one example; `cut` counts
+    examples that are longer than what is read, which `warning` tells in one line.
     """
 
     longest: int
@@ -66,13 +54,7 @@ class Lengths:
 def read_lengths(
     tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, setting: str
 ) -> Lengths:
-    """How much of a set is read within a length.
-
-    Args:
-        tokenizer: of the model that reads.
-        found: the set.
-        max_length: most tokens of an example, answer and end of text included.
-        setting: name of that setting.
+    """How much of a set is read within `max_length` tokens, answer and end of text included.
 
     Raises:
         ConfigurationError: an answer or choice leaves no room for its prompt, or the chat template refuses a

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 def _diagnose(path: Path) -> int:
     _tell("versions", "ok", ", ".join(_versions()))
     try:
-        settings = read_configuration(path, ClientSettings).resolved(path.parent)
+        settings = read_configuration(path, ClientSettings).located(path.parent)
         settings.check_complete()
     except FedMosaicError as error:
         _tell("configuration", "WRONG", str(error))
@@ -61,10 +61,7 @@ def _diagnose(path: Path) -> int:
         torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
         preflight = Preflight(
-            settings,
-            Progress(),
-            server_patience_seconds=_SERVER_PATIENCE_SECONDS,
-            scratch=Path(scratch),
+            settings, Progress(), server_patience_seconds=_SERVER_PATIENCE_SECONDS, scratch=Path(scratch)
         )
         with closing(preflight):
             return 0 if _examine(preflight) else 1
@@ -82,12 +79,12 @@ def _examine(preflight: Preflight) -> bool:
         told = len(preflight.warnings)
         try:
             _tell(check.name, "ok", check.run())
-        except FedMosaicError as error:
+        except (FedMosaicError, OSError) as error:
             failed[check.name] = ""
-            _tell(check.name, "WRONG", str(error))
-        except OSError as error:
-            failed[check.name] = ""
-            _tell(check.name, "WRONG", f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
+            words = str(error)
+            if isinstance(error, OSError):
+                words = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+            _tell(check.name, "WRONG", words)
         for warning in preflight.warnings[told:]:
             _tell("", "note", warning)
     print()
@@ -131,11 +128,8 @@ def _on_this_machine() -> Iterator[None]:
 
 def _tell(name: str, state: str, text: str) -> None:
     """One check in lines of at most 80 columns, unless a file's name is longer, which is not broken."""
-    lines = textwrap.wrap(
-        f"{name:<13} {state:<6}{text}",
-        width=_COLUMNS,
-        subsequent_indent=_INDENT,
-        break_on_hyphens=False,
-        break_long_words=False,
+    told = f"{name:<13} {state:<6}{text}"
+    shown = textwrap.fill(
+        told, _COLUMNS, subsequent_indent=_INDENT, break_on_hyphens=False, break_long_words=False
     )
-    print("\n".join(lines), flush=True)
+    print(shown, flush=True)

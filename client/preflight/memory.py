@@ -45,18 +45,11 @@ _SMALL: Final = 500
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a client needs on its device at most, by what for.
+    """Bytes that a client needs on its device at most, by what for, and bytes that the device has.
 
-    Attributes:
-        device: name of the device.
-        weights: of the frozen model.
-        adapter: its tensors.
-        training: optimizer, gradients and activations at the most crowded moment of a step.
-        probe: the probe's weights and its pass over one example; 0 if it computes on another device.
-        context: what the device's driver takes for itself.
-        free: bytes that the device has free now.
-        total: bytes that it has.
-        remedies: what would make it less, by setting.
+    `weights` are the frozen model's; `training` is optimizer, gradients and activations at the most crowded
+    moment of a step; `probe` its weights and pass over one example, 0 if on another device; `context` what
+    the device's driver takes; `remedies` would make it less, by setting.
     """
 
     device: str
@@ -81,13 +74,8 @@ class MemoryNeed:
 
     def words(self) -> str:
         """The figures in a line, and what to change where they do not fit."""
-        parts = {
-            "weights": self.weights,
-            "adapter": self.adapter,
-            "training step": self.training,
-            "probe": self.probe,
-            "driver": self.context,
-        }
+        parts = {"weights": self.weights, "adapter": self.adapter, "training step": self.training}
+        parts |= {"probe": self.probe, "driver": self.context}
         shown = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
         line = f"memory on {self.device}: {_mib(self.needed)} needed, {_mib(self.free)} free ({shown})"
         if self.fits or not self.remedies:
@@ -100,14 +88,8 @@ def check_memory(
 ) -> tuple[str, bool]:
     """What a client needs against what its device has, in words, and whether it fits now.
 
-    Args:
-        settings: the client's.
-        adapter: shape of the adapter, as on the roster.
-        lengths: of the training examples, if they were read; else the longest that the settings allow, a
-            quarter of it learned.
-
-    Raises:
-        ModelError: the weights alone are more than the device has, or see `memory_need`.
+    Without the lengths of the examples, the longest that the settings allow are assumed, a quarter of it
+    learned. ModelError if the weights alone are more than the device has, or as of `memory_need`.
     """
     device = choose_device(settings.model.device)
     free, _ = free_memory(device)
@@ -127,38 +109,33 @@ def memory_need(
 ) -> MemoryNeed:
     """Work out what a client needs. No weight is read, and nothing is put on the device.
 
-    Args:
-        settings: the client's; of its models only the configurations are read.
-        adapter: shape of the adapter, as on the roster.
-        longest: tokens of the longest example; `training.max_length` if 0.
-        supervised: answer tokens of the examples of a batch, at most; a quarter of `longest` if 0.
-
-    Raises:
-        ModelError: a configuration cannot be read, the model cannot carry the adapter, or the device is
-            not there.
+    The longest example has `longest` tokens, by default all that are allowed; a batch has at most
+    `supervised` answer tokens, by default a quarter of that. ModelError if a configuration cannot be read,
+    the model cannot carry the adapter, or the device is not there.
     """
     device = choose_device(settings.model.device)
     training = settings.training
     model = adapt(empty_model(settings.model), adapter_config(settings.model, adapter))
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     length = longest or training.max_length
-    step = training_peak(
-        model,
-        batch=training.per_device_train_batch_size,
-        length=length,
-        supervised=supervised or max(1, length // 4),
-        checkpoint=training.gradient_checkpointing,
-        bf16=training.bf16,
-    )
+    shape = training.per_device_train_batch_size, length
+    work = _TrainingStep(model, shape, supervised or max(1, length // 4), training.bf16)
+    with training_mode(model, True), checkpointing(model, training.gradient_checkpointing):
+        step = _peak(work)
     if settings.model.quantization is not None:
-        step += _unpacked_bytes(model)
+        # A product in 4 bits unpacks the weight of its layer first.
+        step += max(weight.nbytes for weight in _packed(model))
+    probe = 0
+    if choose_device(settings.probe.device) == device:
+        bare = empty_model(settings.probe)
+        probe = weight_bytes(bare, settings.probe) + _peak(_ProbePass(bare, settings.profile_max_length))
     free, total = free_memory(device)
     return MemoryNeed(
         device=str(device),
         weights=weight_bytes(model, settings.model),
         adapter=sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" in name),
         training=_KEPT_PER_TRAINED * trained + step,
-        probe=_probe_bytes(settings) if choose_device(settings.probe.device) == device else 0,
+        probe=probe,
         context=_CUDA_CONTEXT if device.type == "cuda" else 0,
         free=free,
         total=total,
@@ -166,36 +143,12 @@ def memory_need(
     )
 
 
-def training_peak(
-    model: nn.Module, *, batch: int, length: int, supervised: int, checkpoint: bool, bf16: bool = False
-) -> int:
-    """Bytes beyond weights, adapter and optimizer at the most crowded moment of a training step.
-
-    Args:
-        model: without weights (on the device `meta`), adapted.
-        batch: examples of a forward pass.
-        length: tokens of each.
-        supervised: positions that carry loss.
-        checkpoint: with gradient checkpointing.
-        bf16: under autocast to bfloat16.
-    """
-    step = _TrainingStep(model, (batch, length), supervised, bf16)
-    with training_mode(model, True), checkpointing(model, checkpoint):
-        return _peak(step)
-
-
 def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:
-    """Bytes of a model's frozen weights, without an adapter that may be on it.
-
-    Args:
-        model: without weights.
-        settings: say whether its linear weights will be packed into 4 bits.
-    """
+    """Bytes of the frozen weights of a model on `meta`, without an adapter; packed into 4 bits if asked."""
     size = sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" not in name)
     if settings.quantization is None:
         return size
-    packed = _packed(model)
-    return round(size + sum(_NF4_BYTES * weight.numel() - weight.nbytes for weight in packed))
+    return round(size + sum(_NF4_BYTES * weight.numel() - weight.nbytes for weight in _packed(model)))
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
@@ -261,15 +214,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
     ) -> Any:
         produced = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(produced):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._known:
-                self._take(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._drop, storage.nbytes())
         return produced
-
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        self.held += storage.nbytes()
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._drop, storage.nbytes())
 
     def _drop(self, size: int) -> None:
         self.held -= size
@@ -298,16 +248,6 @@ def _packed(model: nn.Module) -> list[torch.Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and "colora_" not in name
     ]
-
-
-def _unpacked_bytes(model: nn.Module) -> int:
-    # A product in 4 bits unpacks the weight of its layer first.
-    return max(weight.nbytes for weight in _packed(model))
-
-
-def _probe_bytes(settings: ClientSettings) -> int:
-    probe = empty_model(settings.probe)
-    return weight_bytes(probe, settings.probe) + _peak(_ProbePass(probe, settings.profile_max_length))
 
 
 def _remedies(settings: ClientSettings) -> tuple[str, ...]:

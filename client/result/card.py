@@ -26,15 +26,9 @@ _FOUR_BITS: Final = (
 class Export:
     """What is written, for its card.
 
-    Attributes:
-        form: of the files.
-        base: name of the base model for readers: no private path.
-        dtype: of the base's weights, such as float32.
-        round: after which the adapter was stored.
-        shareable: whether only what is a private release is inside.
-        rank: of the LoRA; None for other formats.
-        checked: how far the written model is from the member's own, in words.
-        left_out: what leaving out Q changes, in words; empty where it is in.
+    The base and its dtype are named for readers, with no private path; `shareable` says that only what is a
+    private release is inside; `rank` is the LoRA's. `checked` tells how far the written model is from the
+    member's own, `left_out` what leaving out Q changes, empty where it is in.
     """
 
     form: Format
@@ -56,10 +50,7 @@ def guarantees(statement: PrivacyStatement, channel: str) -> dict[str, Guarantee
 def model_card(export: Export, saved: SavedModel, statement: PrivacyStatement | None) -> str:
     """The card as Markdown.
 
-    Args:
-        export: what is written.
-        saved: of the member.
-        statement: the member's own, or of what is shareable the one handed over; None before the end.
+    The statement is the member's own, or of what is shareable the one handed over; None before the end.
     """
     # Markdown, not HTML: nothing is escaped, and all names come from the roster or this member's settings.
     environment = Environment(  # noqa: S701

@@ -3,31 +3,22 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 from transformers import TextStreamer
 
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.scoring import written_answers
-from fedmosaic.client.result.saved import open_model
+from fedmosaic.client.result.saved import Opening
 from fedmosaic.protos.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Opening):
     """Ask a client's model. Each line is a prompt of its own, as in training; an empty line ends."""
 
-    state: tyro.conf.Positional[Path]
-    """The client's state directory."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
-    base: str | None = None
-    """Folder or hub id of the base model, if it is not where the client had it."""
-    device: str | None = None
-    """Where to compute; as in the client's settings if left out."""
-    config: Path | None = None
-    """The client's client.toml, for state directories of versions before."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic chat")
     if parsed.max_new_tokens < 1:
         raise ConfigurationError(f"--max-new-tokens is {parsed.max_new_tokens}; give at least 1")
-    opened = open_model(parsed.state, device=parsed.device, base=parsed.base, config=parsed.config)
+    opened = parsed.open()
     saved, terminal = opened.saved, sys.stdin.isatty()
     if terminal:
         print(f"{saved.client} of {saved.federation}, after round {opened.round}. An empty line ends.")
@@ -46,11 +37,6 @@ def main(arguments: Sequence[str]) -> int:
         if not prompt:
             return 0
         written_answers(
-            opened.model,
-            opened.tokenizer,
-            [Example("chat", prompt, "")],
-            1,
-            max_length=saved.max_length,
-            max_new_tokens=parsed.max_new_tokens,
-            streamer=streamer,
-        )
+            opened.model, opened.tokenizer, [Example("chat", prompt, "")], 1, max_length=saved.max_length,
+            max_new_tokens=parsed.max_new_tokens, streamer=streamer,
+        )  # fmt: skip

@@ -18,14 +18,9 @@ BASE, ALONE, FEDERATED = "base", "alone", "federated"
 
 
 class Difference(Frozen):
-    """How much better one model is than another on the same rows.
+    """How much better one model is than another on the same rows, with its 95 % interval.
 
-    Attributes:
-        mean: difference of the shares of right answers.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        p_value: of the exact sign test on the rows that only one of both has right (McNemar).
-        rows: n.
+    The p-value is that of the exact sign test on the rows that only one of both has right (McNemar).
     """
 
     mean: float
@@ -44,13 +39,9 @@ class Difference(Frozen):
 
 
 def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
-    """Compare two models on the same rows by a paired bootstrap.
+    """Compare two models, right or wrong on each of the same rows, by a paired bootstrap.
 
     A row's difference is -1, 0 or 1, so resampling rows is resampling the counts of these three.
-
-    Args:
-        one: whether each row is right, at least one row.
-        other: the same of the other model.
 
     Reference:
         B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, §13.3 (percentile interval).
@@ -69,14 +60,10 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
 
 
 class Comparison(Frozen):
-    """Base, alone and federated on the client's own test rows.
+    """Shares of right answers of base, alone and federated on the client's own test rows.
 
-    Attributes:
-        measure: what counts as right.
-        commonest: what the commonest answer alone would score; None where rows have no choices.
-        scores: share of right answers, by model.
-        over_base: federated less base.
-        over_alone: federated less alone; None where that was not trained.
+    `commonest` is what the commonest answer alone would score, None where rows have no choices; `over_alone`
+    is None where no model was trained alone.
     """
 
     measure: str
@@ -107,11 +94,7 @@ def _verdict(found: Difference, what: str, than: str) -> str:
 
 
 def compare(scores: Mapping[str, Score]) -> Comparison:
-    """Compare the models on the rows that all were scored on.
-
-    Args:
-        scores: of `base` and `federated`, and of `alone` where that was trained.
-    """
+    """Compare `base`, `federated` and, where it was trained, `alone` on the rows that all were scored on."""
     federated, alone = scores[FEDERATED], scores.get(ALONE)
     return Comparison(
         measure=federated.measure,

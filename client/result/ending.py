@@ -29,11 +29,7 @@ def last_lines(
 ) -> str:
     """What a client says at its end, in 80 columns where no path is longer.
 
-    Args:
-        state: its state directory.
-        adapter: folder of the trained adapter; None if none was trained.
-        comparison: on its own test rows; None if it has none.
-        statement: its own.
+    Without an adapter none was trained, and without a comparison there are no own test rows.
     """
     lines = [""]
     if comparison is not None:

@@ -26,9 +26,9 @@ from fedmosaic.client.result.plain import (
     public_logits,
     write_lora,
 )
-from fedmosaic.client.result.saved import OpenedModel, SavedModel, open_model, read_saved
+from fedmosaic.client.result.saved import OpenedModel, Opening, SavedModel, read_saved
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT
-from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.configuration import parse_json, read_own
 from fedmosaic.privacy.files import make_private, private_directory
 from fedmosaic.privacy.statement.models import PrivacyStatement
 from fedmosaic.protos.errors import ConfigurationError, ModelError, PrivacyError, StateError
@@ -42,12 +42,10 @@ _TOLERANCE: Final = 1e-4
 """Of the logits' norm, in float32: more than rounding, less than any adapter that does something."""
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Opening):
     """Write the model that a client has trained, with a card that says what is inside and who may have it."""
 
-    state: tyro.conf.Positional[Path]
-    """The client's state directory."""
     out: Path
     """Folder to write; made, and must not be there with anything in it."""
     format: Format = "colora"
@@ -58,12 +56,6 @@ class Arguments:
     """Leave out Q, for programs that take no bias; the card says what that changes."""
     name_base: str | None = None
     """What to call the base model in what is written; its hub id, or its folder's last name, if left out."""
-    base: str | None = None
-    """Folder or hub id of the base model, if it is not where the client had it."""
-    device: str | None = None
-    """Where to compute; as in the client's settings if left out."""
-    config: Path | None = None
-    """The client's client.toml, for state directories of versions before."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -101,9 +93,7 @@ def export(arguments: Arguments) -> Export:
             "this adapter in them would be another model than the trained one; give --format colora or lora, "
             "and load it on the base in 4 bits, as the card says"
         )
-    opened = open_model(
-        arguments.state, device=arguments.device, base=arguments.base, config=arguments.config
-    )
+    opened = arguments.open()
     name = arguments.name_base or public_name(opened.settings.path)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
@@ -141,7 +131,10 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
             rank = write_lora(model, folder, name)
         else:
             save_adapter(model, folder)
-            _rename_base(folder / "adapter_config.json", name)
+            # The base model is named as readers know it, not where it is on this machine.
+            config = folder / "adapter_config.json"
+            content = parse_json(config.read_bytes()) | {"base_model_name_or_path": name}
+            config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         with without_rename_notice():
             # The card says what PEFT would say here: with a bias that the base has not, it cannot merge.
             warnings.filterwarnings("ignore", "`lora_bias=True` was passed but")
@@ -157,23 +150,13 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
     )
 
 
-def _rename_base(config: Path, name: str) -> None:
-    """Name the base model as readers know it, not where it is on this machine."""
-    content = parse_json(config.read_bytes()) | {"base_model_name_or_path": name}
-    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-
-
 def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:
     """Refuse to share what is not a private release, or what gives away a key.
-
-    Args:
-        saved: of the member.
-        handed: the statement that it handed over; None before the end of the run.
 
     Raises:
         PrivacyError: nothing in the state is a private release, the key would not be safe, or no guarantee
             holds.
-        StateError: the run is not over.
+        StateError: the run is not over: no statement was handed over.
     """
     if "dp" not in saved.protection:
         with_ckks = saved.protection == "encrypted" and saved.backend == "ckks"
@@ -205,10 +188,4 @@ def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:
 
 
 def _statement(file: Path) -> PrivacyStatement | None:
-    """A statement of the state directory; None where there is none yet."""
-    if not file.exists():
-        return None
-    try:
-        return PrivacyStatement.model_validate(parse_json(file.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{file} is damaged ({str(error)[:200]}); restore it from a backup") from None
+    return read_own(file, PrivacyStatement.model_validate, "restore it from a backup")

@@ -1,24 +1,14 @@
 """What a client's own people read after a run."""
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.protos.errors import StateError
-
-log = logging.getLogger("fedmosaic.client")
-RESULT = "result.json"
-TRAFFIC = "traffic.json"
-NOTHING_RECEIVED = (
-    "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
-    "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
-)
 
 
 class ResultFile:
@@ -27,7 +17,8 @@ class ResultFile:
     def __init__(self, path: Path) -> None:
         """Read what an earlier process wrote; StateError if that is damaged."""
         self._path = path
-        self._content = _read_result(path) if path.exists() else {}
+        remedy = "delete it: only the scores before training are lost"
+        self._content: dict[str, Any] = read_own(path, dict, remedy) or {}
 
     def has(self, key: str) -> bool:
         """Whether something was put under this key."""
@@ -58,15 +49,3 @@ class ResultFile:
     def scores(self, when: str) -> dict[str, float]:
         """The scores that were put, by test set."""
         return self._part(when)
-
-
-def _read_result(path: Path) -> dict[str, object]:
-    try:
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise StateError(
-            f"{path} is damaged ({error}); delete it: only the scores before training are lost"
-        ) from None

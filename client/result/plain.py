@@ -44,10 +44,8 @@ _NOTHING: Final = 1e-6
 class Deviation:
     """How far one model's logits are from another's on public prompts.
 
-    Attributes:
-        absolute: largest difference of a logit.
-        relative: largest L2 norm of the difference at a position over the norm of the logits there.
-        other_tokens: share of positions whose likeliest next token is another.
+    The largest difference of a logit; the largest L2 norm of the difference at a position over that of the
+    logits there; and the share of positions whose likeliest next token is another.
     """
 
     absolute: float
@@ -90,10 +88,8 @@ def only_released(model: PeftModel) -> PeftModel:
     """The base model with nothing on it but P and Q of the local branch, which is what DP-SGD trained.
 
     The gate, the personal branch and the other layers' LoRA have seen private data without noise; the
-    received branch is not this member's. A fresh adapter is made, so that no tensor of theirs is there.
-
-    Args:
-        model: of a member under `dp` or `dp+encrypted`; it is left without adapter.
+    received branch is not this member's. A fresh adapter is made, so that no tensor of theirs is there;
+    `model` is left without one.
     """
     config = model.peft_config[find_adapter(model)]
     if not isinstance(config, CoLoraConfig):
@@ -129,21 +125,11 @@ def clear_biases(model: nn.Module) -> None:
 
 @torch.no_grad()
 def write_lora(model: PeftModel, folder: Path, base: str) -> int:
-    """Write the adapter as one LoRA per module, which PEFT loads without this package.
+    """Write the adapter as one LoRA per module, which PEFT loads alone; returns the largest rank.
 
     s·B((1−β)P_L + βP_G + P_p)A of a Co-LoRA module has rank r, since all branches share A and B, and so has
-    another layer's LoRA of one branch. Where such a layer has two, their sum may take rank 2r.
-
-    Args:
-        model: with the adapter.
-        folder: there already.
-        base: name of the base model, for whoever reads the configuration.
-
-    Returns:
-        The largest rank.
-
-    Raises:
-        ModelError: a gate is pooled, so that no constant map exists.
+    another layer's LoRA of one branch. Where such a layer has two, their sum may take rank 2r. ModelError if
+    the adapter changes nothing, or a gate is pooled, so that no constant map exists.
     """
     name = find_adapter(model)
     deltas = {
@@ -208,9 +194,8 @@ def _shortest(model: PeftModel, deltas: dict[str, MergeDelta]) -> list[str]:
 def merged(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter in its weights, described by its own configuration.
 
-    Raises:
-        ModelError: base weights are quantised, a gate is pooled, or no architecture describes the biases that
-            Q becomes. The model is merged then and not to be used.
+    ModelError if base weights are quantised, a gate is pooled, or no architecture describes the biases that Q
+    becomes. The model is merged then and not to be used.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Merging Q gave biases", UserWarning)

@@ -12,17 +12,15 @@ import tyro
 from fedmosaic.client.data.records import Example, listed
 from fedmosaic.client.data.sources import rows_of
 from fedmosaic.client.model.scoring import answers
-from fedmosaic.client.result.saved import open_model
+from fedmosaic.client.result.saved import Opening
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Opening):
     """Answer every row of a file with a client's model: its most likely choice, or free text."""
 
-    state: tyro.conf.Positional[Path]
-    """The client's state directory."""
     data: Path
     """Rows with prompt, choices and id, in any format of `data.train`; without choices the model writes."""
     out: Path
@@ -31,44 +29,31 @@ class Arguments:
     """Rows at once."""
     max_new_tokens: int = 64
     """Most tokens of a free text."""
-    base: str | None = None
-    """Folder or hub id of the base model, if it is not where the client had it."""
-    device: str | None = None
-    """Where to compute; as in the client's settings if left out."""
-    config: Path | None = None
-    """The client's client.toml, for state directories of versions before."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic predict` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic predict")
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(parsed, name) < 1:
-            raise ConfigurationError(
-                f"--{name.replace('_', '-')} is {getattr(parsed, name)}; give at least 1"
-            )
+    for name, value in (("batch-size", parsed.batch_size), ("max-new-tokens", parsed.max_new_tokens)):
+        if value < 1:
+            raise ConfigurationError(f"--{name} is {value}; give at least 1")
     if parsed.out.resolve() == parsed.data.resolve():
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
     rows = read_questions(parsed.data)
-    opened = open_model(
-        parsed.state, device=parsed.device, base=parsed.base, config=parsed.config, needs=rows
-    )
+    opened = parsed.open(needs=rows)
     lines = []
     for start in range(0, len(rows), parsed.batch_size):
         batch = rows[start : start + parsed.batch_size]
         given = answers(
-            opened.model,
-            opened.tokenizer,
-            batch,
-            parsed.batch_size,
-            max_length=opened.saved.max_length,
+            opened.model, opened.tokenizer, batch, parsed.batch_size, max_length=opened.saved.max_length,
             max_new_tokens=parsed.max_new_tokens,
-        )
-        lines += [
-            json.dumps({"id": row.id, "answer": answer}, ensure_ascii=False) + "\n"
-            for row, answer in zip(batch, given, strict=True)
-        ]
-        _tell(start + len(batch), len(rows))
+        )  # fmt: skip
+        told = ({"id": row.id, "answer": answer} for row, answer in zip(batch, given, strict=True))
+        lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in told]
+        if sys.stderr.isatty():  # a log has no use for it
+            done = start + len(batch)
+            end = "\n" if done == len(rows) else ""
+            print(f"\r{done:,} of {len(rows):,} rows", end=end, file=sys.stderr, flush=True)
     write_atomically(parsed.out, "".join(lines).encode())
     print(f"{len(rows):,} answers in {parsed.out}")
     return 0
@@ -77,8 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 def read_questions(path: Path) -> list[Example]:
     """Read rows to be answered; what they have besides prompt, choices and id is left alone.
 
-    Raises:
-        ConfigurationError: a row has no prompt, or choices that are none. The row is named, not its content.
+    ConfigurationError if a row has no prompt, or choices that are none. The row is named, not its content.
     """
     rows = []
     for number, (where, row) in enumerate(rows_of(path), 1):
@@ -87,9 +71,8 @@ def read_questions(path: Path) -> list[Example]:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigurationError(f"{where}: 'prompt' must be a text that is not empty")
-        rows.append(
-            Example(str(row.get("id", f"row-{number}")), prompt, *_choices(row.get("choices"), where))
-        )
+        name = str(row.get("id", f"row-{number}"))
+        rows.append(Example(name, prompt, *_choices(row.get("choices"), where)))
     if not rows:
         raise ConfigurationError(f"{path} holds no row; give at least one with a prompt")
     return rows
@@ -104,9 +87,3 @@ def _choices(given: Any, where: str) -> tuple[str, tuple[str, ...]]:
     if not texts or len(set(choices)) != len(choices) or len(choices) < 2:
         raise ConfigurationError(f"{where}: 'choices' must be a list of two or more different texts")
     return choices[0], tuple(choices)
-
-
-def _tell(done: int, total: int) -> None:
-    """Progress on a terminal, on one line; a log has no use for it."""
-    if sys.stderr.isatty():
-        print(f"\r{done:,} of {total:,} rows", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import tyro
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -73,11 +74,7 @@ class SavedModel(Frozen):
 
 
 def read_saved(state: Path, config: Path | None = None) -> SavedModel:
-    """Read what a client wrote when it began.
-
-    Args:
-        state: its state directory.
-        config: its `client.toml`, from which the file is written where a version before left none.
+    """Read what a client wrote when it began, or write it from `client.toml` for a state of a version before.
 
     Raises:
         StateError: there is none, or it is damaged.
@@ -85,7 +82,7 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
     """
     file = state / RECORD
     if config is not None and not file.exists():
-        settings = read_configuration(config, ClientSettings).resolved(config.parent)
+        settings = read_configuration(config, ClientSettings).located(config.parent)
         if settings.state_dir.resolve() != state.resolve():
             raise ConfigurationError(
                 f"{config} has state_dir {settings.state_dir}, not {state}; give its own"
@@ -110,21 +107,31 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A member's model, ready to generate.
-
-    Attributes:
-        saved: what its state directory says of it.
-        settings: with which its base was loaded.
-        round: after which its adapter was stored.
-        model: with the adapter, in evaluation mode.
-        tokenizer: of the model.
-    """
+    """A member's model with the adapter of a round, ready to generate, and how its base was loaded."""
 
     saved: SavedModel
     settings: ModelSettings
     round: int
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Which member's model a command opens, and where."""
+
+    state: tyro.conf.Positional[Path]
+    """The client's state directory."""
+    base: str | None = None
+    """Folder or hub id of the base model, if it is not where the client had it."""
+    device: str | None = None
+    """Where to compute; as in the client's settings if left out."""
+    config: Path | None = None
+    """The client's client.toml, for state directories of versions before."""
+
+    def open(self, needs: Sequence[Example] = ()) -> OpenedModel:
+        """See `open_model`."""
+        return open_model(self.state, device=self.device, base=self.base, config=self.config, needs=needs)
 
 
 def open_model(
@@ -137,12 +144,8 @@ def open_model(
 ) -> OpenedModel:
     """Load the member's own model from its state directory.
 
-    Args:
-        state: of the client.
-        device: instead of the one in the client's settings.
-        base: folder or hub id, where the base model is not where it was.
-        config: see `read_saved`.
-        needs: examples whose images it will read.
+    `base` is a folder or hub id, where the base model is not where it was; `needs` are examples whose images
+    it will read.
 
     Raises:
         StateError: there is no adapter yet, or it is damaged; see also `read_saved`.

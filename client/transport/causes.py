@@ -9,8 +9,7 @@ import os
 import re
 import socket
 import ssl
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography import x509
 
@@ -63,28 +62,17 @@ _PASSING: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Cause:
-    """Why a call failed.
-
-    Attributes:
-        words: what it means and what to do.
-        final: whether trying again is in vain until somebody changes something.
-    """
+class Cause(NamedTuple):
+    """Why a call failed: what it means and what to do, and whether trying again is in vain meanwhile."""
 
     words: str
     final: bool = False
 
 
 def explain(text: str, address: str) -> Cause:
-    """Say what a failed call means.
+    """Say what a failed call to an address means, by gRPC's text with the status code.
 
-    Args:
-        text: gRPC's, with the status code.
-        address: host and port of the server.
-
-    Returns:
-        The cause; `final` where only a person can help. A proxy is named wherever it may stand in between.
+    A proxy is named wherever it may stand in between.
     """
     if "Hostname Verification Check failed" in text:
         named = ", ".join(_presented_names(address)) or "other names"
@@ -110,8 +98,7 @@ def _proxy(address: str) -> str:
     if is_local(address) or any(host.endswith(end.strip()) for end in without.split(",") if end.strip()):
         return ""
     for variable in _PROXY_VARIABLES:
-        value = os.environ.get(variable)
-        if value:
+        if value := os.environ.get(variable):
             shown = _CREDENTIALS.sub("", value)
             return (
                 f"; {variable}={shown} is set, and leads there unless no_proxy names the server: "

@@ -40,11 +40,7 @@ _OPTIONS: Final = (
 def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
     """Open a channel that shows this client's certificate and accepts only the federation's server.
 
-    Args:
-        address: host and port of the server, as `fedmosaic.privacy.federation.names.address` gives it.
-        authority: PEM certificate of the federation's authority.
-        certificate: PEM certificate of this client.
-        private_key: its key.
+    The address is as `fedmosaic.privacy.federation.names.address` gives it; all files are PEM.
 
     Raises:
         IdentityError: a file is missing or damaged, key and certificate are no pair, or the certificate is
@@ -60,25 +56,16 @@ def open_channel(address: str, authority: Path, certificate: Path, private_key: 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a client tries again when the server cannot be reached.
-
-    Attributes:
-        address: of the server, for messages.
-        seconds: give up after so long without any progress.
-    """
+    """For how many seconds without any progress a client tries again when the server cannot be reached."""
 
     address: str
     seconds: float
 
     def retry(self, call: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-        """Repeat an attempt while it fails for reasons that time may cure.
+        """Repeat an attempt while it fails (`grpc.RpcError`) for reasons that time may cure.
 
-        Delays grow exponentially and are jittered, so that clients do not come back in step.
-
-        Args:
-            call: name of the call, for messages.
-            attempt: what to do; an `grpc.RpcError` means that it failed.
-            progress: a number that grows whenever something was achieved; growth renews the patience.
+        Delays grow exponentially and are jittered, so that clients do not come back in step. Growth of the
+        number `progress` renews the patience.
 
         Raises:
             Refusal: the server refused.

@@ -94,20 +94,10 @@ class GrpcTransport:
         traffic: Traffic | None = None,
         connect: Connect = open_channel,
     ) -> None:
-        """Prepare a connection; it is opened by the first call.
+        """Prepare a connection with PEM files of a kit; it is opened by the first call.
 
-        Args:
-            address: host and port of the server.
-            authority: PEM certificate of the federation's authority.
-            certificate: PEM certificate of this client.
-            private_key: its key, readable by its owner only.
-            retry_seconds: give up when the server could not be reached for so long.
-            wait_seconds: how long one call waits at the server, at most 60.
-            traffic: counts on; by default from nothing.
-            connect: opens the channel; by default straight to the address.
-
-        Raises:
-            IdentityError: a file is missing or not acceptable.
+        One call waits `wait_seconds` at the server, at most 60; without any progress for `retry_seconds` the
+        transport gives up. IdentityError if a file is not acceptable.
         """
         self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)

@@ -21,14 +21,7 @@ class Traffic:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Begin to count, or go on where the last process stopped.
-
-        Args:
-            path: where `save` keeps the counts over restarts; by default nowhere.
-
-        Raises:
-            StateError: the file is damaged.
-        """
+        """Begin to count, or go on with the file that `save` writes; StateError if that is damaged."""
         self._lock = threading.Lock()
         self._sent: Counter[Channel] = Counter()
         self._received: Counter[Channel] = Counter()

@@ -21,6 +21,7 @@ from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
 from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
@@ -194,11 +195,12 @@ class SharedProbe:
         self._map = public_map(mechanism, basis)
         self._max_length = max_length
 
-    def of(self, examples: Sequence[Example], randomness: BitSource) -> ProfileSum:
-        """What sums the profile over a data epoch's examples; the randomness is of the Poisson sample."""
+    def of(self, examples: Sequence[Example], randomness: BitSource, unit: Unit = "example") -> ProfileSum:
+        """What sums the profile over a data epoch's units; the randomness is of the Poisson sample."""
         probe = ProfileProbe(
-            lambda: self._loaded, self._map, examples, self._max_length, randomness, setting=_LENGTH_SETTING
-        )
+            lambda: self._loaded, self._map, examples, self._max_length, randomness, unit=unit,
+            setting=_LENGTH_SETTING,
+        )  # fmt: skip
 
         def summed() -> ClippedSum:
             with COMPUTE:

@@ -19,7 +19,7 @@ from fedmosaic.client.colora.aligned import write_embedded
 from fedmosaic.client.ledger import open_ledger
 from fedmosaic.client.model.examples import encode_examples
 from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels, sampling_rate
+from fedmosaic.client.planning import AdapterPlan, sampling_rate
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.experiments.scenario.participants import Evaluation, client_seed, training_examples
@@ -130,10 +130,8 @@ class Federation:
         examples, terms = training_examples(entry), self.terms
         ids = tuple(example.id for example in examples)
         state = ClientState(self.directory / "unseen" / entry.id, "unseen", entry.id)
-        privacy, channels = terms.adapter_privacy, budgeted_channels(terms)
-        ledger = open_ledger(
-            state.ledger_path, entry.id, len(ids), privacy.target_epsilon, channels, privacy.largest_delta
-        )
+        target = terms.adapter_privacy.target_epsilon
+        ledger = open_ledger(state.ledger_path, entry.id, terms, len(ids), target)
         try:
             probe = self.probe.of(examples, randomness)
             unprotected = AdapterPlan(0.0, sampling_rate(terms, len(ids)))

@@ -16,9 +16,10 @@ from typing import Final
 import numpy as np
 
 from fedmosaic.client.client import RESULT, Participant
+from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.planning import budgeted_channels, plan_adapter
+from fedmosaic.client.planning import plan_adapter
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
@@ -185,11 +186,8 @@ class _Client:
             self._score,
             discard=scenario.discard_received,
         )
-        count, privacy = self.learner.inner.example_count, self.terms.adapter_privacy
-        target, channels = privacy.target_epsilon, budgeted_channels(self.terms)
-        self.ledger = open_ledger(
-            self.state.ledger_path, self.entry.id, count, target, channels, privacy.largest_delta
-        )
+        count, target = self.learner.inner.example_count, self.terms.adapter_privacy.target_epsilon
+        self.ledger = open_ledger(self.state.ledger_path, self.entry.id, self.terms, count, target)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
             self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
@@ -224,8 +222,8 @@ class _Client:
             # A seeded stream of noise must be a new one in every round, also after a restart.
             number = None if seed is None else seed + 1_000_003 * round_number + self.index
             randomness = SecureNoise() if number is None else SeededTestNoise(number)
-            make = self.worker.probe.of(examples, randomness)
-            ids = tuple(example.id for example in examples)
+            make = self.worker.probe.of(examples, randomness, self.terms.unit)
+            ids = unit_ids(examples, self.terms.unit)
             return Releases(
                 self.ledger, self.terms, self.state, ids, make, randomness, self.plan,
                 disjoint_epochs=self.stream is not None,

@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 from google.protobuf.message import Message
 
-from chaos.processes import transport_of
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.records import ClippingRecord, read_average, read_profile, read_upload
 from fedmosaic.client.state import read_record
@@ -126,7 +125,7 @@ def record(directory: Path, port: int) -> dict[str, list[bytes]]:
     kept: dict[str, list[bytes]] = defaultdict(list)
     clients, sessions = fv.clients_of(directory), {}
     for name, client in clients.items():
-        line: Any = transport_of(directory, name, port)
+        line: Any = fv.dial(directory, name, port)
         if name == MEMBER:
             line._stub = _Recorder(line._stub, kept)
             line.status()
@@ -137,9 +136,7 @@ def record(directory: Path, port: int) -> dict[str, list[bytes]]:
     assert {type(error) for error in errors.values()} == {fv.Killed}, errors
     member = clients[MEMBER]
     roster = open_kit(directory / "clients" / MEMBER).roster
-    facts = statement_inputs(
-        roster, member.state.record.run_id, MEMBER, member.ledger, member.plan, smallest_row=None
-    )
+    facts = statement_inputs(roster, member.state, member.ledger, member.plan)
     told = shareable(facts).model_dump_json().encode()
     kept["Report"] = [pb.ReportRequest(statement=told).SerializeToString()]
     for client in clients.values():

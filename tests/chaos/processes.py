@@ -21,7 +21,6 @@ from chaos.faults import changes_disk
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_group_sums as sums
 from fedmosaic.client.transport import connection
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -105,17 +104,10 @@ class _Member(sums.Member):
         return kind(self.seed, agreed, note=self.note)
 
 
-def transport_of(directory: Path, name: str, port: int) -> GrpcTransport:
-    """A member's transport to a server on this machine."""
-    kit = directory / "clients" / name
-    files = {"authority": "authority.pem", "certificate": "tls.pem", "private_key": "tls.key"}
-    return GrpcTransport(f"localhost:{port}", **{key: kit / file for key, file in files.items()})
-
-
 def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> int:
     """One client's process, from its start to the end of the run."""
     connection._LONGEST_DELAY_SECONDS = 1.0  # type: ignore[misc]  # a server that is back is soon asked
-    transport = transport_of(directory, name, port)
+    transport = fv.dial(directory, name, port)
     session = _Member(directory, name, seed, note=note).session(transport)
     encrypt, push = session._protection._cipher.encrypt, transport.push
 

@@ -12,14 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedmosaic.client import assets
-from fedmosaic.client.assets import (
-    Asset,
-    cache_directory,
-    extract_member,
-    fetch,
-    read_member,
-    read_members,
-)
+from fedmosaic.client.assets import Asset, cache_directory, extract_member, fetch, read_member, read_members
 from fedmosaic.protos.errors import ConfigurationError
 
 QUIET = Console(file=StringIO())
@@ -54,14 +47,14 @@ class Index:
     def __init__(self, served: Path) -> None:
         self.served = served
         self.requests = 0
-        self.partial: int | None = None
+        self.failure: BaseException | None = None
 
     def __call__(self, asset: Asset, directory: Path) -> None:
         self.requests += 1
         content = self.served.read_bytes()
-        if self.partial is not None:
-            (directory / asset.filename).write_bytes(content[: self.partial])
-            raise ConfigurationError("connection lost")
+        if self.failure is not None:
+            (directory / asset.filename).write_bytes(content[:100])
+            raise self.failure
         (directory / asset.filename).write_bytes(content)
 
 
@@ -81,30 +74,29 @@ def test_a_finished_download_is_never_fetched_again(tmp_path: Path, served: tupl
     assert index.requests == 1
 
 
+@pytest.mark.parametrize("failure", [ConfigurationError("connection lost"), KeyboardInterrupt()])
 def test_a_broken_download_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, served: tuple[Asset, Index]
+    tmp_path: Path, served: tuple[Asset, Index], failure: BaseException
 ) -> None:
     asset, index = served
     cache = tmp_path / "cache"
-    index.partial = 100
-    with pytest.raises(ConfigurationError, match=r"connection lost.*FEDMOSAIC_CACHE"):
+    index.failure = failure
+    words = "connection lost.*FEDMOSAIC_CACHE" if isinstance(failure, ConfigurationError) else ""
+    with pytest.raises(type(failure), match=words):
         fetch(asset, cache, console=QUIET, download=index)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    index.partial = None
+    index.failure = None
     assert fetch(asset, cache, console=QUIET, download=index).is_file()
 
 
 def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: tuple[Asset, Index]) -> None:
     asset, index = served
     other = replace(asset, sha256="0" * 64)
-    with pytest.raises(ConfigurationError, match="is not the file with SHA-256 0000"):
+    with pytest.raises(ConfigurationError, match="is not the file with the pinned SHA-256 0000"):
         fetch(other, tmp_path / "cache", console=QUIET, download=index)
-    assert not (tmp_path / "cache" / "packages").exists()
-
-
-def test_a_download_that_brings_no_file_is_refused(tmp_path: Path, served: tuple[Asset, Index]) -> None:
     with pytest.raises(ConfigurationError, match="is not the file"):
-        fetch(served[0], tmp_path / "cache", console=QUIET, download=lambda *_: None)
+        fetch(asset, tmp_path / "cache", console=QUIET, download=lambda *_: None)
+    assert not (tmp_path / "cache" / "packages").exists()
 
 
 def test_a_prefilled_cache_needs_no_network(tmp_path: Path, served: tuple[Asset, Index]) -> None:
@@ -188,16 +180,6 @@ def test_a_python_without_pip_is_explained(
     monkeypatch.setattr(assets.sys, "executable", str(bare))
     with pytest.raises(ConfigurationError, match="ensurepip"):
         fetch(served[0], tmp_path / "cache", console=QUIET)
-
-
-def test_an_interrupted_download_leaves_no_file(tmp_path: Path, served: tuple[Asset, Index]) -> None:
-    def interrupted(asset: Asset, directory: Path) -> None:
-        (directory / asset.filename).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fetch(served[0], tmp_path / "cache", console=QUIET, download=interrupted)
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
 def test_members_are_read_by_name_and_in_order(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Where a client's ledger stands, that no fresh one forgets what was spent, and its δ while data change."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -11,12 +10,25 @@ from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, data_epoch, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import LedgerError
 
 IDS = [f"e{index}" for index in range(400)]
 EPOCH = data_epoch(IDS)
+TERMS = Terms(
+    adapter=AdapterTerms(rank=4, protection="dp"),
+    allow_plaintext=True,
+    encryption={"backend": "plain"},  # type: ignore[arg-type]  # as a file has it
+    profile=ProfileMechanism(
+        probe="none",
+        probe_sha256="0" * 64,
+        reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+        noise_multiplier=8.0,
+    ),
+)
 PROFILE = GaussianEvent(8.0, 1.0, 1)
 
 
@@ -37,7 +49,7 @@ class Site:
         return DataLedger.of(DataSettings(train=train or self.train, ledger=named), directory, record)
 
     def open(self, state: str = "state", **options: object) -> Ledger:
-        return self.books(state, **options).open(len(IDS), EPOCH, 8.0, ("profile", "adapter"))  # type: ignore[arg-type]  # by keyword
+        return self.books(state, **options).open(TERMS, IDS, 8.0)  # type: ignore[arg-type]  # by keyword
 
 
 def of_before(state: Path) -> Ledger:
@@ -99,23 +111,7 @@ def test_two_names_of_one_file_are_one_data_set(site: Site) -> None:
         assert ledger.events() == [PROFILE]
 
 
-def test_a_ledger_of_a_version_before_is_moved_beside_the_data(
-    site: Site, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    state = site.place / "state"
-    with of_before(state) as ledger:
-        spend(ledger, "first")
-    (state / "profile-1-2.npy").write_bytes(b"noise")
-    with site.open(run="0" * 32) as ledger:
-        assert ledger.events() == [PROFILE]
-        assert (ledger.directory / "profile-1-2.npy").exists()
-    assert "now stands in" in caplog.text
-    with site.open(run="0" * 32), pytest.raises(LedgerError, match="closed and moved"):
-        of_before(state)
-
-
-def test_a_second_copy_of_a_version_before_is_joined_by_the_command_that_is_named(
+def test_a_ledger_in_a_state_directory_is_joined_by_the_command_that_is_named(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with of_before(site.place / "first") as ledger:
@@ -123,13 +119,17 @@ def test_a_second_copy_of_a_version_before_is_joined_by_the_command_that_is_name
     shutil.copytree(site.place / "first", site.place / "second")
     with of_before(site.place / "second") as ledger:
         spend(ledger, "second")
-    site.open("first").close()
-    with pytest.raises(LedgerError, match=r"fedmosaic ledger move \S+second \S+train.jsonl.ledger"):
-        site.open("second")
-    assert main(["move", str(site.place / "second"), str(site.train) + ".ledger"]) == 0
+    (site.place / "second" / "profile-1-2.npy").write_bytes(b"noise")
+    for number, name in enumerate(("first", "second"), 1):
+        with pytest.raises(LedgerError, match=rf"fedmosaic ledger move \S+{name} \S+train.jsonl.ledger"):
+            site.open(name)
+        assert main(["move", str(site.place / name), str(site.train) + ".ledger"]) == 0
+        with site.open(name, run="0" * 32) as ledger:
+            assert ledger.events() == [PROFILE] * number
+        with pytest.raises(LedgerError, match="closed and moved"):
+            of_before(site.place / name)
     assert "1 release(s)" in capsys.readouterr().out
-    with site.open("second") as ledger:
-        assert ledger.events() == [PROFILE, PROFILE]
+    assert (ledger.directory / "profile-1-2.npy").exists()
 
 
 @pytest.mark.parametrize("loss", ["the ledger", "the ledger of before", "the place"])
@@ -189,10 +189,6 @@ def test_backup_by_the_command_line(site: Site, capsys: pytest.CaptureFixture[st
     assert read_ledger(site.place / "out" / LEDGER)[-1].kind == "CLOSED"
 
 
-def test_a_new_ledger_gets_the_default(tmp_path: Path) -> None:
-    assert ledger_delta(tmp_path / "ledger.sqlite", 1000) == default_delta(1000)
-
-
 @pytest.mark.parametrize("now", [200, 999, 1000, 1001, 1900])
 def test_a_kept_ledger_keeps_its_delta_while_it_is_at_most_one_over_n(tmp_path: Path, now: int) -> None:
     path = tmp_path / "ledger.sqlite"
@@ -211,6 +207,7 @@ def test_more_examples_than_that_are_refused_with_the_number_that_is_possible(tm
 
 def test_terms_bound_delta_and_a_ledger_with_a_larger_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
+    assert ledger_delta(path, 1000) == default_delta(1000)
     assert ledger_delta(path, 400, 1e-5) == 1e-5
     assert ledger_delta(path, 400, 1.0) == default_delta(400)
     assert ledger_delta(path, 10**6, 1e-5) == default_delta(10**6)

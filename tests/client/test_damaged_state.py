@@ -57,13 +57,16 @@ def test_a_damaged_session_is_named(content: bytes, tmp_path: Path) -> None:
     state.join_run("0" * 32)
 
 
-@damaged
+@pytest.mark.parametrize(
+    "content", [*DAMAGE.values(), b'{"1/shared": "digest"}', b'{"1/shared": ["d", "x"]}']
+)
 def test_damaged_rows_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
     state = ClientState(tmp_path, "f", "ada")
     state.accept_row("shared", 1, ROW)
     (tmp_path / "rows.json").write_bytes(content)
-    with pytest.raises(StateError, match=r"rows\.json is damaged.*delete it"):
-        state.accept_row("shared", 1, ROW)
+    for ask in (state.smallest_row, lambda: state.accept_row("shared", 1, ROW)):
+        with pytest.raises(StateError, match=r"rows\.json is damaged.*delete it"):
+            ask()
     (tmp_path / "rows.json").unlink()
     state.accept_row("shared", 1, ROW)
 
@@ -84,6 +87,9 @@ def test_small_records_are_named_and_can_be_deleted(content: bytes, tmp_path: Pa
             opening()
         path.unlink()
         opening()
+    path.write_bytes(b'{"adapter": [1]}')
+    with pytest.raises(StateError, match="delete it"):
+        ClippingRecord(path).shares()
 
 
 @damaged

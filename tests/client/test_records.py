@@ -24,14 +24,6 @@ def test_a_channel_that_saw_no_example_has_no_share(tmp_path: Path) -> None:
     assert record.shares() == {}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"adapter": 1}', '{"adapter": [1]}'])
-def test_a_damaged_record_names_the_remedy(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "clipping.json"
-    path.write_text(content)
-    with pytest.raises(StateError, match="delete it"):
-        ClippingRecord(path).shares()
-
-
 @pytest.mark.parametrize("change", [(b"(32,", b"(32["), (b"}", b"\x00")])
 def test_an_array_whose_header_is_no_python_is_damaged_as_any_other(
     change: tuple[bytes, bytes], tmp_path: Path

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter, sampling_rate
+from fedmosaic.client.ledger import budgeted_channels
+from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
@@ -82,27 +83,15 @@ class Client:
         disjoint_epochs: bool = False,
     ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
-        ledger = Ledger.open(
-            self.books / LEDGER,
-            "ada",
-            DELTA,
-            self.target,
-            accountant="rdp",
-            budgeted_channels=budgeted_channels(self.terms),
-        )
+        path, channels = self.books / LEDGER, budgeted_channels(self.terms)
+        ledger = Ledger.open(path, "ada", DELTA, self.target, accountant="rdp", budgeted_channels=channels)
         noise = SecureNoise()
         noise.gaussian = self.gaussian  # type: ignore[method-assign]  # counts the draws
         plan = AdapterPlan(1.0 if self.terms.adapter.private else 0.0, 0.02)
         try:
+            summing = summed or self.profile_sum
             yield Releases(
-                ledger,
-                self.terms,
-                state,
-                ids,
-                summed or self.profile_sum,
-                noise,
-                plan,
-                disjoint_epochs=disjoint_epochs,
+                ledger, self.terms, state, ids, summing, noise, plan, disjoint_epochs=disjoint_epochs
             )
         finally:
             ledger.close()
@@ -337,11 +326,6 @@ def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -
         thread.join(60)
     np.testing.assert_array_equal(sent[first.place], sent[second.place])
     assert first.draws + second.draws == len(first.reserved("profile")) == 1
-
-
-def test_a_private_adapter_that_was_not_charged_may_not_leave(client: Client) -> None:
-    with client.opened() as releases, pytest.raises(PrivacyError, match="not charged"):
-        releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)})
 
 
 def test_resending_an_upload_is_free_and_other_bytes_are_refused(client: Client) -> None:

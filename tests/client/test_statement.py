@@ -6,7 +6,7 @@ import pytest
 
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import coalition_rows
-from fedmosaic.protos.errors import PolicyError, StateError
+from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import WeightRow
 
 
@@ -28,16 +28,6 @@ def test_the_smallest_row_that_was_accepted_is_remembered_over_restarts(tmp_path
     again = ClientState(tmp_path / "state", "f", "a")
     assert again.smallest_row() == 3
     again.release()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"1/shared": "digest"}', '{"1/shared": ["digest", "x"]}'])
-def test_a_damaged_record_of_rows_is_refused(tmp_path: Path, content: str) -> None:
-    state = ClientState(tmp_path / "state", "f", "a")
-    (tmp_path / "state" / "rows.json").write_text(content)
-    for ask in (state.smallest_row, lambda: state.accept_row("shared", 1, row(8, 8))):
-        with pytest.raises(StateError, match=r"rows\.json is damaged"):
-            ask()
-    state.release()
 
 
 def test_two_recipients_solve_for_what_rows_of_three_hide() -> None:

@@ -4,22 +4,26 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fedmosaic.client.client import Participant
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels
+from fedmosaic.client.ledger import budgeted_channels
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.client.transport.grpc import GrpcTransport, Transport
 from fedmosaic.experiments.simulation.transport import InProcessTransport
 from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, open_kit
-from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, WitnessEntry, open_kit
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
@@ -44,20 +48,14 @@ def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
                 rank=4, blocks=2, target_modules=("a", "b"), protection="none" if plain else "encrypted"
             ),
             "profile": PROFILE,
-            "schedule": ScheduleTerms.model_validate(
-                {
-                    "rounds": rounds,
-                    "quorum": 4,
-                    "round_deadline_seconds": 60,
-                    "gathering_seconds": 30,
-                    "key_patience_seconds": 30,
-                    **schedule,
-                }
-            ),
+            "schedule": {
+                "rounds": rounds, "quorum": 4, "round_deadline_seconds": 60, "gathering_seconds": 30,
+                "key_patience_seconds": 30, **schedule,
+            },
             "encryption": {"backend": backend},
             "allow_plaintext": plain,
         }
-    )
+    )  # fmt: skip
 
 
 @dataclass
@@ -111,9 +109,10 @@ def make_federation(
     agreed: Terms,
     members: tuple[str, ...] = MEMBERS,
     families: Mapping[str, str] | None = None,
+    witness: WitnessEntry | None = None,
 ) -> Path:
     entries = tuple(MemberEntry(id=name, family=(families or {}).get(name, "")) for name in members)
-    config = FederationConfig(federation="vectors", members=entries, terms=agreed)
+    config = FederationConfig(federation="vectors", members=entries, witness=witness, terms=agreed)
     consortium.create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return directory
@@ -148,13 +147,9 @@ class Client:
         agreed = kit.roster.terms
         self.learner = self.make_learner(agreed)
         self.state = ClientState(kit.directory / "state", kit.roster.federation, self.name)
+        channels, path = budgeted_channels(agreed), self.state.ledger_path
         self.ledger = Ledger.open(
-            self.state.ledger_path,
-            self.name,
-            1e-5,
-            self.target_epsilon,
-            accountant="rdp",
-            budgeted_channels=budgeted_channels(agreed),
+            path, self.name, 1e-5, self.target_epsilon, accountant="rdp", budgeted_channels=channels
         )
         ids = tuple(f"{self.name}-{i}" for i in range(100))
         releases = Releases(self.ledger, agreed, self.state, ids, self._profile, self.noise, self.plan)
@@ -179,11 +174,11 @@ def clients_of(directory: Path, names: tuple[str, ...] = MEMBERS, kind: type[Any
     return {name: kind(directory, name, MEMBERS.index(name)) for name in names}
 
 
-def run_all(sessions: Mapping[str, Session]) -> dict[str, BaseException]:
+def run_all(sessions: Mapping[str, Any]) -> dict[str, BaseException]:
     """Run every session in a thread of its own; returns what they raised."""
     errors: dict[str, BaseException] = {}
 
-    def run(name: str, session: Session) -> None:
+    def run(name: str, session: Any) -> None:
         try:
             session.run()
         except BaseException as error:
@@ -199,6 +194,18 @@ def run_all(sessions: Mapping[str, Session]) -> dict[str, BaseException]:
     return errors
 
 
+def dial(directory: Path, name: str, address: int | str, **options: Any) -> GrpcTransport:
+    """A member's way to a server on a port of this machine, or at an address."""
+    kit = directory / "clients" / name
+    return GrpcTransport(
+        address if isinstance(address, str) else f"localhost:{address}",
+        authority=kit / "authority.pem",
+        certificate=kit / "tls.pem",
+        private_key=kit / "tls.key",
+        **options,
+    )
+
+
 def in_process(coordinator: Coordinator, name: str) -> InProcessTransport:
     return InProcessTransport(coordinator, name, patience_seconds=60)
 
@@ -208,10 +215,7 @@ def play(
 ) -> dict[str, BaseException]:
     """Run a process of every client to its end, and close it; returns what they raised.
 
-    Args:
-        coordinator: the server, or what stands in for it.
-        clients: by name.
-        lines: what to put around the transport of some of them.
+    `lines` has what to put around the transport of some of them.
     """
     plain = {name: in_process(coordinator, name) for name in clients}
     wrapped = {name: (lines or {}).get(name, lambda line: line)(line) for name, line in plain.items()}
@@ -222,12 +226,40 @@ def play(
             client.close()
 
 
-def finish(directory: Path, kind: type[Any] = Client, around: Callable[[Any], Any] | None = None) -> Any:
-    """Run all clients of a federation to the end of its run.
+def played(
+    directory: Path,
+    coordinator: Coordinator,
+    killed: tuple[str, ...] = (),
+    line: Callable[[Any], Any] = lambda inner: inner,
+    prepare: Callable[[Any], Any] = lambda session: None,
+    pause: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Run all clients until the end of the run; those that are killed, once, start again after a pause."""
+    clients = clients_of(directory)
 
-    Returns:
-        The clients by name, and the server's summary.
-    """
+    def restarted(client: Any) -> None:
+        session = client.session(line(in_process(coordinator, client.name)))
+        prepare(session)
+        with pytest.raises(Killed):
+            session.run()
+        client.close()
+        pause()
+        client.session(in_process(coordinator, client.name)).run()
+
+    sessions: dict[str, Any] = {
+        name: SimpleNamespace(run=partial(restarted, client))
+        if name in killed
+        else client.session(in_process(coordinator, name))
+        for name, client in clients.items()
+    }
+    assert run_all(sessions) == {}
+    for client in clients.values():
+        client.close()
+    return clients
+
+
+def finish(directory: Path, kind: type[Any] = Client, around: Callable[[Any], Any] | None = None) -> Any:
+    """Run all clients of a federation to the end of its run; they by name, and the server's summary."""
     coordinator = coordinator_of(directory)
     clients = clients_of(directory, kind=kind)
     assert play(coordinator if around is None else around(coordinator), clients) == {}

@@ -94,38 +94,24 @@ def one_line(lines: list[str], *words: str) -> str:
     return found[0]
 
 
-def test_a_foreign_client_that_starts_before_the_server_is_refused_and_logged(tmp_path: Path) -> None:
-    run = Federation(tmp_path, "plain", rounds=1, quorum=2, round_deadline_seconds=25)
-    run.server.kill()
-    run.server.wait()
-    client = run.in_thread("ben", "foreign")
-    time.sleep(0.5)
-    run.server = run.start_server()
-    assert client.result(PATIENCE) == 3
-    run.stop()
-    assert FOREIGN in run.log.read_text()
-
-
-def test_five_clients_of_which_four_are_faulty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Wrong certificate, NaN, 2 GiB announced, killed in mid-round: each refused or resumed, by name."""
+def test_four_clients_of_which_three_are_faulty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Wrong certificate, NaN, killed in mid-round: each refused or resumed, by name."""
     # However short, a deadline below the quorum is extended: no round closes without the two that contribute.
     run = Federation(tmp_path, "plain", rounds=2, quorum=2, round_deadline_seconds=2)
-    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "dee": "huge", "eva": "kill"}
+    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "eva": "kill"}
     eva = run.start_client("eva", faults.pop("eva"))
     others = {name: run.in_thread(name, fault) for name, fault in faults.items()}
     assert eva.wait(PATIENCE) == -signal.SIGKILL
     others["eva"] = run.in_thread("eva", "kill")
     codes = {name: client.result(PATIENCE) for name, client in others.items()}
-    assert codes == {"ada": 0, "ben": 3, "cid": 3, "dee": 3, "eva": 0}
+    assert codes == {"ada": 0, "ben": 3, "cid": 3, "eva": 0}
     run.stop()
     results = run.summary()["results"]
     assert [result["uploaded"] for result in results] == [["ada", "eva"], ["ada", "eva"]]
     lines = run.server_lines()
     one_line(lines, "cid", "NaN")
-    one_line(lines, "dee", "2147483648")
     assert FOREIGN in run.log.read_text()
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    one_line(told, "2147483648")
     one_line(told, "NaN")
 
 

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from end_to_end.federation_of_vectors import (
-    PROFILE,
-    Client,
-    VectorLearner,
-    coordinator_of,
-    in_process,
-    make_federation,
-    run_all,
-)
+from end_to_end import federation_of_vectors as fv
+from end_to_end.federation_of_vectors import PROFILE, Client, VectorLearner, in_process, run_all
 from fedmosaic.client.colora import write_shared
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.dp.branch import only_shared_branch
@@ -113,7 +106,7 @@ def gradients(learner, round_number):
 
 def audited(directory):
     """The ε that the sums of one run certify against server and t members, beside what was charged."""
-    coordinator = coordinator_of(make_federation(directory, TERMS, MEMBERS))
+    coordinator = fv.coordinator_of(fv.make_federation(directory, TERMS, MEMBERS))
     clients = {name: Member(directory, name, seed) for seed, name in enumerate(MEMBERS)}
     try:
         assert not run_all({n: c.session(in_process(coordinator, n)) for n, c in clients.items()})

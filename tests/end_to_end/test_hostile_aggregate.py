@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from end_to_end import federation_of_vectors as fv
-from end_to_end.test_trained_adapters import SHARED_MODEL, ModelClient, random_model
+from end_to_end.test_trained_adapters import ModelClient, random_model
 from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.planning import AdapterPlan
@@ -198,19 +198,6 @@ def test_the_server_sees_the_same_calls_whatever_the_aggregate_opens_to(
         vector = outcome.learner.sections()["shared"]
         assert np.isfinite(vector).all()
         assert vector.any()
-
-
-@pytest.mark.real_models
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED_MODEL.exists(), reason=f"needs the model in {SHARED_MODEL}")
-@pytest.mark.parametrize("protection", ["encrypted", "dp+encrypted"])
-def test_the_same_with_a_pretrained_model(tmp_path: Path, protection: str) -> None:
-    calls = []
-    for number, received in enumerate([{}, *HOSTILE.values()]):
-        outcome = take_part(tmp_path / str(number), protection, SHARED_MODEL, received=received)
-        assert outcome.errors == {}
-        calls.append(outcome.calls)
-    assert calls[0] == calls[1] == calls[2]
 
 
 def test_an_aggregate_that_cannot_be_trained_with_is_left_out_and_told_at_home(

@@ -1,50 +1,36 @@
 """A client made of a user's own objects: a model in memory, rows in a list, conversations, persons."""
 
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from end_to_end.federation_of_vectors import run_all
+from end_to_end.test_preflight import found, server_of
 from fedmosaic.client.client import Client, ClientResult
 from fedmosaic.client.colora.layer import CoLoraLayer
-from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight.checks import Given, Preflight
-from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
-from fedmosaic.server.server import Server
-from fedmosaic.server.settings import settings_from_kit
+from tiny import save_tiny_model
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
-WORDS = ["<pad>", "</s>", "<unk>", "U", "B", *(f"w{i}" for i in range(40)), "yes", "no"]
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = ["U", "B", *(f"w{i}" for i in range(40)), "yes", "no"]
 TEMPLATE = (
     "{% for m in messages %}{{ 'U ' if m.role == 'user' else 'B ' }}{{ m.content }} "
     "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}B {% endif %}"
 )
-MEMBERS = ("a", "b", "c", "d")
 Objects = tuple[Any, Any]
 
 
@@ -70,25 +56,10 @@ def pairs(start: int, count: int = 60) -> list[dict[str, Any]]:
     ]
 
 
-def save_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24,
-        num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in-python")
-    save_model(folder / "model")
+    save_tiny_model(folder / "model", WORDS, SPECIAL, template=TEMPLATE, bos_token_id=1)
     return folder
 
 
@@ -103,23 +74,8 @@ def objects(place: Path) -> Objects:
 @pytest.fixture
 def served(place: Path, tmp_path: Path) -> Iterator[tuple[Path, int]]:
     """A federation of four, and its server."""
-    terms = Terms(
-        adapter=AdapterTerms(rank=2, blocks=2, protection="none"),
-        profile=ProfileMechanism(
-            probe="tiny",
-            probe_sha256=open_probe(load_base_model(place / "model")[0]).sha256,
-            reduction=Reduction(hidden_size=16, intermediate_size=24, projection_dimensions=32),
-        ),
-        schedule=ScheduleTerms(rounds=1, quorum=4),
-        encryption={"backend": "plain"},
-        allow_plaintext=True,
-    )
-    members = tuple(MemberEntry(id=m) for m in MEMBERS)
-    directory = tmp_path / "federation"
-    consortium.create(FederationConfig(federation="f", members=members, terms=terms), directory)
-    (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
-    settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
-    with Server(settings).background() as port:
+    directory = found(place / "model", tmp_path / "federation", rounds=1)
+    with server_of(directory / "server").background() as port:
         yield directory, port
 
 
@@ -168,24 +124,6 @@ def test_a_model_that_carries_adapters_is_refused(
     assert not list(tmp_path.rglob(LEDGER))
 
 
-def test_a_member_is_told_that_architectures_are_not_aligned(
-    served: tuple[Path, int], place: Path, tmp_path: Path
-) -> None:
-    config = FederationConfig.model_validate(
-        {
-            "federation": "g",
-            "members": [{"id": name, "family": name} for name in MEMBERS],
-            "terms": federation.open_kit(served[0] / "server").roster.terms.model_dump(),
-        }
-    )
-    consortium.create(config, tmp_path / "other")
-    own = settings(served, place, kit=tmp_path / "other" / "clients" / "a", model={"path": "m"})
-    checked = Preflight(own, Progress(), given=Given(train=pairs(0)))
-    with closing(checked):
-        next(check for check in checked.checks() if check.name == "kit").run()
-    assert any("4 families (a, b, c, d)" in warning for warning in checked.warnings)
-
-
 def test_the_same_checks_are_made_of_rows_in_a_list(
     served: tuple[Path, int], place: Path, objects: Objects, tmp_path: Path
 ) -> None:
@@ -226,21 +164,12 @@ def test_objects_take_part_with_conversations(
         "d": Client(settings(served, place, "d", **own_model, data={"train": home / "folder"})),
     }  # fmt: skip
     results: dict[str, ClientResult] = {}
-    errors: list[BaseException] = []
 
     def run(name: str) -> None:
-        try:
-            results[name] = clients[name].run()
-        except BaseException as error:
-            errors.append(error)
+        results[name] = clients[name].run()
 
     caplog.set_level("INFO")
-    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not errors
+    assert run_all({name: SimpleNamespace(run=partial(run, name)) for name in clients}) == {}
     for ledger in ("books-a", "books-b", "books-c", "folder.ledger"):
         assert (home / ledger / LEDGER).is_file()
     assert "self" in results["a"].after

@@ -10,7 +10,7 @@ import pytest
 
 import builders
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import session as client_session
+from fedmosaic.client import membership
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import open_kit
@@ -21,7 +21,7 @@ from fedmosaic.server.settings import settings_from_kit
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+    monkeypatch.setattr(membership, "_SECONDS_BETWEEN_EPOCHS", 0.1)
 
 
 @pytest.fixture
@@ -47,13 +47,11 @@ def _epochs(directory: Path, name: str = "ada") -> list[int]:
 
 
 @pytest.mark.usefixtures("_stopped_before_the_keys_go")
-def test_keys_rotate_after_the_agreed_number_of_rounds(tmp_path: Path) -> None:
-    directory = _federation(tmp_path, rounds=5, rotate_key_every=2)
-    coordinator = fv.coordinator_of(directory)
+def test_keys_rotate_after_the_agreed_number_of_rounds(founded: Any) -> None:
+    directory, coordinator = founded("mask", rounds=5, rotate_key_every=2)
     assert fv.play(coordinator, fv.clients_of(directory)) == {}
     results: Any = coordinator.summary()["results"]
     assert len(results) == 5
-    coordinator.close()
     # Rounds 1 and 2, 3 and 4, 5; the two newest are kept.
     assert _epochs(directory) == [2, 3]
 
@@ -75,9 +73,8 @@ def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(tmp_path: P
         assert counter["round"] == 2, "nothing was encrypted for round 3"
 
 
-def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
-    directory = _federation(tmp_path, rounds=3)
-    coordinator = fv.coordinator_of(directory)
+def test_a_round_that_is_over_is_not_encrypted_again(founded: Any) -> None:
+    directory, coordinator = founded("mask", rounds=3)
     pull = coordinator.pull
 
     def round_two_again(client: str, number: int) -> Any:
@@ -86,7 +83,6 @@ def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
 
     coordinator.pull = round_two_again  # type: ignore[method-assign]  # a server that lies
     errors = fv.play(coordinator, fv.clients_of(directory))
-    coordinator.close()
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():
         assert isinstance(error, StateError)
@@ -94,11 +90,9 @@ def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def after_one_round(tmp_path: Path, _stopped_before_the_keys_go: None) -> Path:
-    directory = _federation(tmp_path, rounds=1)
-    coordinator = fv.coordinator_of(directory)
+def after_one_round(founded: Any, _stopped_before_the_keys_go: None) -> Path:
+    directory, coordinator = founded("mask", rounds=1)
     assert fv.play(coordinator, fv.clients_of(directory)) == {}
-    coordinator.close()
     return directory
 
 
@@ -159,25 +153,22 @@ def _key_bytes(directory: Path) -> list[bytes]:
     return [json.loads(stored)[name].encode() for name in ("master", "fingerprint")]
 
 
-def test_no_client_holds_a_group_key_when_its_run_is_over(tmp_path: Path) -> None:
-    directory = _federation(tmp_path, rounds=2)
-    coordinator = fv.coordinator_of(directory)
+def test_no_client_holds_a_group_key_when_its_run_is_over(founded: Any) -> None:
+    directory, coordinator = founded("mask", rounds=2)
     assert fv.play(coordinator, fv.clients_of(directory)) == {}
     for name in fv.MEMBERS:
         kept = directory / "clients" / name / "state" / "keys"
         assert [path.name for path in kept.iterdir()] == ["counter.json"]
     # Started once more, a client finds nothing to do and nothing missing.
     assert fv.play(coordinator, fv.clients_of(directory)) == {}
-    coordinator.close()
     with pytest.raises(KeyAgreementError, match="was not part of key epoch 1"):
         _keyring(directory).key(1)
 
 
 def test_a_client_that_was_killed_before_it_deleted_its_keys_does_so_at_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    founded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = _federation(tmp_path, rounds=2)
-    coordinator = fv.coordinator_of(directory)
+    directory, coordinator = founded("mask", rounds=2)
     with monkeypatch.context() as patch:
         patch.setattr(Keyring, "forget", lambda self: None)
         assert fv.play(coordinator, fv.clients_of(directory)) == {}
@@ -187,7 +178,6 @@ def test_a_client_that_was_killed_before_it_deleted_its_keys_does_so_at_the_next
     half = keys / "epoch-0000000009.json.new"
     half.write_bytes(b"".join(secrets))
     assert fv.play(coordinator, fv.clients_of(directory)) == {}
-    coordinator.close()
     for path in (directory / "clients/ada/state").rglob("*"):
         if path.is_file():
             assert not any(secret in path.read_bytes() for secret in secrets), path

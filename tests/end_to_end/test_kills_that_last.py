@@ -3,7 +3,9 @@
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,52 +16,6 @@ from fedmosaic.client.records import read_upload
 from fedmosaic.protos.errors import KeyAgreementError, StateError
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator
-
-
-class Restarted:
-    """A session whose process is killed once, and started again."""
-
-    def __init__(
-        self,
-        client: Any,
-        coordinator: Coordinator,
-        line: Callable[[Any], Any],
-        prepare: Callable[[Any], Any],
-        pause: Callable[[], Any],
-    ) -> None:
-        self._client, self._coordinator = client, coordinator
-        self._line, self._prepare, self._pause = line, prepare, pause
-
-    def run(self) -> None:
-        session = self._client.session(self._line(fv.in_process(self._coordinator, self._client.name)))
-        self._prepare(session)
-        with pytest.raises(fv.Killed):
-            session.run()
-        self._client.close()
-        self._pause()
-        self._client.session(fv.in_process(self._coordinator, self._client.name)).run()
-
-
-def played(
-    directory: Path,
-    coordinator: Coordinator,
-    killed: tuple[str, ...] = (),
-    line: Callable[[Any], Any] = lambda inner: inner,
-    prepare: Callable[[Any], Any] = lambda session: None,
-    pause: Callable[[], Any] = lambda: None,
-) -> dict[str, Any]:
-    """Run all clients until the end of the run; those that are killed start again after a pause."""
-    clients = fv.clients_of(directory)
-    sessions: dict[str, Any] = {
-        name: Restarted(client, coordinator, line, prepare, pause)
-        if name in killed
-        else client.session(fv.in_process(coordinator, name))
-        for name, client in clients.items()
-    }
-    assert fv.run_all(sessions) == {}
-    for client in clients.values():
-        client.close()
-    return clients
 
 
 def uploaded(coordinator: Coordinator) -> list[list[str]]:
@@ -92,19 +48,16 @@ class DyingInTheAgreement(fv.Dying):
     ids=["after its confirmation it is in the epoch", "before it held the key it asks for another"],
 )
 def test_a_client_killed_in_the_key_agreement_comes_back(
-    tmp_path: Path, killed: tuple[str, ...], line: Any, prepare: Any, epoch: int
+    founded: Any, killed: tuple[str, ...], line: Any, prepare: Any, epoch: int
 ) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
-    coordinator = fv.coordinator_of(directory)
-    played(directory, coordinator, killed, line, prepare)
+    directory, coordinator = founded("mask", 2)
+    fv.played(directory, coordinator, killed, line, prepare)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert coordinator._run.keys.epoch == epoch
-    coordinator.close()
 
 
-def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 1))
-    coordinator = fv.coordinator_of(directory)
+def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(founded: Any) -> None:
+    directory, coordinator = founded("mask", 1)
     clients = fv.clients_of(directory)
     keyrings: dict[str, Keyring] = {}
     for name, client in clients.items():
@@ -123,15 +76,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
 
         keyring._confirm = killed
 
-    class Agreeing:
-        def __init__(self, name: str) -> None:
-            self._name = name
-
-        def run(self) -> None:
-            keyrings[self._name].agree(1, 1)
-
-    agreeing: Any = {name: Agreeing(name) for name in clients}
-    errors = fv.run_all(agreeing)
+    errors = fv.run_all({n: SimpleNamespace(run=partial(keyrings[n].agree, 1, 1)) for n in clients})
     assert isinstance(errors.pop("ada"), fv.Killed)
     for name, error in errors.items():
         assert isinstance(error, KeyAgreementError)
@@ -142,14 +87,12 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
             keyrings[name].encryption_key(1, 1)
     for client in clients.values():
         client.close()
-    coordinator.close()
 
 
 @pytest.mark.parametrize("backend", ["plain", "mask"])
-def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path, backend: str) -> None:
+def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(founded: Any, backend: str) -> None:
     """fv.Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
-    directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 2, quorum=4, round_deadline_seconds=60))
-    coordinator = fv.coordinator_of(directory)
+    directory, coordinator = founded(backend, 2, quorum=4, round_deadline_seconds=60)
 
     before: dict[str, Any] = {}
 
@@ -172,7 +115,7 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fv.VectorLearner, "load", loading)
-        clients = played(
+        clients = fv.played(
             directory,
             coordinator,
             ("ada",),
@@ -184,14 +127,10 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path,
     assert clients["ada"].learner.trained == [2]
     assert (loaded[-1] == before["local"]).all()
     assert not list((directory / "clients" / "ada" / "state").glob("upload-*.bin"))
-    coordinator.close()
 
 
-def test_an_upload_that_the_server_lost_is_sent_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 3))
-    coordinator = fv.coordinator_of(directory)
+def test_an_upload_that_the_server_lost_is_sent_again(founded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    directory, coordinator = founded("mask", 3)
     adopt, damaged = coordinator._run.blobs.adopt, []
 
     def damaging(spooled: Path, round_number: int, client: str) -> None:
@@ -202,12 +141,11 @@ def test_an_upload_that_the_server_lost_is_sent_again(
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
 
     coordinator._run.blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
-    clients = played(directory, coordinator)
+    clients = fv.played(directory, coordinator)
     assert damaged == ["ben"]
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3
     assert clients["ben"].learner.trained == [1, 2, 3], "nothing was trained or released again"
     assert "the server has lost our upload" in caplog.text
-    coordinator.close()
 
 
 def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_another(tmp_path: Path) -> None:
@@ -226,7 +164,7 @@ def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_anothe
     shutil.rmtree(state)
     shutil.copytree(copy, state)
     coordinator = fv.coordinator_of(directory)
-    clients = played(directory, coordinator)
+    clients = fv.played(directory, coordinator)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert all(client.learner.trained == [2] for client in clients.values()), "round 1 was trained once"
     coordinator.close()
@@ -250,7 +188,7 @@ def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> 
     line: Any = fv.in_process(coordinator, "ada")
     session = client.session(line)
     enrolled = session._enrol()
-    session._resume(enrolled.round)
+    session._resume(enrolled)
     upload = read_upload(session._state.upload_path(3))
     assert upload is not None
     coordinator.close()
@@ -288,10 +226,9 @@ def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
     coordinator.close()
 
 
-def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
+def test_receipts_of_a_round_that_is_over_are_asked_for(founded: Any) -> None:
     """An upload that was never acknowledged and whose round closed without it: late, and gone on from."""
-    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2, quorum=4, round_deadline_seconds=1))
-    coordinator = fv.coordinator_of(directory)
+    directory, coordinator = founded("plain", 2, quorum=4, round_deadline_seconds=1)
     statuses: list[ReceiptStatus] = []
 
     push = coordinator.push
@@ -303,7 +240,7 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
         return receipt
 
     coordinator.push = noting  # type: ignore[method-assign]  # to see the answers
-    clients = played(
+    clients = fv.played(
         directory,
         coordinator,
         ("ada",),
@@ -312,4 +249,3 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
     )
     assert statuses[0] is ReceiptStatus.LATE
     assert clients["ada"].learner.trained in ([2], [])
-    coordinator.close()

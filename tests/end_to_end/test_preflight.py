@@ -4,18 +4,18 @@ import datetime as dt
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from end_to_end.federation_of_vectors import run_all
 from fedmosaic.client import __main__ as command
 from fedmosaic.client import client
 from fedmosaic.client.learner import SAMPLER
@@ -37,25 +37,11 @@ from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
+from tiny import save_tiny_model
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
-WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = [*(f"w{i}" for i in range(40)), "yes", "no"]
 MEMBERS = ("a", "b", "c", "d")
-
-
-def save_model(folder: Path, seed: int, **changes: Any) -> Path:
-    torch.manual_seed(seed)
-    shape = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-        "initializer_range": 0.2,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **{**shape, **changes})).save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL).save_pretrained(folder)
-    return folder
 
 
 def rows(count: int, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
@@ -75,15 +61,16 @@ def server_of(kit: Path) -> Server:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preflight")
-    save_model(folder / "model", 0)
-    save_model(folder / "other", 1)
+    for seed, name in enumerate(("model", "other")):
+        save_tiny_model(folder / name, WORDS, SPECIAL, seed=seed, bos_token_id=1)
     write(folder / "train.jsonl", rows(60))
     write(folder / "test.jsonl", rows(8, 200))
     return folder
 
 
-def found(place: Path, name: str, protection: str = "none", **schedule: int) -> Path:
-    probe = open_probe(load_base_model(place / "model")[0])
+def found(model: Path, directory: Path, protection: str = "none", **schedule: int) -> Path:
+    """A federation whose probe is a tiny model."""
+    probe = open_probe(load_base_model(model)[0])
     mechanism = ProfileMechanism(
         probe="tiny",
         probe_sha256=probe.sha256,
@@ -99,14 +86,14 @@ def found(place: Path, name: str, protection: str = "none", **schedule: int) -> 
         allow_plaintext=True,
     )
     config = FederationConfig(federation="f", members=tuple(MemberEntry(id=m) for m in MEMBERS), terms=terms)
-    consortium.create(config, place / name)
-    (place / name / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
-    return place / name
+    consortium.create(config, directory)
+    (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
+    return directory
 
 
 @pytest.fixture(scope="module")
 def served(place: Path) -> Iterator[tuple[Path, int]]:
-    directory = found(place, "federation")
+    directory = found(place / "model", place / "federation")
     with server_of(directory / "server").background() as port:
         yield directory, port
 
@@ -141,7 +128,7 @@ max_length = 32
 
 
 def preflight(config: Path) -> Preflight:
-    settings = read_configuration(config, ClientSettings).resolved(config.parent)
+    settings = read_configuration(config, ClientSettings).located(config.parent)
     return Preflight(settings, Progress(), server_patience_seconds=1.0)
 
 
@@ -232,8 +219,7 @@ def other_key(config: Path) -> None:
 
 def ledger_of(name: str, delta: float, target: float) -> Damage:
     def damage(config: Path) -> None:
-        (config.parent / "state").mkdir()
-        path = config.parent / "state" / LEDGER
+        path = config.parent / "train.jsonl.ledger" / LEDGER
         Ledger.open(path, name, delta, target, budgeted_channels=("profile",)).close()
 
     return damage
@@ -357,7 +343,7 @@ def test_a_saved_state_of_fewer_examples_goes_on_with_the_next_epoch(config: Pat
 
 
 def test_a_private_client_is_told_its_plan(place: Path, config: Path, served: tuple[Path, int]) -> None:
-    directory = found(place, "private", "dp")
+    directory = found(place / "model", place / "private", "dp")
     config.write_text(config.read_text().replace(str(served[0]), str(directory)))
     checked = preflight(config)
     told = dict((check.name, check.run()) for check in checked.checks() if check.name in ("kit", "budget"))
@@ -367,10 +353,9 @@ def test_a_private_client_is_told_its_plan(place: Path, config: Path, served: tu
 
 
 def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, int], place: Path) -> None:
-    directory = found(place, "whole", rounds=1)
+    directory = found(place / "model", place / "whole", rounds=1)
     write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
-    settings = read_configuration(config, ClientSettings).resolved(config.parent)
-    errors: list[BaseException] = []
+    settings = read_configuration(config, ClientSettings).located(config.parent)
     results: dict[str, client.ClientResult] = {}
 
     def take_part(number: int, member: str, port: int) -> None:
@@ -385,19 +370,11 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
                 "data": settings.data.model_copy(update={"train": train}),
             }
         )
-        try:
-            results[member] = client.Client(own).run()
-        except BaseException as error:
-            errors.append(error)
+        results[member] = client.Client(own).run()
 
     with server_of(directory / "server").background() as port:
-        members = [(number, name, port) for number, name in enumerate(MEMBERS)]
-        threads = [threading.Thread(target=take_part, args=member, daemon=True) for member in members]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-    assert not errors
+        parts = {m: SimpleNamespace(run=partial(take_part, n, m, port)) for n, m in enumerate(MEMBERS)}
+        assert run_all(parts) == {}
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0

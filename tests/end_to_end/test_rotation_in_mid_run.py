@@ -17,9 +17,7 @@ from cryptography import x509
 import builders
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client import membership
-from fedmosaic.client import session as client_session
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.requests import make_request
 from fedmosaic.protos.errors import IdentityError
@@ -30,7 +28,7 @@ from fedmosaic.server.server import Server
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+    monkeypatch.setattr(membership, "_SECONDS_BETWEEN_EPOCHS", 0.1)
     monkeypatch.setattr(membership, "_SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr(renewal, "_LOOK_SECONDS", 0.1)
 
@@ -61,18 +59,6 @@ class HeldClient(fv.Client):
         return Held(self.seed, agreed)
 
 
-def dial(directory: Path, name: str, port: int) -> GrpcTransport:
-    kit = kits.open_kit(directory / "clients" / name)
-    return GrpcTransport(
-        f"localhost:{port}",
-        authority=kit.authority,
-        certificate=kit.tls_certificate,
-        private_key=kit.tls_key,
-        retry_seconds=60.0,
-        wait_seconds=0.5,
-    )
-
-
 @contextmanager
 def running(directory: Path, port: int, clients: dict[str, HeldClient]) -> Iterator[dict[str, BaseException]]:
     """Runs all clients while the context is open; fills in what they raised."""
@@ -80,7 +66,7 @@ def running(directory: Path, port: int, clients: dict[str, HeldClient]) -> Itera
     with ExitStack() as stack:
         sessions = {}
         for name, client in clients.items():
-            transport = dial(directory, name, port)
+            transport = fv.dial(directory, name, port, retry_seconds=60.0, wait_seconds=0.5)
             stack.callback(transport.close)
             sessions[name] = client.session(transport)
             stack.callback(client.close)

@@ -132,14 +132,7 @@ def test_server_memory_disk_and_traffic_hold_no_key(tmp_path: Path, backend: str
     lines: dict[str, Recorder] = {}
     try:
         for name in clients:
-            kit = open_kit(directory / "clients" / name)
-            transport = GrpcTransport(
-                f"localhost:{port}",
-                authority=kit.authority,
-                certificate=kit.tls_certificate,
-                private_key=kit.tls_key,
-            )
-            lines[name] = Recorder(transport, traffic, arrived)
+            lines[name] = Recorder(fv.dial(directory, name, port), traffic, arrived)
         sessions: Any = {name: client.session(lines[name]) for name, client in clients.items()}  # type: ignore[arg-type]  # by name
         errors: dict[str, BaseException] = {}
         runner = threading.Thread(target=lambda: errors.update(fv.run_all(sessions)))

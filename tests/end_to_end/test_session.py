@@ -1,6 +1,5 @@
 """A client's session against the real coordinator: aggregates, refusals, restarts, key epochs."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.records import read_upload
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
@@ -44,25 +43,6 @@ def test_every_recipient_gets_the_weighted_sum_of_the_others(tmp_path: Path, bac
         np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
 
 
-def test_the_server_side_of_an_encrypted_run_holds_no_key_material(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Keyring, "forget", lambda self: None)  # to know what to look for
-    run = _run(tmp_path, "ckks", rounds=2)
-    keys = []
-    for name in fv.MEMBERS:
-        for path in (run["directory"] / "clients" / name / "state" / "keys").glob("epoch-*.json"):
-            stored = json.loads(json.loads(path.read_text())["key"])
-            keys += [bytes.fromhex(stored["master"]), bytes.fromhex(stored["ckks_secret"])[64:128]]
-    assert keys
-    for path in (run["directory"] / "server").rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            for key in keys:
-                assert key not in content, f"{path} holds key material"
-                assert key.hex().encode() not in content, f"{path} holds key material"
-
-
 def test_a_profile_is_released_once_while_the_data_stays_the_same(tmp_path: Path) -> None:
     run = _run(tmp_path, "plain", rounds=3)
     for name in fv.MEMBERS:
@@ -74,47 +54,30 @@ def test_a_profile_is_released_once_while_the_data_stays_the_same(tmp_path: Path
         assert all(row.covered_by == "nothing" for row in adapter)
 
 
-def _others(coordinator: Any, clients: dict[str, fv.Client]) -> dict[str, Any]:
-    return {n: c.session(fv.in_process(coordinator, n)) for n, c in clients.items() if n != "cid"}
-
-
 @pytest.mark.parametrize("backend", ["plain", "ckks"])
 def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
-    tmp_path: Path, backend: str, caplog: pytest.LogCaptureFixture
+    founded: Any, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 3))
-    coordinator = fv.coordinator_of(directory)
-    clients = fv.clients_of(directory)
-    victim = clients["cid"]
+    directory, coordinator = founded(backend, 3)
+    path, kept, push = directory / "clients/cid/state/upload-0002.bin", [], coordinator.push
 
-    class Restarting:
-        def run(self) -> None:
-            transport = fv.Dying(fv.in_process(coordinator, "cid"), push=2)
-            with pytest.raises(fv.Killed):
-                victim.session(transport).run()
-            stored = (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes()
-            victim.close()
-            session = victim.session(fv.in_process(coordinator, "cid"))
-            assert (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes() == stored
-            session.run()
+    def noting(client: str, upload: Upload) -> Any:
+        if (client, upload.round) == ("cid", 2):
+            kept.append(upload)
+        return push(client, upload)
 
-    assert fv.run_all(_others(coordinator, clients) | {"cid": Restarting()}) == {}
-    assert victim.learner.trained == [3], "round 2 was trained before the kill and must not be trained again"
+    coordinator.push = noting
+    clients = fv.played(
+        directory, coordinator, ("cid",), lambda line: fv.Dying(line, push=2),
+        pause=lambda: kept.append(read_upload(path)),
+    )  # fmt: skip
+    assert kept[0] == kept[1]
+    trained = clients["cid"].learner.trained
+    assert trained == [3], "round 2 was trained before the kill and must not be trained again"
     assert "re-sending the stored upload" in caplog.text
     uploaded = [result["uploaded"] for result in coordinator.summary()["results"]]
     assert uploaded == [sorted(fv.MEMBERS)] * 3
-    coordinator.close()
-
-
-def test_a_second_process_on_one_state_directory_is_refused(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("plain"))
-    coordinator = fv.coordinator_of(directory)
-    client = fv.Client(directory, "ada", 0)
-    client.session(fv.in_process(coordinator, "ada"))
-    with pytest.raises(StateError, match="in use by another process"):
-        fv.Client(directory, "ada", 0).session(fv.in_process(coordinator, "ada"))
-    coordinator.close()
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -140,40 +103,34 @@ def test_a_client_with_another_roster_is_refused_by_name(tmp_path: Path) -> None
     coordinator.close()
 
 
-def test_a_client_whose_ledger_was_put_back_from_an_older_copy_is_refused_by_name(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2))
-    coordinator = fv.coordinator_of(directory)
-    clients = fv.clients_of(directory)
-    victim, state = clients["cid"], directory / "clients" / "cid" / "state"
+def test_a_client_whose_ledger_was_put_back_from_an_older_copy_is_refused_by_name(
+    tmp_path: Path, founded: Any
+) -> None:
+    directory, coordinator = founded("plain", 2)
+    state = directory / "clients" / "cid" / "state"
 
-    class Restored:
-        def run(self) -> None:
-            session = victim.session(fv.Dying(fv.in_process(coordinator, "cid"), push=2))
-            back_up(state, tmp_path / "older")
-            with pytest.raises(fv.Killed):
-                session.run()
-            victim.close()
-            shutil.copytree(state, tmp_path / "newest")
-            for file in state.glob("ledger.sqlite*"):
-                file.unlink()
-            move(tmp_path / "older", tmp_path / "put-back")
-            for file in (tmp_path / "put-back").glob("ledger.sqlite*"):
-                shutil.copy(file, state)
-            with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
-                victim.session(fv.in_process(coordinator, "cid")).run()
-            victim.close()
-            for file in (tmp_path / "newest").glob("ledger.sqlite*"):
-                shutil.copy(file, state)
-            victim.session(fv.in_process(coordinator, "cid")).run()
+    def put_back() -> None:
+        shutil.copytree(state, tmp_path / "newest")
+        for file in state.glob("ledger.sqlite*"):
+            file.unlink()
+        move(tmp_path / "older", tmp_path / "put-back")
+        for file in (tmp_path / "put-back").glob("ledger.sqlite*"):
+            shutil.copy(file, state)
+        again = fv.Client(directory, "cid", 2)
+        with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+            again.session(fv.in_process(coordinator, "cid")).run()
+        again.close()
+        for file in (tmp_path / "newest").glob("ledger.sqlite*"):
+            shutil.copy(file, state)
 
-    sessions = _others(coordinator, clients) | {"cid": Restored()}
-    assert fv.run_all(sessions) == {}
-    coordinator.close()
+    fv.played(
+        directory, coordinator, ("cid",), lambda line: fv.Dying(line, push=2),
+        prepare=lambda _: back_up(state, tmp_path / "older"), pause=put_back,
+    )  # fmt: skip
 
 
-def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2))
-    coordinator = fv.coordinator_of(directory)
+def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(founded: Any) -> None:
+    directory, coordinator = founded("plain", 2)
     client = fv.Client(directory, "ada", 0)
     session = client.session(fv.in_process(coordinator, "ada"))
     original = coordinator.push
@@ -189,4 +146,3 @@ def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(tmp_path: Path)
         session.run()
     assert not coordinator.summary()["results"], "nothing of it was used"
     client.close()
-    coordinator.close()

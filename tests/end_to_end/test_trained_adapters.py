@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
@@ -28,12 +26,12 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
+from tiny import save_tiny_model
 
 SHARED_MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"
 WEIGHT_BITS = 12
 PROMISED = 1e-5
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = (
     "red blue cat dog sun moon the a is was big small runs sees and not up down here there old new day "
     "night tree bird fish house car road"
@@ -50,18 +48,7 @@ def _one_thread() -> Any:
 
 def random_model(folder: Path) -> Path:
     """A Llama of random weights with a tokenizer of thirty words."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 4, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1,
-        eos_token_id=2, pad_token_id=3, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL.values(), *WORDS])}
-    raw = Tokenizer(models.WordLevel(vocabulary, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL).save_pretrained(folder)
-    return folder
+    return save_tiny_model(folder, WORDS, SPECIAL, num_key_value_heads=1)
 
 
 def write_examples(path: Path, seed: int) -> None:
@@ -126,11 +113,7 @@ class ModelClient(fv.Client):
 def trained(
     directory: Path, backend: str, model: Path, kind: Callable[..., ModelLearner] = ModelLearner
 ) -> dict[str, np.ndarray]:
-    """Run a federation to its end.
-
-    Returns:
-        (d,) final P and Q by client, float64.
-    """
+    """Run a federation to its end; (d,) final P and Q by client, float64."""
     fv.make_federation(directory, agreed_terms(backend))
     coordinator = fv.coordinator_of(directory)
     clients = {

@@ -14,15 +14,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import GrpcTransport
-from fedmosaic.client.witness import WitnessSettings, run
+from fedmosaic.client.witness import WitnessSettings, check_countersigned, run
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.federation.consortium import create
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, WitnessEntry, open_kit
+from fedmosaic.privacy.federation.kits import WitnessEntry, open_kit
 from fedmosaic.protos.errors import IdentityError, WitnessError
 from fedmosaic.protos.messages import AggregateSection, WeightRow
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
@@ -40,16 +37,8 @@ Rows = Mapping[str, WeightRow]
 
 
 def found(directory: Path, backend: str, rounds: int, seconds: float = 60.0) -> Path:
-    members = tuple(MemberEntry(id=name) for name in fv.MEMBERS)
-    config = FederationConfig(
-        federation="vectors",
-        members=members,
-        witness=WitnessEntry(id="notary", seconds=seconds),
-        terms=fv.terms(backend, rounds),
-    )
-    create(config, directory)
-    (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
-    return directory
+    witness = WitnessEntry(id="notary", seconds=seconds)
+    return fv.make_federation(directory, fv.terms(backend, rounds), witness=witness)
 
 
 class LyingAggregator:
@@ -102,10 +91,8 @@ def rob(read_download: Any) -> Any:
             foreign = Ed25519PrivateKey.generate().sign(bytes(32))
             changed = replace(section, countersignature=foreign)
         else:
-            old = seen[3]
-            changed = replace(
-                section, uploads_sha256=old.uploads_sha256, countersignature=old.countersignature
-            )
+            old = {name: getattr(seen[3], name) for name in ("uploads_sha256", "countersignature")}
+            changed = replace(section, **old)
         return replace(download, aggregate=replace(download.aggregate, sections=(changed,)))
 
     return robbed
@@ -138,15 +125,7 @@ def witnessed(directory: Path, port: int) -> Iterator[list[Any]]:
 
 def take_part(directory: Path, port: int) -> dict[str, fv.Client]:
     clients = fv.clients_of(directory)
-    lines = []
-    for name in clients:
-        kit = open_kit(directory / "clients" / name)
-        files = {
-            "authority": kit.authority,
-            "certificate": kit.tls_certificate,
-            "private_key": kit.tls_key,
-        }
-        lines.append(GrpcTransport(f"localhost:{port}", **files))
+    lines = [fv.dial(directory, name, port) for name in clients]
     try:
         sessions = {c.name: c.session(line) for c, line in zip(clients.values(), lines, strict=True)}
         assert fv.run_all(sessions) == {}
@@ -177,14 +156,11 @@ def test_lies_about_rows_are_caught_and_named(
             assert any(line.startswith(said) for line in caplog.messages)
         told = f"round {number + 1}: no shared aggregate: round {number}: the witness notary refused it: the"
         assert sum(line.startswith(told) for line in caplog.messages) == 2
-    for number, words in (
-        (2, "the aggregate has no countersignature of the witness 'notary'"),
-        (3, "the countersignature is not that of the witness 'notary' over this aggregate"),
-        (4, "the countersignature is not that of the witness 'notary' over this aggregate"),
-    ):
-        assert any(
-            line.startswith(f"round {number}: no shared aggregate: {words}") for line in caplog.messages
-        )
+    absent = "the aggregate has no countersignature of the witness 'notary'"
+    other = "the countersignature is not that of the witness 'notary' over this aggregate"
+    for number, words in ((2, absent), (3, other), (4, other)):
+        told = f"round {number}: no shared aggregate: {words}"
+        assert any(line.startswith(told) for line in caplog.messages)
     lines, _ = read_audit(directory / "notes" / AUDIT)
     said = [line.event for line in lines]
     assert said.count("countersigned") == ended[0][0]
@@ -232,7 +208,6 @@ def ask(kit: Path, port: int, *, witness: bool) -> None:
 def test_a_countersignature_is_of_one_aggregate_alone(tmp_path: Path) -> None:
     directory = found(tmp_path / "f", "ckks", 3)
     kit, witness = open_kit(directory / "clients" / "ada"), open_kit(directory / "clients" / "notary")
-    protection = Protection(Identity("ada", kit.signing_key()), kit.roster, "", None)
     row = WeightRow(("ben", "cid", "dee"), (16384, 8192, 8192), 15)
     said: dict[str, Any] = {
         "federation": "vectors",
@@ -249,7 +224,7 @@ def test_a_countersignature_is_of_one_aggregate_alone(tmp_path: Path) -> None:
     def check(key: Ed25519PrivateKey, **changes: Any) -> None:
         signature = key.sign(countersigned_digest(**(said | changes)))
         section = AggregateSection("shared", row, b"sum", "", bytes(32), signature)
-        protection.check_witnessed("0" * 32, section, row, 1, 2)
+        check_countersigned(kit.roster, "0" * 32, "ada", "shared", section, row, 1, 2)
 
     check(witness.signing_key())
     other = {

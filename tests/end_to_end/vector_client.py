@@ -3,7 +3,7 @@
     vector_client.py FEDERATION MEMBER ADDRESS FAULT
 
 FAULT: none; foreign (a certificate of another authority); nan (pushes values that are not numbers);
-huge (announces 2 GiB); kill (dies by SIGKILL in the middle of the first round it trains, once).
+kill (dies by SIGKILL in the middle of the first round it trains, once).
 """
 
 import logging
@@ -20,14 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
-from fedmosaic.client.membership import ask_to_enrol
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import identity
-from fedmosaic.privacy.federation.kits import open_kit
-from fedmosaic.protos import wire
 from fedmosaic.protos.errors import FedMosaicError
-from fedmosaic.protos.messages import SectionHeader, UploadHeader
-from fedmosaic.protos.signing import upload_digest
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 
@@ -36,29 +30,6 @@ def poison(payload: bytes) -> bytes:
     """The same record with its first value turned into NaN, signed as it is by an honest signer."""
     nan = np.float32("nan").tobytes()
     return payload[: -len(nan)] + nan
-
-
-def announce_two_gibibytes(transport: GrpcTransport, client: fv.Client, kit: Path) -> int:
-    """Announce, correctly signed, an upload of 2 GiB, and print the server's answer."""
-    enrolled = ask_to_enrol(transport, open_kit(kit).roster, client.learner.adapter_spec_hash, "")
-    section = SectionHeader("shared", 2**31, bytes(32))
-    digest = upload_digest(
-        federation="vectors",
-        run_id=enrolled.run_id,
-        round_number=1,
-        client_id=client.name,
-        key_epoch=0,
-        sections=[section],
-        profile=None,
-    )
-    signature = open_kit(kit).signing_key().sign(digest)
-    header = UploadHeader(1, "f" * 32, 0, (section,), None, signature)
-    try:
-        transport._stub.Push(iter([pb.PushRequest(header=wire.encode_upload_header(header))]), timeout=20)
-    except grpc.RpcError as error:
-        logging.error("%s: %s", error.code().name, error.details())
-        return 3
-    return 0
 
 
 def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
@@ -89,20 +60,12 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
     kit = directory / "clients" / member
     if fault == "foreign":
         return knock_with_a_foreign_certificate(kit, address)
-    transport = GrpcTransport(
-        address,
-        authority=kit / "authority.pem",
-        certificate=kit / "tls.pem",
-        private_key=kit / "tls.key",
-        retry_seconds=120.0,
-    )
+    transport = fv.dial(directory, member, address, retry_seconds=120.0)
     client = fv.Client(directory, member, fv.MEMBERS.index(member))
     session = client.session(transport)
     if fault == "nan":
         seal = session._protection._cipher.encrypt
         session._protection._cipher.encrypt = lambda *a, **k: poison(seal(*a, **k))
-    if fault == "huge":
-        return announce_two_gibibytes(transport, client, kit)
     marker = kit / "killed-once"
     if fault == "kill" and not marker.exists():
         train = client.learner.train

@@ -29,15 +29,8 @@ ROWS: Rows = [
 ]
 
 
-def as_lines(path: Path, rows: Rows) -> Any:
-    path = path.with_suffix(".jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def as_json(path: Path, rows: Rows) -> Any:
-    path = path.with_suffix(".json")
-    path.write_text(json.dumps(rows, indent=1))
+def put(path: Path, text: str) -> Path:
+    path.write_text(text)
     return path
 
 
@@ -52,10 +45,6 @@ def as_csv(path: Path, rows: Rows, suffix: str = ".csv") -> Any:
     return path
 
 
-def as_tsv(path: Path, rows: Rows) -> Any:
-    return as_csv(path, rows, ".tsv")
-
-
 def as_parquet(path: Path, rows: Rows) -> Any:
     path = path.with_suffix(".parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -67,18 +56,17 @@ def as_folder(path: Path, rows: Rows) -> Any:
     return path
 
 
-def as_dataset(_path: Path, rows: Rows) -> Any:
-    return datasets.Dataset.from_list(rows)
-
-
-def as_list(_path: Path, rows: Rows) -> Any:
-    return rows
-
-
-FORMATS: list[Callable[[Path, Rows], Any]] = [
-    as_lines, as_json, as_csv, as_tsv, as_parquet, as_folder, as_dataset, as_list,
-]  # fmt: skip
-every_format = pytest.mark.parametrize("write", FORMATS, ids=[each.__name__[3:] for each in FORMATS])
+FORMATS: dict[str, Callable[[Path, Rows], Any]] = {
+    "lines": lambda p, rows: put(p.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows)),
+    "json": lambda p, rows: put(p.with_suffix(".json"), json.dumps(rows, indent=1)),
+    "csv": as_csv,
+    "tsv": lambda p, rows: as_csv(p, rows, ".tsv"),
+    "parquet": as_parquet,
+    "folder": as_folder,
+    "dataset": lambda _, rows: datasets.Dataset.from_list(rows),
+    "list": lambda _, rows: rows,
+}
+every_format = pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS.keys())
 
 
 @every_format
@@ -248,7 +236,8 @@ def test_what_is_no_list_of_rows_is_refused(wrong: Iterable[Any]) -> None:
 def test_without_the_library_its_formats_are_refused_and_the_others_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [write(tmp_path / "data", ROWS) for write in (as_parquet, as_folder, as_lines, as_json, as_csv)]
+    kinds = ("parquet", "folder", "lines", "json", "csv")
+    files = [FORMATS[kind](tmp_path / "data", ROWS) for kind in kinds]
     for name in ("datasets", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     for file in files[:2]:

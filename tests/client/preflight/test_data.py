@@ -7,14 +7,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedmosaic.client.data.records import Example, ExampleSet
-from fedmosaic.client.data.sets import read_sets
+from fedmosaic.client.data.records import Example, ExampleSet, read_sets
 from fedmosaic.client.preflight.data import check_sets, read_lengths
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.protos.errors import ConfigurationError
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>"}
+SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>"}
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
@@ -88,7 +86,7 @@ def test_images_are_looked_for(train: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, **UNKNOWN))
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))  # noqa: S106
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
 

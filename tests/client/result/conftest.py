@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import Progress
@@ -30,10 +23,10 @@ from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import ClientInputs, PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import shareable
+from tiny import save_tiny_model
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-WORDS = [*SPECIAL.values(), *(f"w{i}" for i in range(30)), "yes", "no"]
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+WORDS = [*(f"w{i}" for i in range(30)), "yes", "no"]
 KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "mistral": (MistralForCausalLM, MistralConfig)}
 
 
@@ -54,18 +47,10 @@ class Left:
 def save_model(folder: Path, kind: str) -> Path:
     if folder.exists():
         return folder
-    torch.manual_seed(5)
-    model, config = KINDS[kind]
-    shape = {
-        "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "initializer_range": 0.2,
-    }  # fmt: skip
-    model(config(**shape)).save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL).save_pretrained(folder)
-    return folder
+    return save_tiny_model(
+        folder, WORDS, SPECIAL, kind=KINDS[kind], seed=5, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:

@@ -25,11 +25,7 @@ def ask(left: Any, prompt: str, tokens: int) -> str:
 
 def test_rows_with_and_without_choices_are_answered_in_order(leave: Leave, tmp_path: Path) -> None:
     left = leave("llama")
-    rows = [
-        {"prompt": "w1 w2"},
-        {"id": "b", "prompt": "w3", "choices": ["yes", "no"]},
-        {"prompt": "w4"},
-    ]
+    rows = [{"prompt": "w1 w2"}, {"id": "b", "prompt": "w3", "choices": ["yes", "no"]}, {"prompt": "w4"}]
     data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--data", str(data), "--out", str(out), "--max-new-tokens", "5"]

@@ -19,7 +19,6 @@ from fedmosaic.client.transport.causes import explain
 from fedmosaic.privacy.federation.identity import Authority
 from fedmosaic.protos.errors import IdentityError, TransportError
 from fedmosaic.protos.messages import Enrolment
-from fedmosaic.protos.refusal import Refusal
 
 ENROLMENT = Enrolment(1, "fed", bytes(32), bytes(32), "", "test")
 NOW, DAY = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
@@ -158,10 +157,6 @@ def test_a_key_of_another_certificate_is_named(kit: Path, dial: Any, authority: 
     (kit / "tls.key").write_bytes(builders.issue_client(authority, "fed", "clinic-a").key_pem)
     with pytest.raises(IdentityError, match=r"tls\.key is not the key of .*tls\.pem; take both from one kit"):
         dial("localhost:1")
-
-
-def test_a_refusal_is_passed_on_as_it_is(fails: Any, serving: Any) -> None:
-    assert not isinstance(fails(f"127.0.0.1:{serving()}", 0.2), Refusal | IdentityError)
 
 
 DIAL = """

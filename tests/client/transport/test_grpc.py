@@ -122,18 +122,6 @@ def test_a_refusal_is_not_tried_again(servicer: Servicer, transport: GrpcTranspo
     assert len(servicer.calls) == 1
 
 
-def test_patience_ends_with_a_message_that_names_the_address(
-    servicer: Servicer, transport: GrpcTransport
-) -> None:
-    transport._patience = replace(transport._patience, seconds=2.0)
-    servicer.script["RoundStatus"] = [fail(grpc.StatusCode.UNAVAILABLE)]
-    started = time.monotonic()
-    with pytest.raises(TransportError, match=r"127.0.0.1:\d+ could not be reached"):
-        transport.status()
-    assert 0.5 < time.monotonic() - started < 60.0
-    assert len(servicer.calls) > 1
-
-
 def parts(start: int = 0, stop: int | None = None, offset: int | None = None) -> list[pb.PullResponse]:
     """Header and chunks of AGGREGATE from byte `start` to `stop`."""
     digest = hashlib.sha256(PAYLOAD).digest()
@@ -155,11 +143,7 @@ def cut(messages: list[pb.PullResponse]) -> Callable[..., Any]:
 
 
 def test_a_cut_download_goes_on_where_it_stopped(servicer: Servicer, transport: GrpcTransport) -> None:
-    servicer.script["Pull"] = [
-        cut(parts(stop=250_000)),
-        cut(parts(250_000, 350_000)),
-        answer(parts(350_000)),
-    ]
+    servicer.script["Pull"] = [cut(parts(stop=250_000)), cut(parts(250_000, 350_000)), answer(parts(350_000))]
     assert transport.pull(2) == AGGREGATE
     assert [request.resume_offset for request in servicer.named("Pull")] == [0, 250_000, 350_000]
     received = transport.traffic().as_dict()["adapter"]["received"]

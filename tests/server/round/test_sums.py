@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.group_sum import take_part
+from fedmosaic.client.group_session import take_part
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
@@ -41,27 +41,17 @@ class Round:
         self.sent.append(name)
         return self.vectors[name]
 
-    def relay(self, name, vanish_at):
-        outer = self
-
-        class Relay:
-            def post(self, step, payload):
-                with outer.changed:
-                    if step == vanish_at:
-                        raise ConnectionError("killed")
-                    outer.sums.post(name, step, payload)
-                    outer.move()
-
-            def read(self, step, timeout_seconds):
-                with outer.changed:
-                    found = outer.sums.read(name, step)
-                    if not found:
-                        outer.waiting.add(name)
-                        outer.move()
-                        outer.changed.wait_for(lambda: name not in outer.waiting)
-                    return found
-
-        return Relay()
+    def answered(self, name, vanish_at, step, payload):
+        with self.changed:
+            if step == vanish_at:
+                raise ConnectionError("killed")
+            self.sums.post(name, step, payload)
+            self.move()
+            while not (found := self.sums.read(name, step)):
+                self.waiting.add(name)
+                self.move()
+                self.changed.wait_for(lambda: name not in self.waiting)
+            return found
 
     def move(self):
         """Close what is due; where everybody waits, let the time pass that they wait for."""
@@ -83,8 +73,8 @@ class Round:
         def member(name):
             part = SumMember(self.terms[name], name, self.identities[name])
             try:
-                relay = self.relay(name, (vanish or {}).get(name))
-                take_part(part, relay, partial(self.draw, name), patience_seconds=60)
+                answered = partial(self.answered, name, (vanish or {}).get(name))
+                take_part(part, answered, partial(self.draw, name))
             except (Refusal, EncryptionError, ConnectionError) as error:
                 self.errors[name] = error
             finally:
