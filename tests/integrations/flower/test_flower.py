@@ -199,13 +199,13 @@ def superlink(folder: Path, simulated: int = 0) -> Iterator[tuple[str, dict[str,
         yield address, home
 
 
-def run_and_wait(place: Place, sockets: dict[str, Path], home: dict[str, str], **config: object) -> None:
+def run_and_wait(place: Place, paths: dict[str, Path], home: dict[str, str], **config: object) -> None:
     """Run the app with a client for every member, over the sockets of those that have one."""
     settings = " ".join(f'{key}="{value}"' for key, value in ({"kit": place.kit} | config).items())
     command = (BIN / "flwr", "run", APP, "here", "--run-config", settings, "--stream")
     with ExitStack() as running:
         clients = {
-            member: running.enter_context(client(place, member, sockets.get(member))) for member in MEMBERS
+            member: running.enter_context(client(place, member, paths.get(member))) for member in MEMBERS
         }
         run = running.enter_context(started("flwr-run", place.folder, *command, **home))
         wait_for(clients, place.folder, 600)
