@@ -54,9 +54,7 @@ lint: $(STAMP)
 # MODEL is a folder with a pretrained model, for example one that `make demo` left in ~/.cache/fedmosaic/models.
 bench: $(STAMP)
 	@test -n "$(MODEL)" || { echo "say make bench MODEL=/folder/of/a/model"; exit 1; }
-	$(BIN)/python -m benchmarks.colora_step $(MODEL)
-	$(BIN)/python -m benchmarks.profile_cost --model $(MODEL)
-	$(BIN)/python -m benchmarks.dp_step --model model=$(MODEL)
+	$(BIN)/python -m benchmarks.steps $(MODEL) --memory
 
 # On an accelerator; MODEL as above, for example the whole SmolLM2 that `make demo` left there.
 bench-gpu: $(STAMP)
@@ -64,7 +62,7 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --model $(MODEL) --out runs/gpu/figures
 
 bench-encryption: $(STAMP)
-	$(BIN)/python -m benchmarks.encryption --json docs/encryption-benchmark.json --note docs/encryption-benchmark.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.encryption --note docs/encryption-benchmark.md >/dev/null
 
 # The reference of all settings, from the models that read them.
 docs: $(STAMP)

@@ -1,19 +1,96 @@
-"""Other systems on the same work: plain numpy, TenSEAL as its users use it, Flower's secure aggregation."""
+"""The work of the encryption benchmark, and other systems on it: plain numpy, TenSEAL as its users use it."""
 
-import ctypes
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.encryption_work import NOTHING, Cell, Work
+from benchmarks.timing import Timing, measure
+from fedmosaic.privacy.encryption.weights import integer_weights
+from fedmosaic.privacy.policy import cap_weights, spread_weights
+from fedmosaic.protos.messages import WeightRow
 
-# More loaded ciphertexts than these do not fit in memory at rank 128.
+MODULES, BLOCKS = 7, 4
 _DISTINCT_UPLOADS = 10
+"""More loaded ciphertexts than these do not fit in memory at rank 128."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one system took for one rank and number of members.
+
+    Attributes:
+        system: name.
+        rank: of the adapter.
+        members: N; each is contributor and recipient.
+        dimensions: d.
+        encrypt: one client, one upload.
+        upload_bytes: one upload.
+        server: from N uploads in bytes to N aggregates in bytes.
+        download_bytes: one aggregate.
+        decrypt: one client, one aggregate.
+        error: largest absolute difference to the same weights applied in float64.
+        note: what was extrapolated.
+    """
+
+    system: str
+    rank: int
+    members: int
+    dimensions: int
+    encrypt: Timing
+    upload_bytes: int
+    server: Timing
+    download_bytes: int
+    decrypt: Timing
+    error: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Adapters and weights of one cell.
+
+    (N, d) float64 adapters of N client ids at a rank; (N, N) real weights, zero on the diagonal, rows sum to
+    1, capped at one half; and the seconds to spend on repetitions of one operation.
+    """
+
+    rank: int
+    names: tuple[str, ...]
+    vectors: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    budget: float
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Rank, members N and dimensions d."""
+        return self.rank, len(self.names), int(self.vectors.shape[1])
+
+    def rows(self, bits: int) -> dict[str, WeightRow]:
+        """Return the integer rows of all recipients at a precision."""
+        result = {}
+        for recipient, shares in zip(self.names, self.shares, strict=True):
+            others = [index for index, name in enumerate(self.names) if name != recipient]
+            weights = tuple(integer_weights(shares[others], bits).tolist())
+            result[recipient] = WeightRow(tuple(self.names[i] for i in others), weights, bits)
+        return result
+
+    def measure(self, operation: Callable[[], object], repetitions: int = 3) -> Timing:
+        """Time an operation until the budget is spent."""
+        return measure(operation, repetitions, self.budget)
+
+
+def make_work(rank: int, members: int, budget: float) -> Work:
+    """Draw adapters N(0, 0.02²) and softmax weights of standard normal scores, as in a trained federation."""
+    generator = np.random.default_rng(rank * 1000 + members)
+    dimensions = BLOCKS * MODULES * (rank**2 + rank)
+    vectors = generator.normal(size=(members, dimensions)) * 0.02
+    shares = np.exp(generator.normal(size=(members, members)))
+    np.fill_diagonal(shares, 0.0)
+    shares = np.array([spread_weights(cap_weights(row.tolist(), 0.5), 0.36, 8) for row in shares])
+    return Work(rank, tuple(f"client-{index:03d}" for index in range(members)), vectors, shares, budget)
 
 
 def plain_numpy(work: Work, name: str, kind: np.dtype) -> Cell:
@@ -21,64 +98,37 @@ def plain_numpy(work: Work, name: str, kind: np.dtype) -> Cell:
     uploads = [vector.astype(kind).tobytes() for vector in work.vectors]
     shares = work.shares.astype(kind)
 
-    def ingest() -> np.ndarray:
-        return np.stack([np.frombuffer(upload, dtype=kind) for upload in uploads])
-
     def server() -> list[bytes]:
-        return [total.tobytes() for total in shares @ ingest()]
+        stacked = np.stack([np.frombuffer(upload, dtype=kind) for upload in uploads])
+        return [total.tobytes() for total in shares @ stacked]
 
-    stacked = ingest()
     found = np.frombuffer(server()[0], dtype=kind)
     return Cell(
         name,
         *work.size,
         work.measure(lambda: work.vectors[0].astype(kind).tobytes()),
         len(uploads[0]),
-        work.measure(ingest),
-        work.measure(lambda: shares @ stacked),
         work.measure(server),
         len(uploads[0]),
         work.measure(lambda: np.frombuffer(uploads[0], dtype=kind)),
         float(np.abs(found - work.shares[0] @ work.vectors).max()),
-        server_fresh=work.measure_fresh(server),
     )
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what TenSEAL prints from C++ for every vector longer than one ciphertext."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        # What C++ has buffered would otherwise appear later.
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
-            os.close(descriptor)
-
-
-@_silence()
 def tenseal_vectors(
     work: Work, name: str, degree: int, moduli: list[int], scale: float, *, rescale: bool
 ) -> Cell:
-    """Measure `CKKSVector`, one vector per adapter, as TenSEAL's users use it."""
+    """Measure `CKKSVector`, one vector per adapter, as its users do; TenSEAL prints a warning for each."""
     import tenseal
 
+    symmetric = tenseal.ENCRYPTION_TYPE.SYMMETRIC
     context = tenseal.context(
-        tenseal.SCHEME_TYPE.CKKS,
-        degree,
-        coeff_mod_bit_sizes=moduli,
-        encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
+        tenseal.SCHEME_TYPE.CKKS, degree, coeff_mod_bit_sizes=moduli, encryption_type=symmetric
     )
     context.global_scale = scale
     context.auto_rescale = rescale
-    distinct = min(work.members, _DISTINCT_UPLOADS)
+    rank, members, dimensions = work.size
+    distinct = min(members, _DISTINCT_UPLOADS)
     uploads = [
         tenseal.ckks_vector(context, vector.tolist()).serialize() for vector in work.vectors[:distinct]
     ]
@@ -86,37 +136,36 @@ def tenseal_vectors(
 
     def weighted_sum(recipient: int) -> Any:
         # A zero weight makes TenSEAL fail on a context without an encryption key; it is skipped.
-        terms = [j for j in range(work.members) if j != recipient]
+        terms = [j for j in range(members) if j != recipient]
         total = operands[terms[0] % distinct] * float(work.shares[recipient, terms[0]])
         for j in terms[1:]:
             total += operands[j % distinct] * float(work.shares[recipient, j])
         return total
 
     # As many recipients as a second or so allows; the others cost the same.
-    recipients = max(1, min(work.members, round(4e6 / (work.members * work.dimensions))))
-    arithmetic = work.measure(
-        lambda: [weighted_sum(i) for i in range(recipients)], 1 if work.rank > 32 else 3
-    )
-    arithmetic = arithmetic.scaled(work.members / recipients)
+    recipients = max(1, min(members, round(4e6 / (members * dimensions))))
     aggregate = weighted_sum(0)
-    load = work.measure(lambda: tenseal.ckks_vector_from(context, uploads[0])).scaled(work.members)
-    store = work.measure(lambda: aggregate.serialize()).scaled(work.members)
     download = aggregate.serialize()
+    parts = (
+        work.measure(lambda: tenseal.ckks_vector_from(context, uploads[0])).scaled(members),
+        work.measure(lambda: [weighted_sum(i) for i in range(recipients)], 1 if rank > 32 else 3).scaled(
+            members / recipients
+        ),
+        work.measure(lambda: aggregate.serialize()).scaled(members),
+    )
     found = np.array(tenseal.ckks_vector_from(context, download).decrypt())
-    clear = work.shares[0] @ work.vectors[np.arange(work.members) % distinct]
+    clear = work.shares[0] @ work.vectors[np.arange(members) % distinct]
     notes = []
-    if recipients < work.members:
-        notes.append(f"sums of {recipients} recipients measured, scaled to {work.members}")
-    if distinct < work.members:
+    if recipients < members:
+        notes.append(f"sums of {recipients} recipients measured, scaled to {members}")
+    if distinct < members:
         notes.append(f"{distinct} distinct uploads")
     return Cell(
         name,
         *work.size,
         work.measure(lambda: tenseal.ckks_vector(context, work.vectors[0].tolist()).serialize()),
         len(uploads[0]),
-        load,
-        arithmetic,
-        load + arithmetic + store,
+        Timing(sum(part.least for part in parts), sum(part.median for part in parts)),
         len(download),
         work.measure(lambda: tenseal.ckks_vector_from(context, download).decrypt()),
         float(np.abs(found - clear).max()),
@@ -124,66 +173,7 @@ def tenseal_vectors(
     )
 
 
-def flower_masking(work: Work) -> Cell | None:
-    """Measure Flower's SecAgg+ arithmetic, if Flower is installed.
-
-    SecAgg+ forms one sum that the server reads. For N recipients a client masks N scaled vectors and the
-    server adds and unmasks N times. Key agreement and secret sharing are left out, in Flower's favour.
-    """
-    try:
-        from flwr.common import ndarray_to_bytes  # type: ignore[import-not-found]  # optional
-        from flwr.common.secure_aggregation import quantization  # type: ignore[import-not-found]  # as above
-        from flwr.common.secure_aggregation.secaggplus_utils import (  # type: ignore[import-not-found]  # as above
-            pseudo_rand_gen,
-        )
-    except ImportError:
-        return None
-    modulus, levels, clip = 1 << 32, 1 << 22, 8.0
-    shape = [(work.dimensions,)]
-    seeds = [os.urandom(32) for _ in range(work.members)]
-
-    def mask(member: int, recipient: int) -> np.ndarray:
-        scaled = [work.vectors[member] * work.shares[recipient, member]]
-        total = quantization.quantize(scaled, clip, levels)[0]
-        total = total + pseudo_rand_gen(seeds[member], modulus, shape)[0]
-        for other in range(work.members):
-            if other != member:
-                sign = 1 if other > member else -1
-                pair = bytes(a ^ b for a, b in zip(seeds[member], seeds[other][::-1], strict=True))
-                total = total + sign * pseudo_rand_gen(pair, modulus, shape)[0]
-        masked_vector: np.ndarray = total % modulus
-        return masked_vector
-
-    distinct = min(work.members, _DISTINCT_UPLOADS)
-    masked = [mask(member, 0) for member in range(distinct)]
-
-    def unmask() -> np.ndarray:
-        total: np.ndarray = masked[0]
-        for index in range(1, work.members):
-            total = (total + masked[index % distinct]) % modulus
-        for seed in seeds:
-            total = (total - pseudo_rand_gen(seed, modulus, shape)[0]) % modulus
-        return total
-
-    encrypt = work.measure(lambda: mask(0, 0), 1).scaled(work.members)
-    server = work.measure(unmask, 1).scaled(work.members)
-    return Cell(
-        "Flower SecAgg+ masking, once per recipient",
-        *work.size,
-        encrypt,
-        len(ndarray_to_bytes(masked[0])) * work.members,
-        NOTHING,
-        server,
-        server,
-        4 * work.dimensions,
-        NOTHING,
-        clip / levels * work.members,
-        "one recipient measured, scaled to all; full mask graph; the server reads every aggregate; "
-        "error is its quantisation bound",
-    )
-
-
-PEERS: tuple[Callable[[Work], Cell | None], ...] = (
+PEERS: tuple[Callable[[Work], Cell], ...] = (
     partial(plain_numpy, name="plain numpy (float32)", kind=np.dtype("<f4")),
     # The precision that `mask` and `ckks` compute in.
     partial(plain_numpy, name="plain numpy (float64)", kind=np.dtype("<f8")),
@@ -196,5 +186,4 @@ PEERS: tuple[Callable[[Work], Cell | None], ...] = (
         tenseal_vectors, name="TenSEAL 4096 [54,55], no rescaling", degree=4096, moduli=[54, 55],
         scale=2.0**25, rescale=False,
     ),
-    flower_masking,
 )  # fmt: skip

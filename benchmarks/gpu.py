@@ -6,33 +6,53 @@ Every section runs in a process of its own with a limit on its time, and writes 
 it has figures: one that fails or hangs costs its own figures and no others. A table is printed last.
 Sections:
 
-* ``versions``: packages, device, driver.
+* ``versions``: packages and device.
 * ``memory``: a model of 1.2 billion random weights (the shape of Llama-3.2-1B) in bfloat16, NF4 and float32,
   with and without checkpointing: weights and peak of a step as measured, and as the preflight says.
-* ``steps``: Co-LoRA's step against PEFT's LoRA, the private step against the plain one and against Opacus,
-  the task profile against a forward pass. Ratios are medians of pairs within one run.
+* ``steps``: those of `benchmarks.steps`, in two formats; ratios are medians of pairs within one run.
 * ``demo``: the demo's federation, one server and five client processes that share the device. It takes
   packages from the cache ($FEDMOSAIC_CACHE) or from the package index.
 """
 
+import gc
 import json
+import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 import tyro
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks import steps as kinds
+from benchmarks.timing import random_examples, table
+from fedmosaic.client.model.adapted import adapter_config
+from fedmosaic.client.model.hardware import choose_device, choose_dtype
+from fedmosaic.client.model.load import adapt, load_model
+from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.preflight.memory import memory_need
+from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
+from fedmosaic.privacy.federation.terms import AdapterTerms
 
 Section = Literal["versions", "memory", "steps", "demo"]
-SECTIONS: tuple[Section, ...] = get_args(Section)
 LIMITS: dict[Section, int] = {"versions": 60, "memory": 150, "steps": 150, "demo": 240}
 """Seconds after which a section is ended."""
-
+BATCH, TOKENS, ANSWER, STEPS = 4, 512, 64, 4
+"""Of the step whose memory is measured."""
+MIB = 2**20
 Record = Callable[[str, object], None]
 """Writes one named figure of a section, at once."""
 
@@ -41,39 +61,24 @@ Record = Callable[[str, object], None]
 class Arguments:
     """What to measure, and where."""
 
+    model: Path
+    """Folder of a pretrained model, for the steps."""
     out: Path
     """Folder for the figures."""
-    model: Path | None = None
-    """Folder of a pretrained model; steps need it."""
     work: Path = Path("runs/gpu")
     """Folder for the runs themselves."""
-    sections: tuple[Section, ...] = SECTIONS
+    sections: tuple[Section, ...] = get_args(Section)
     device: str = "auto"
     repetitions: int = 30
-    examples: int = 256
-    """Of the profile."""
-    tiny: bool = False
-    """A small model in place of the large one."""
-    section: Section | None = None
-    """Run one section in this process; used by the command itself."""
 
 
 def versions(arguments: Arguments, record: Record) -> None:
-    """Packages, device and driver."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    from fedmosaic.client.model.hardware import choose_device, choose_dtype
-
+    """Packages, device and what `auto` chooses on it."""
     device = choose_device(arguments.device)
     record("python", platform.python_version())
     for package in ("torch", "transformers", "peft", "opacus", "bitsandbytes"):
-        try:
+        with suppress(PackageNotFoundError):
             record(package, version(package))
-        except ModuleNotFoundError:
-            record(package, "absent")
     record("device", torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
     record("auto_dtype", str(choose_dtype("auto", device)))
     record("tf32", [torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()])
@@ -81,37 +86,88 @@ def versions(arguments: Arguments, record: Record) -> None:
 
 def steps(arguments: Arguments, record: Record) -> None:
     """Ratios of steps on one pretrained model."""
-    import warnings
-
-    from benchmarks import colora_step, dp_step, profile_cost
-
-    warnings.filterwarnings("ignore")
-    folder, device = arguments.model, arguments.device
     for dtype in ("float32", "bfloat16"):
-        for batch, length in ((8, 48), (16, 256)):
-            found = colora_step.compare(
-                folder, dtype, ["colora"], arguments.repetitions, device=device, batch=batch, length=length
-            )
-            record(f"colora {dtype} {batch}x{length}", found)
-        model = dp_step.load(folder, dtype, 16, device)
-        examples = dp_step.make_examples(model, 32, 64, 16)
-        found = dp_step.measure_time(model, examples, max(5, arguments.repetitions // 3))
-        record(f"dp {dtype} 32x64", found)
-        settings = profile_cost.Settings(folder, dtype, device, arguments.examples, repeats=3)
-        record(f"profile {dtype}", profile_cost.compare(settings))
+        for kind, batch, tokens in (
+            ("colora", 8, 48), ("colora", 16, 256), ("private", 32, 64), ("profile", 256, 64),
+        ):  # fmt: skip
+            repetitions = arguments.repetitions if kind == "colora" else max(3, arguments.repetitions // 3)
+            settings = kinds.Arguments(
+                (arguments.model,), dtype=dtype, device=arguments.device, repetitions=repetitions,
+                batch=batch, tokens=tokens,
+            )  # fmt: skip
+            record(f"{kind} {dtype} {batch}x{tokens}", kinds.compare(kind, arguments.model, settings))
+
+
+def write_random_model(folder: Path) -> None:
+    """Write a model of Llama-3.2-1B's shape with random weights in bfloat16, and a tokenizer of two words."""
+    if (folder / "config.json").exists():
+        return
+    config = LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, vocab_size=128256,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    special = {"unk_token": "<unk>", "eos_token": "<end>"}
+    words = {word: index for index, word in enumerate((*special.values(), "one", "two"))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106  # a word
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def measure_memory(
+    folder: Path, dtype: str, quantization: str | None, checkpoint: bool
+) -> dict[str, float | str]:
+    """Load, adapt and train for a few steps: MiB as the preflight says and as measured, and ms of a step."""
+    settings = ModelSettings(path=str(folder), dtype=dtype, device="cuda", quantization=quantization)
+    training = TrainingSettings(
+        steps=STEPS, per_device_train_batch_size=BATCH, max_length=TOKENS, gradient_checkpointing=checkpoint
+    )
+    # The probe on the processor: what is compared is the training step.
+    client = ClientSettings(
+        kit=folder, server="localhost:1", state_dir=folder, model=settings,
+        probe=ModelSettings(path=str(folder), device="cpu"), data=DataSettings(train=folder),
+        training=training,
+    )  # fmt: skip
+    started = time.perf_counter()
+    need = memory_need(client, AdapterTerms(), supervised=ANSWER)
+    preflight_s = time.perf_counter() - started
+    gc.collect()
+    torch.cuda.empty_cache()
+    at_first = torch.cuda.memory_allocated()
+    model = adapt(load_model(settings)[0], adapter_config(settings, AdapterTerms()))
+    loaded = torch.cuda.memory_allocated() - at_first
+    torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+
+    def tick(*_: object) -> None:
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    examples = random_examples(1000, 2 * BATCH, TOKENS, ANSWER)
+    train_local(model, examples, training, pad_token_id=0, progress=tick)
+    peaked = torch.cuda.max_memory_allocated() - at_first
+    return {
+        "loaded_said": round((need.weights + need.adapter) / MIB),
+        "loaded_MiB": round(loaded / MIB),
+        "step_said": round(need.training / MIB),
+        "step_MiB": round((peaked - loaded) / MIB),
+        "peak_said": round((need.weights + need.adapter + need.training) / MIB),
+        "peak_MiB": round(peaked / MIB),
+        "step_ms": round(1e3 * (times[-1] - times[-2]), 1),
+        "preflight_s": round(preflight_s, 1),
+    }
 
 
 def memory(arguments: Arguments, record: Record) -> None:
     """Memory and time of a step on a large model, and what the preflight says of it."""
-    from benchmarks.gpu_memory import measure, write_random_model
-
     folder = arguments.work / "random-1b"
-    write_random_model(folder, tiny=arguments.tiny)
+    write_random_model(folder)
     for dtype, quantization in (("bfloat16", None), ("bfloat16", "nf4"), ("float32", None)):
         for checkpoint in (False, True):
             name = f"{quantization or dtype}{' checkpointed' if checkpoint else ''}"
             try:
-                record(name, measure(folder, dtype, quantization, checkpoint, arguments.device))
+                record(name, measure_memory(folder, dtype, quantization, checkpoint))
             except Exception as error:  # one setting that fails must not cost the others
                 record(name, {"error": f"{type(error).__name__}: {error}"[:300]})
 
@@ -119,54 +175,35 @@ def memory(arguments: Arguments, record: Record) -> None:
 def demo(arguments: Arguments, record: Record) -> None:
     """The demo's federation, with processes."""
     started, place = time.monotonic(), arguments.work / "demo"
-    command = [
-        sys.executable, "-m", "fedmosaic.cli", "demo", "--rounds", "3", "--output-dir", str(place),
-    ]  # fmt: skip
+    options = ["--rounds", "3", "--output-dir", str(place)]
     with (arguments.out / "demo.log").open("wb") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)  # noqa: S603  # our own command
+        subprocess.run(  # noqa: S603  # our own command
+            [sys.executable, "-m", "fedmosaic.cli", "demo", *options],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
     record("seconds", time.monotonic() - started)
     found = sorted(place.glob("**/clients/*/state/result.json"))
     record("clients", {path.parents[1].name: json.loads(path.read_text()) for path in found})
 
 
-RUNNERS = {"versions": versions, "memory": memory, "steps": steps, "demo": demo}
-
-
-def run_section(name: Section, arguments: Arguments, words: Sequence[str]) -> str:
-    """Run one section in a process group of its own; returns how it ended, in words."""
-    command = [sys.executable, "-m", "benchmarks.gpu", *words, "--section", name]
-    started = time.monotonic()
-    log = arguments.out / f"{name}.err"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stderr=errors, start_new_session=True)  # noqa: S603  # this module
-        try:
-            code = process.wait(LIMITS[name])
-            end = "done" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            end = f"ended after {LIMITS[name]} s"
-    tail = log.read_text(errors="replace").strip().splitlines()
-    reason = f": {tail[-1][:200]}" if end != "done" and tail else ""
-    return f"{end} ({time.monotonic() - started:.0f} s){reason}"
-
-
-def recorder(path: Path) -> Record:
-    """A writer of figures into one JSON file, complete after each of them."""
+def run_section(name: Section, arguments: Arguments) -> None:
+    """Run one section in this process, the first of a group that can be ended as one."""
+    os.setsid()
     figures: dict[str, object] = {}
 
-    def record(name: str, value: object) -> None:
-        figures[name] = value
+    def record(what: str, value: object) -> None:
+        figures[what] = value
+        path = arguments.out / f"{name}.json"
         path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
-    return record
+    {"versions": versions, "memory": memory, "steps": steps, "demo": demo}[name](arguments, record)
 
 
 def tables(folder: Path) -> Iterator[str]:
     """The figures in short lines, times as Markdown."""
-    from benchmarks.timing import table
-
-    paths = {name: folder / f"{name}.json" for name in SECTIONS}
+    paths = {name: folder / f"{name}.json" for name in LIMITS}
     found = {name: json.loads(path.read_text()) if path.exists() else {} for name, path in paths.items()}
     yield " ".join(f"{key} {value}" for key, value in found["versions"].items())
     for name, row in found["memory"].items():
@@ -174,27 +211,26 @@ def tables(folder: Path) -> Iterator[str]:
     for name, row in found["steps"].items():
         yield f"\n{table(name, row)}"
     if found["demo"]:
-        clients = found["demo"].get("clients", {})
-        slowest = max((client.get("seconds", 0.0) for client in clients.values()), default=0.0)
-        whole = found["demo"].get("seconds", 0.0)
-        yield f"demo: {whole:.0f} s in all, {slowest:.0f} s of rounds, {len(clients)} clients finished"
+        slowest = max((client["seconds"] for client in found["demo"]["clients"].values()), default=0.0)
+        yield f"demo: {found['demo']['seconds']:.0f} s in all, {slowest:.0f} s of rounds"
 
 
-def main(words: Sequence[str]) -> None:
+def main() -> None:
     """Run the sections and print the tables."""
-    arguments = tyro.cli(Arguments, args=list(words), description=__doc__)
+    arguments = tyro.cli(Arguments, description=__doc__)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.section:
-        RUNNERS[arguments.section](arguments, recorder(arguments.out / f"{arguments.section}.json"))
-        return
     for name in arguments.sections:
-        lacking = name == "steps" and arguments.model is None
-        print(
-            f"{name}: {'left out: no --model' if lacking else run_section(name, arguments, words)}",
-            flush=True,
-        )
+        started = time.monotonic()
+        process = multiprocessing.get_context("spawn").Process(target=run_section, args=(name, arguments))
+        process.start()
+        process.join(LIMITS[name])
+        if process.is_alive():
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+        end = "done" if process.exitcode == 0 else f"ended with {process.exitcode}"
+        print(f"{name}: {end} ({time.monotonic() - started:.0f} s)", flush=True)
     print("\n".join(["", *tables(arguments.out)]), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

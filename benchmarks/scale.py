@@ -1,17 +1,17 @@
-"""`python -m benchmarks.scale`: how time and memory grow with the number of clients, in one process.
+"""How time and memory grow with the number of clients, on the clients' side and on the server's.
+
+    python -m benchmarks.scale --model FOLDER --clients 10 100 1000 10000 --sampled 16 --rounds 2 --plot X.svg
 
 Synthetic examples, a small model, plain back end, no scoring: what is measured is the sessions, the server
-and the swapping of adapters. Each size runs in a process of its own, so that its peak memory is its own.
+and the swapping of adapters. The server's side alone has random adapters and profiles in place of models.
+Each size and side runs in a process of its own, so that its peak memory is its own.
 """
 
-import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.scale_server import relevance_cost, run_server
+from benchmarks.scale_server import relevance_seconds, run_server, sums_seconds
+from benchmarks.timing import in_own_process, peak_megabytes
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.settings import ModelSettings
@@ -31,13 +32,32 @@ from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, Scena
 from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.summary import with_rounds
 
 _TASKS = 5
 _WORDS = (
     "one two red blue cat dog sun sea big small old new left right day night tree house road ship".split()
 )
+HEADS = {
+    "seconds": ("all, s", ".0f"),
+    "processor": ("processor, s", ".0f"),
+    "round": ("per round, s", ".1f"),
+    "closing": ("closing it, s", ".3f"),
+    "peak": ("clients' side, MB", ".0f"),
+    "server_peak": ("server's side, MB", ".0f"),
+    "relevance": ("relevance, s", ".4f"),
+    "product": ("its product, s", ".4f"),
+    "sums": ("sums, s", ".4f"),
+}
+"""What is told of each size, and how.
+
+``seconds`` and ``processor`` are of everything, founding included, on the clients' side; ``round`` is the
+mean of a round there, training included. ``closing`` a round is the processor's time of the server alone:
+relevance, weights, sums and writing them. ``relevance`` compares all profiles with all, of which ``product``
+is the matrix product (N, k) by (k, N); ``sums`` forms R = 64 weighted sums of N masked adapters of D numbers.
+The peaks are of the resident memory, without these three.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,101 +79,65 @@ class Arguments:
     sampled: int = 0
     """Clients that take part in a round; 0 for all."""
     actors: int = 0
-    """Run the clients in so many processes of Ray; 0 for this one."""
+    """Run the clients in so many processes of Ray; 0 for one."""
     server_only: bool = False
-    """Random adapters and profiles in place of models: what is left is the server's work."""
+    """Leave the clients' side out."""
     plot: Path | None = None
     """Also draw how the figures grow, as an SVG."""
-    only: bool = False
-    """Run the first size in this process and print its figures as JSON; used by the command itself."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What one federation cost.
-
-    Attributes:
-        clients: N.
-        seconds: of everything, loading and founding included.
-        processor_seconds: the same in the processor's time, which other work on the machine does not add to.
-        round_seconds: mean of a round, training included.
-        server_seconds: mean of closing a round: relevance, weights, sums; the processor's with `server_only`.
-        relevance_seconds: of comparing N profiles, all with all.
-        product_seconds: of the matrix product in it alone, (N, k) by (k, N).
-        peak_megabytes: resident memory of the process at its peak.
-    """
-
-    clients: int
-    seconds: float
-    processor_seconds: float
-    round_seconds: float
-    server_seconds: float
-    relevance_seconds: float
-    product_seconds: float
-    peak_megabytes: float
+Figures = dict[str, float]
+"""By the keys of `HEADS`."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark with its arguments."""
-    parsed = tyro.cli(Arguments, args=list(arguments), prog="python -m benchmarks.scale")
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="python -m benchmarks.scale", description=__doc__)
     if min(parsed.clients, default=0) < 4:
-        raise ConfigurationError(
-            f"clients is {parsed.clients}; give at least 4 clients, which the policy needs"
-        )
-    if parsed.only:
-        print(json.dumps(asdict(measure(parsed, parsed.clients[0]))))
-        return 0
-    figures = [_in_own_process(parsed, count) for count in parsed.clients]
-    print("\n".join(as_table(figures)))
+        raise ConfigurationError(f"clients is {parsed.clients}; give at least 4, which the policy needs")
+    found: dict[int, Figures] = {}
+    for count in parsed.clients:
+        sides = (server_side,) if parsed.server_only else (clients_side, server_side)
+        found[count] = {}
+        for side in sides:
+            found[count] |= in_own_process(side, parsed, count)
+        print(f"{count} clients: {found[count]}", file=sys.stderr, flush=True)
+    print("\n".join(as_table(found)))
     if parsed.plot is not None:
-        draw(figures, parsed.plot)
+        draw(found, parsed.plot)
     return 0
 
 
-def _in_own_process(arguments: Arguments, count: int) -> Figures:
-    command = [
-        sys.executable, "-m", "benchmarks.scale", "--only",
-        "--model", arguments.model, "--clients", str(count), "--rounds", str(arguments.rounds),
-        "--steps", str(arguments.steps), "--dimensions", str(arguments.dimensions),
-        "--blocks", str(arguments.blocks), "--sampled", str(arguments.sampled),
-        "--actors", str(arguments.actors), *(["--server-only"] if arguments.server_only else []),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
-    if done.returncode:
-        raise FedMosaicError(f"{count} clients failed:\n{done.stderr[-2000:]}")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def measure(arguments: Arguments, count: int) -> Figures:
-    """Run one federation and read its clock."""
+def clients_side(arguments: Arguments, count: int) -> Figures:
+    """Run one federation, sessions and server in this process, and read its clock."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         scenario = scale_scenario(arguments, count, place)
-        if arguments.server_only:
-            seconds, closing = run_server(scenario, place, Console(stderr=True))
-            per_round = seconds / arguments.rounds
-        else:
-            cluster = Cluster(actors=arguments.actors) if arguments.actors else None
-            directory = run_here(scenario, place, place, Console(stderr=True), cluster)
-            results: Any = with_rounds({}, directory / "federation/server/state")["results"]
-            closing = [result["seconds_aggregating"] for result in results]
-            seconds = time.monotonic() - started
-            # The first round also holds the probing of every client's examples; it is counted from the start.
-            rounds = np.diff([result["closed_at"] for result in results])
-            per_round = float(rounds.mean()) if rounds.size else seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    relevance_seconds, product_seconds = relevance_cost(count, arguments.dimensions)
-    return Figures(
-        clients=count,
-        seconds=seconds,
-        processor_seconds=time.process_time(),
-        round_seconds=per_round,
-        server_seconds=float(np.mean(closing)),
-        relevance_seconds=relevance_seconds,
-        product_seconds=product_seconds,
-        peak_megabytes=peak,
-    )
+        cluster = Cluster(actors=arguments.actors) if arguments.actors else None
+        directory = run_here(scenario, place, place, Console(stderr=True), cluster)
+        results: Any = with_rounds({}, directory / "federation/server/state")["results"]
+    seconds = time.monotonic() - started
+    # The first round also holds the probing of every client's examples; it is counted from the start.
+    rounds = np.diff([result["closed_at"] for result in results])
+    return {
+        "seconds": seconds,
+        "processor": time.process_time(),
+        "round": float(rounds.mean()) if rounds.size else seconds,
+        "peak": peak_megabytes(),
+    }
+
+
+def server_side(arguments: Arguments, count: int) -> Figures:
+    """Run the rounds of one federation without models, then the arithmetic alone."""
+    with tempfile.TemporaryDirectory() as name:
+        scenario = scale_scenario(arguments, count, Path(name))
+        closing = run_server(scenario, Path(name), Console(stderr=True))
+        peak = peak_megabytes()
+    relevance, product = relevance_seconds(count, arguments.dimensions)
+    sums = sums_seconds(count, scenario.adapter.shared_dimensions)
+    told = {"closing": closing, "server_peak": peak}
+    return told | {"relevance": relevance, "product": product, "sums": sums}
 
 
 def scale_scenario(arguments: Arguments, count: int, place: Path) -> Scenario:
@@ -166,6 +150,7 @@ def scale_scenario(arguments: Arguments, count: int, place: Path) -> Scenario:
             write_examples(place / f"{kind}-{task}.jsonl", content)
     write_examples(place / "public.jsonl", _examples("public", 256, _TASKS))
     model = ModelSettings(path=arguments.model)
+    sampled = arguments.sampled if 0 < arguments.sampled < count else None
     return Scenario(
         name="scale",
         probe=model,
@@ -175,8 +160,8 @@ def scale_scenario(arguments: Arguments, count: int, place: Path) -> Scenario:
         adapter=AdapterTerms(rank=8, blocks=arguments.blocks, protection="none"),
         schedule=ScheduleTerms(
             rounds=arguments.rounds,
-            quorum=arguments.sampled or count,
-            sampled_clients=arguments.sampled or None,
+            quorum=sampled or count,
+            sampled_clients=sampled,
         ),
         encryption=PlainParameters(),
         allow_plaintext=True,
@@ -205,44 +190,27 @@ def _examples(name: str, count: int, task: int) -> list[Example]:
     ]
 
 
-def as_table(figures: Sequence[Figures]) -> list[str]:
+def as_table(found: Mapping[int, Figures]) -> list[str]:
     """The figures as lines of Markdown."""
-    return markdown_table(
-        [
-            *("clients", "all, s", "processor, s", "per round, s", "server per round, s"),
-            *("relevance, s", "its product, s", "peak memory, MB"),
-        ],
-        [
-            [
-                str(figure.clients),
-                f"{figure.seconds:.0f}",
-                f"{figure.processor_seconds:.0f}",
-                f"{figure.round_seconds:.1f}",
-                f"{figure.server_seconds:.3f}",
-                f"{figure.relevance_seconds:.4f}",
-                f"{figure.product_seconds:.4f}",
-                f"{figure.peak_megabytes:.0f}",
-            ]
-            for figure in figures
-        ],
-        numbers=True,
-    )
+    keys = [key for key in HEADS if key in next(iter(found.values()))]
+    rows = [[str(count), *(format(row[key], HEADS[key][1]) for key in keys)] for count, row in found.items()]
+    return markdown_table(["clients", *(HEADS[key][0] for key in keys)], rows, numbers=True)
 
 
-def draw(figures: Sequence[Figures], path: Path) -> None:
+def draw(found: Mapping[int, Figures], path: Path) -> None:
     """Write a figure of seconds and memory over the number of clients, both axes logarithmic."""
-    clients = [figure.clients for figure in figures]
     canvas = Figure(figsize=(9, 3.5), layout="constrained")
-    seconds, memory = canvas.subplots(1, 2)
-    for name, words in (
-        ("round_seconds", "round"), ("server_seconds", "closing it"),
-        ("relevance_seconds", "relevance, all with all"), ("product_seconds", "its product"),
-    ):  # fmt: skip
-        seconds.loglog(clients, [getattr(figure, name) for figure in figures], marker="o", label=words)
-    memory.loglog(clients, [figure.peak_megabytes for figure in figures], marker="o")
-    seconds.set(xlabel="clients", ylabel="s")
-    memory.set(xlabel="clients", ylabel="peak memory, MB")
-    seconds.legend()
+    for axes, unit, keys in zip(
+        canvas.subplots(1, 2),
+        ("s", "MB at the peak"),
+        (("round", "closing", "relevance", "product", "sums"), ("peak", "server_peak")),
+        strict=True,
+    ):
+        for key in keys:
+            figures = [row.get(key, np.nan) for row in found.values()]
+            axes.loglog(list(found), figures, marker="o", label=HEADS[key][0].rpartition(",")[0])
+        axes.set(xlabel="clients", ylabel=unit)
+        axes.legend()
     canvas.savefig(path, metadata={"Date": None})
 
 

@@ -5,16 +5,17 @@ would train and probe is drawn at random. It shows how the server's work grows, 
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from benchmarks.timing import measure
 from fedmosaic import __version__
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.privacy.encryption.mask.aggregation import WordProduct
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolled, Enrolment, Profile
 from fedmosaic.server.coordinator import Coordinator
@@ -22,12 +23,14 @@ from fedmosaic.server.round.relevance import corrected_cosine
 from fedmosaic.server.settings import settings_from_kit
 
 _NO_DEADLINE_SECONDS = 1e8
+_SUMS = 64
+"""Distinct rows of weights, as many as clients are drawn for a round or groups share one."""
 
 
-def run_server(scenario: Scenario, directory: Path, console: Console) -> tuple[float, list[float]]:
+def run_server(scenario: Scenario, directory: Path, console: Console) -> float:
     """Found a federation in an empty directory and run its rounds with random uploads.
 
-    Returns seconds of everything but the founding, and by round the processor seconds of closing it.
+    Returns the mean processor seconds of closing one: other work on the machine must not look like growth.
     """
     mechanism = fit_profile(scenario, directory, console, own_process=False)
     found_federation(scenario, mechanism, directory, 7443)
@@ -41,7 +44,6 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> tuple[f
     )
     random = np.random.default_rng(0)
     coordinator, roster = Coordinator(settings), open_kit(place / "server").roster
-    started = time.monotonic()
     closing: list[float] = []
     try:
         coordinator.advance()
@@ -56,29 +58,29 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> tuple[f
                 profile = Profile(drawn.astype(np.float32), mechanism.noise_variance, 1)
                 upload = protection.seal(enrolled.run_id, number, epoch, {"shared": vector}, profile)
                 coordinator.push(name, upload)
-            # The processor's time: other work on the machine must not look like growth.
             before = time.process_time()
             coordinator.advance()
             closing.append(time.process_time() - before)
     finally:
         coordinator.close()
-    return time.monotonic() - started, closing
+    return float(np.mean(closing))
 
 
-def relevance_cost(count: int, dimensions: int) -> tuple[float, float]:
-    """Processor seconds of comparing random profiles, and of the product in it alone; best of three."""
+def relevance_seconds(count: int, dimensions: int) -> tuple[float, float]:
+    """Processor seconds of comparing random profiles, all with all, and of the product in it alone."""
     vectors = np.random.default_rng(0).normal(size=(count, dimensions))
     variances = np.full(count, 0.01)
+    compared = measure(lambda: corrected_cosine(vectors, variances))
+    return compared.least, measure(lambda: vectors @ vectors.T.copy()).least
 
-    def best(work: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(3):
-            began = time.process_time()
-            work()
-            seconds.append(time.process_time() - began)
-        return min(seconds)
 
-    return best(lambda: corrected_cosine(vectors, variances)), best(lambda: vectors @ vectors.T.copy())
+def sums_seconds(count: int, dimensions: int) -> float:
+    """Processor seconds of `_SUMS` weighted sums of so many adapters, as the back end `mask` forms them."""
+    random = np.random.default_rng(0)
+    words = list(random.integers(-(1 << 31), 1 << 31, (count, dimensions), dtype=np.int32))
+    weights = random.multinomial(1 << 12, np.full(count, 1 / count), _SUMS)
+    product, sums = WordProduct(), list(np.empty((_SUMS, dimensions), dtype=np.uint32))
+    return measure(lambda: product(weights, words, sums)).least
 
 
 def _enrol(coordinator: Coordinator, kit: Kit) -> tuple[Enrolled, Protection]:

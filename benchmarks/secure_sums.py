@@ -12,9 +12,11 @@ process, every client a neighbour of every other, two thirds of the shares to op
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import tyro
@@ -58,20 +60,6 @@ class Settings:
     """Also run Flower's SecAgg+, with up to 100 members."""
 
 
-@dataclass
-class Clock:
-    """Seconds of the processor, by who spends them."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def of(self, who: str) -> Iterator[None]:
-        """Count what happens inside."""
-        started = time.process_time()
-        yield
-        self.seconds[who] = self.seconds.get(who, 0.0) + time.process_time() - started
-
-
 class Sum:
     """One secure sum of m members: the first is real, the last ones vanish before their vectors."""
 
@@ -84,27 +72,36 @@ class Sum:
         self.terms = SumTerms(bytes(32), tuple(self.names), keys, minimum, colluders, dimensions)
         self.contributors = self.names[: count - vanished]
         self.sums = RoundSums(2, [self.terms], dict.fromkeys(STEPS, 1.0), 0.0)
-        self.clock, self.bytes_up = Clock(), 0
-        self.vector = os.urandom(4 * dimensions)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.bytes_up, self.vector = 0, os.urandom(4 * dimensions)
+
+    @contextmanager
+    def clock(self, who: str) -> Iterator[None]:
+        """Count the processor's seconds of what happens inside."""
+        started = time.process_time()
+        yield
+        self.seconds[who] += time.process_time() - started
 
     def post(self, step: str, made: Callable[[str], bytes], names: list[str]) -> None:
         """Every member's message as it comes off the wire; time passes where one did not come."""
         sent = {name: _on_the_wire(step, made(name)) for name in names}
         self.bytes_up += len(_read(sent[self.names[0]]).payload)
-        with self.clock.of("server" if step != UNMASK else "unmask"):
+        with self.clock("server" if step != UNMASK else "unmask"):
             for name, data in sent.items():
                 self.sums.post(name, step, _read(data).payload)
                 self.sums.advance(self.names, 0.0)
             if not self.sums.read(self.names[0], step):
                 self.sums.advance(self.names, 10.0)
+            for unmask in self.sums.due():
+                unmask()
             for name in names:
                 self.sums.read(name, step)
 
     def run(self) -> dict[str, float]:
         """Seconds of member and server."""
-        first, terms, clock = self.names[0], self.terms, self.clock
+        first, terms = self.names[0], self.terms
         digest, envelope_keys = terms.digest(), {n: X25519PrivateKey.generate() for n in self.names}
-        with clock.of("member"):
+        with self.clock("member"):
             member = SumMember(terms, first, self.identities[first])
             opening = member.open()
         mask_key = private_key(_SECRET, digest).public_key().public_bytes_raw()
@@ -118,7 +115,7 @@ class Sum:
 
         self.post(OPEN, opened, self.names)
         told = {name: Opening.decoded(data) for name, data in self.sums.read(first, OPEN).items()}
-        with clock.of("member"):
+        with self.clock("member"):
             sealed = member.share(told)
         said, pair = transcript(terms, told), (_SECRET, _SECRET)
 
@@ -131,16 +128,16 @@ class Sum:
 
         self.post(SHARE, shared, self.names)
         envelopes = self.sums.read(first, SHARE)
-        with clock.of("member"):
+        with self.clock("member"):
             member.accept(envelopes)
             masked = member.mask(np.arange(terms.dimensions))
         self.post(VECTOR, lambda name: masked if name == first else self.vector, self.contributors)
-        with clock.of("member"):
+        with self.clock("member"):
             signature = member.agree(self.contributors)
         listed = survivors_digest(said, self.contributors)
         signed = {name: self.identities[name].sign(listed) for name in self.contributors} | {first: signature}
         self.post(AGREE, signed.__getitem__, self.contributors)
-        with clock.of("member"):
+        with self.clock("member"):
             unmasking = member.unmask(self.sums.read(first, AGREE))
 
         def unmasked(name: str) -> bytes:
@@ -153,15 +150,11 @@ class Sum:
         self.post(UNMASK, unmasked, self.contributors)
         if not self.sums.totals().vectors[0]:
             raise AssertionError("no sum was formed")
-        with clock.of("plain"):
-            self._plain()
-        return clock.seconds
-
-    def _plain(self) -> None:
-        sent = _on_the_wire(VECTOR, self.vector)
-        total = np.zeros(self.terms.dimensions, dtype=np.uint32)
-        for _ in self.contributors:
-            total += unpack(_read(sent).payload, self.terms.dimensions, self.terms.bits)
+        sent, total = _on_the_wire(VECTOR, self.vector), np.zeros(terms.dimensions, dtype=np.uint32)
+        with self.clock("plain"):
+            for _ in self.contributors:
+                total += unpack(_read(sent).payload, terms.dimensions, terms.bits)
+        return self.seconds
 
 
 def _on_the_wire(step: str, payload: bytes) -> bytes:
@@ -176,27 +169,24 @@ def main() -> None:
     """Print the table."""
     settings = tyro.cli(Settings, description=__doc__)
     rows = []
-    for count in settings.members:
-        for dimensions in settings.dimensions:
-            for vanished in settings.vanished:
-                runs = []
-                for _ in range(settings.repeats if count <= 100 else 1):
-                    one = Sum(count, dimensions, vanished)
-                    runs.append(one.run())
-                least = {who: min(run[who] for run in runs) for who in runs[0]}
-                flower = ["–"] * 3
-                if settings.flower and count <= 100:
-                    member, server, up = flower_seconds(count, dimensions, vanished)
-                    flower = [f"{up:,}", f"{1e3 * member:,.1f}", f"{1e3 * server:,.1f}"]
-                least["server"] += least["unmask"]
-                ratio = least["server"] / least["plain"]
-                rows.append(
-                    [f"{count:,}", f"{dimensions:,}", str(vanished), f"{one.bytes_up:,}"]
-                    + [f"{one.bytes_up / (4 * dimensions):.2f}"]
-                    + [f"{1e3 * least[who]:,.1f}" for who in ("member", "server", "unmask", "plain")]
-                    + [f"{ratio:.0f}", *flower]
-                )
-                print(rows[-1], flush=True)
+    for count, dimensions, vanished in product(settings.members, settings.dimensions, settings.vanished):
+        runs = []
+        for _ in range(settings.repeats if count <= 100 else 1):
+            one = Sum(count, dimensions, vanished)
+            runs.append(one.run())
+        least = {who: min(run[who] for run in runs) for who in runs[0]}
+        least["server"] += least["unmask"]
+        flower = ["–"] * 3
+        if settings.flower and count <= 100:
+            member, server, up = flower_seconds(count, dimensions, vanished)
+            flower = [f"{up:,}", f"{1e3 * member:,.1f}", f"{1e3 * server:,.1f}"]
+        rows.append(
+            [f"{count:,}", f"{dimensions:,}", str(vanished), f"{one.bytes_up:,}"]
+            + [f"{one.bytes_up / (4 * dimensions):.2f}"]
+            + [f"{1e3 * least[who]:,.1f}" for who in ("member", "server", "unmask", "plain")]
+            + [f"{least['server'] / least['plain']:.0f}", *flower]
+        )
+        print(rows[-1], flush=True)
     heads = ["m", "D", "vanished", "bytes up", "÷ 4·D", "member ms"]
     heads += ["server ms", "of it unmasking", "plain ms", "÷"]
     heads += ["SecAgg+ bytes up", "SecAgg+ member ms", "SecAgg+ server ms"]

@@ -1,30 +1,75 @@
-"""Paired times of steps, the random examples that they work on, and their table.
+"""What the benchmarks share: how work is timed, a process of its own, random examples, a table of ratios."""
 
-Every repetition takes one step of every variant, in a shuffled order, so that whatever slows the machine down
-slows all alike; ratios are taken within a repetition. With one thread (OMP_NUM_THREADS=1) the processor's
-time is the steadier one on a machine that does other work too.
-"""
-
+import multiprocessing
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.experiments.scenario.metrics import markdown_table
 
+T = TypeVar("T")
 Step = Callable[[], object]
 Summary = dict[str, float]
 """Medians of seconds, and median and quartiles of the ratio to the first variant, for both clocks."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of processor time of the fastest and of the median repetition."""
+
+    least: float
+    median: float
+
+    def scaled(self, factor: float) -> "Timing":
+        """Extrapolate to `factor` times the work."""
+        return Timing(self.least * factor, self.median * factor)
+
+
+def measure(operation: Step, repetitions: int = 3, budget: float = 0.0) -> Timing:
+    """Time an operation by the processor's clock, which other work on the machine does not add to.
+
+    Args:
+        operation: run once before, uncounted.
+        repetitions: least number that is counted.
+        budget: wall-clock seconds to go on for, up to 200 repetitions.
+    """
+    operation()
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while len(seconds) < repetitions or (len(seconds) < 200 and time.perf_counter() - started < budget):
+        begun = time.process_time()
+        operation()
+        seconds.append(time.process_time() - begun)
+    return Timing(min(seconds), statistics.median(seconds))
+
+
+def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What a function of a module returns in a fresh process, whose peak of memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def peak_megabytes() -> float:
+    """Resident memory of this process at its peak."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def paired(
     variants: Mapping[str, Callable[[], AbstractContextManager[Step]]], repetitions: int, untimed: int = 1
 ) -> dict[str, Summary]:
     """Time a step of every variant; what setting it up and taking it down takes does not count.
+
+    Every repetition takes one step of each, in a shuffled order, so that whatever slows the machine down
+    slows all alike; ratios are taken within a repetition.
 
     Args:
         variants: by name; the ratios are to the first.
@@ -55,8 +100,7 @@ def _summary(taken: Sequence[tuple[float, float]], first: Sequence[tuple[float, 
 
 
 def table(name: str, found: Mapping[str, Summary]) -> str:
-    """One row per variant of a model, with memory where it was measured."""
-    heads = [name, "ms", "× wall", "× processor", "peak MiB"]
+    """One row per variant, with memory where it was measured."""
     rows = []
     for variant, row in found.items():
         spans = [
@@ -65,7 +109,7 @@ def table(name: str, found: Mapping[str, Summary]) -> str:
         ]
         peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
         rows.append([variant, f"{1e3 * row['wall_seconds']:.1f}", *spans, peak])
-    return "\n".join(markdown_table(heads, rows))
+    return "\n".join(markdown_table([name, "ms", "× wall", "× processor", "peak MiB"], rows))
 
 
 def random_examples(vocabulary: int, count: int, tokens: int, answer: int) -> list[EncodedExample]:

@@ -82,30 +82,18 @@ def _measure(count: int, rounds: int, size: int) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         members = tuple(f"m{number:04d}" for number in range(count))
-        create(
-            FederationConfig(federation="waiting", members=_entries(members), terms=_terms(rounds, size)),
-            place / "f",
-        )
+        entries = tuple(MemberEntry(id=member) for member in members)
+        config = FederationConfig(federation="waiting", members=entries, terms=_terms(rounds, size))
+        create(config, place / "f")
         with _server(place) as (process, port):
-            workers = [
-                context.Process(
-                    target=_work,
-                    args=(place / "f", port, members[index::_WORKERS], rounds, index == 0, barrier, answers),
-                )
-                for index in range(_WORKERS)
+            for index in range(_WORKERS):
+                names = members[index::_WORKERS]
+                settings = (place / "f", port, names, rounds, index == 0, barrier, answers)
+                context.Process(target=_work, args=settings, daemon=True).start()
+            return [
+                [str(count), str(number), *_round(process.pid, place, barrier, answers)]
+                for number in range(1, rounds + 1)
             ]
-            for worker in workers:
-                worker.start()
-            rows = [
-                _round(count, number, process.pid, place, barrier, answers) for number in range(1, rounds + 1)
-            ]
-            for worker in workers:
-                worker.join()
-    return rows
-
-
-def _entries(members: Sequence[str]) -> tuple[MemberEntry, ...]:
-    return tuple(MemberEntry(id=member) for member in members)
 
 
 def _terms(rounds: int, size: int) -> Terms:
@@ -147,7 +135,7 @@ def _server(place: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
         process.wait(60)
 
 
-def _round(count: int, number: int, server: int, place: Path, barrier: Any, answers: Any) -> list[str]:
+def _round(server: int, place: Path, barrier: Any, answers: Any) -> list[str]:
     peak = [0.0]
     pushed = max(_heard(answers, server, peak) for _ in range(_WORKERS))
     time.sleep(_SETTLE_SECONDS)
@@ -164,14 +152,7 @@ def _round(count: int, number: int, server: int, place: Path, barrier: Any, answ
     numbers = [times[0], statistics.median(times), times[-1], 1000 * (after[0] - before[0]), *peak]
     numbers.append((state / "run.json").stat().st_size / 1000)
     told_numbers = [f"{value:.0f}" for value in numbers]
-    return [
-        str(count),
-        str(number),
-        f"{pushed:.1f}",
-        *told_numbers,
-        f"{size / 1e6:.1f}",
-        f"{os.getloadavg()[0]:.1f}",
-    ]
+    return [f"{pushed:.1f}", *told_numbers, f"{size / 1e6:.1f}", f"{os.getloadavg()[0]:.1f}"]
 
 
 def _heard(answers: Any, server: int, peak: list[float]) -> Any:
@@ -189,10 +170,8 @@ def _usage(process: int) -> tuple[float, float]:
     return (int(stat[11]) + int(stat[12])) / _TICKS, int(status["RssAnon"].split()[0]) / 1024
 
 
-def _work(
-    place: Path, port: int, names: Sequence[str], rounds: int, first: bool, barrier: Any, answers: Any
-) -> None:
-    asyncio.run(_clients(place, port, names, rounds, first, barrier, answers))
+def _work(*arguments: Any) -> None:
+    asyncio.run(_clients(*arguments))
 
 
 async def _clients(

@@ -39,12 +39,24 @@ class PipeChannel:
         self._one_call = threading.Lock()
 
     def unary_stream(self, path: str, request_serializer: Any, response_deserializer: Any, **_: Any) -> Any:
-        """A method whose request is a message or an iterator of them, and whose answer is an iterator."""
+        """A method whose request is a message or an iterator of them, and whose answer is an iterator.
+
+        All is heard before the first message is given: who reads them may call again. A call that fails with
+        a `grpc.RpcError`, after the messages that came, may be repeated; a `Refusal` is the server's.
+        """
 
         def call(request: Any, timeout: float) -> Iterator[Any]:
             requests = request if isinstance(request, Iterator) else (request,)
-            for answer in self._call(path, map(request_serializer, requests), timeout):
-                yield _parsed(response_deserializer, answer)
+            deadline, heard = time.monotonic() + timeout + _PATIENCE_SECONDS, list[bytes]()
+            fault: Exception | None = None
+            with self._one_call:
+                try:
+                    self._converse(path, map(request_serializer, requests), deadline, heard)
+                except (Refusal, grpc.RpcError) as error:
+                    fault = error
+            yield from (_parsed(response_deserializer, answer) for answer in heard)
+            if fault is not None:
+                raise fault
 
         return call
 
@@ -68,28 +80,8 @@ class PipeChannel:
             self._asking.close()
             self._asking = None
 
-    def _call(self, path: str, requests: Iterable[bytes], seconds: float) -> Iterator[bytes]:
-        """The messages of an answer, all heard before the first is given: who reads them may call again.
-
-        Raises:
-            Refusal: the server refused.
-            grpc.RpcError: anything else went wrong, after the messages that came; the call may be repeated.
-        """
-        heard: list[bytes] = []
-        fault: grpc.RpcError | None = None
-        status = b""
-        with self._one_call:
-            try:
-                status = self._converse(path, requests, time.monotonic() + seconds + _PATIENCE_SECONDS, heard)
-            except grpc.RpcError as error:
-                fault = error
-        yield from heard
-        if fault is not None:
-            raise fault
-        _check(status, path)
-
-    def _converse(self, path: str, requests: Iterable[bytes], deadline: float, heard: list[bytes]) -> bytes:
-        """Make a call; returns its status. One that does not come to it ends the session."""
+    def _converse(self, path: str, requests: Iterable[bytes], deadline: float, heard: list[bytes]) -> None:
+        """Make a call, and add to `heard`. One that does not come to its status ends the session."""
         secured, self._secured = self._secured or Secured(self._context, self._server_name), None
         answers: Frames = []
         while not secured.agreed:
@@ -97,7 +89,7 @@ class PipeChannel:
         secured.send(Kind.CALL, path.encode())
         for request in requests:
             secured.send(Kind.MESSAGE, request)
-            while secured.pending >= TURN_BYTES and not answers:
+            while secured.outgoing.pending >= TURN_BYTES and not answers:
                 answers = self._exchange(secured, deadline, more=True)
             if answers:
                 break
@@ -106,7 +98,7 @@ class PipeChannel:
             for kind, payload in answers:
                 if kind is Kind.STATUS:
                     self._secured = secured
-                    return payload
+                    return _check(payload, path)
                 heard.append(payload)
             answers = self._exchange(secured, deadline)
 
@@ -118,7 +110,7 @@ class PipeChannel:
                 self._await_question(deadline)
             self._asking.send_bytes(secured.take())
             records = self._await_question(deadline)
-            if not records and not more and not secured.pending:
+            if not records and not more and not secured.outgoing.pending:
                 raise grpc.RpcError("a message was lost")
             return secured.receive(records)
         except TimeoutError:
@@ -131,9 +123,7 @@ class PipeChannel:
 
     def _await_question(self, deadline: float) -> bytes:
         """The server's records, brought by who is now `_asking`."""
-        if self._asking is not None:
-            self._asking.close()
-            self._asking = None
+        self.close()
         self._listener.settimeout(max(0.001, deadline - time.monotonic()))
         self._asking = Connection(self._listener.accept()[0].detach())
         return self._asking.recv_bytes(TURN_BYTES)
@@ -155,11 +145,7 @@ def _check(status: bytes, path: str) -> None:
 
 
 def connector(path: Path) -> Callable[[str, Path, Path, Path], grpc.Channel]:
-    """Make the socket, for its owner and group, and what opens a client's channel over it.
-
-    Raises:
-        ConfigurationError: there can be no socket at the path.
-    """
+    """Make a socket for its owner and group, and what opens a channel over it; ConfigurationError if none."""
     listener, mask = socket.socket(socket.AF_UNIX), os.umask(0o117)
     try:
         if path.is_socket():
@@ -181,11 +167,10 @@ def connector(path: Path) -> Callable[[str, Path, Path, Path], grpc.Channel]:
 
 
 def take_part_over_flower(config: tyro.conf.Positional[Path], socket: tyro.conf.Positional[Path]) -> int:
-    """Take part in a federation whose calls a SuperNode on this machine carries.
+    """Take part in a federation whose calls a SuperNode on this machine carries over a Unix socket.
 
-    Args:
-        config: The client's, as of `fedmosaic client`. The host in `server` is checked, not dialled.
-        socket: The Unix socket to make. The SuperNode's user needs the right to it, and to nothing else.
+    The configuration is that of `fedmosaic client`; the host in `server` is checked, not dialled. The socket
+    is made; the SuperNode's user needs the right to it, and to nothing else.
     """
     return take_part(Client(config, connect=connector(socket)))
 

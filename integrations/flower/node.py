@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Final, NoReturn
 
@@ -24,21 +24,19 @@ _HELLO: Final = b"\x16"
 async def methods_of(service: FederationService) -> Mapping[str, Any]:
     """The service's handlers by path, behind its gate, as gRPC's generated code hands them to a server."""
     found: dict[str, Any] = {}
-
-    def take(name: str, handlers: Mapping[str, Any]) -> None:
-        found.update({f"/{name}/{method}": handler for method, handler in handlers.items()})
-
     server: Any = SimpleNamespace(
-        add_generic_rpc_handlers=lambda _: None, add_registered_method_handlers=take
+        add_generic_rpc_handlers=lambda _: None,
+        add_registered_method_handlers=lambda name, handlers: found.update(
+            {f"/{name}/{method}": handler for method, handler in handlers.items()}
+        ),
     )
     rpc.add_FederationServicer_to_server(service, server)
-    gate = Gate(service.audit)
+    gate: Any = Gate(service.audit)
 
-    async def handler_of(call: Any) -> Any:
-        return found[call.method]
+    async def handler_of(path: str) -> Any:
+        return found[path]
 
-    calls: list[Any] = [SimpleNamespace(method=path) for path in found]
-    return {call.method: await gate.intercept_service(handler_of, call) for call in calls}
+    return {path: await gate.intercept_service(handler_of, path) for path in found}
 
 
 class _EndedError(Exception):
@@ -51,7 +49,7 @@ class _Context:
 
     def __init__(self, auth: Mapping[str, list[bytes]], peer: str) -> None:
         self.auth_context, self.peer = lambda: auth, lambda: peer
-        self.callbacks: list[Callable[[Any], None]] = []
+        self.callbacks: list[Any] = []
         self.add_done_callback = self.callbacks.append
 
     async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
@@ -66,18 +64,10 @@ class Node:
     """One SuperNode. It carries one session at a time, and a session one call at a time."""
 
     def __init__(self, context: ssl.SSLContext, methods: Mapping[str, Any], name: str, member: str) -> None:
-        """Prepare.
-
-        Args:
-            context: the server's side of TLS.
-            methods: from `methods_of`.
-            name: for the log.
-            member: SPIFFE URI of the only member whose calls this node may carry; empty: any member's.
-        """
+        """`member` is the SPIFFE URI of the only one whose calls it may carry; empty: any member's."""
         self._tls, self._methods, self._name, self._member = context, methods, name, member
         self._secured = Secured(context)
         self._requests: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._starved = asyncio.Event()
         self._call: asyncio.Task[None] | None = None
 
     async def answer(self, records: bytes) -> bytes:
@@ -93,11 +83,9 @@ class Node:
             await self.close()
             return farewell
         if self._call is not None:
-            if not self._requests.empty():
-                self._starved.clear()
-            starved = asyncio.ensure_future(self._starved.wait())
-            await asyncio.wait({self._call, starved}, return_when=asyncio.FIRST_COMPLETED)
-            starved.cancel()
+            all_read = asyncio.ensure_future(self._requests.join())
+            await asyncio.wait({self._call, all_read}, return_when=asyncio.FIRST_COMPLETED)
+            all_read.cancel()
         return self._secured.take()
 
     async def close(self) -> None:
@@ -110,7 +98,7 @@ class Node:
     def _take(self, kind: Kind, payload: bytes) -> None:
         running = self._call is not None and not self._call.done()
         if kind is Kind.CALL and not running:
-            self._requests, self._starved = asyncio.Queue(), asyncio.Event()
+            self._requests = asyncio.Queue()
             self._call = asyncio.create_task(self._run(payload.decode(errors="replace")))
         elif kind in (Kind.CALL, Kind.STATUS):
             raise WireError(f"a frame {kind.name} in the middle of a call")
@@ -118,41 +106,32 @@ class Node:
             self._requests.put_nowait(payload if kind is Kind.MESSAGE else None)
 
     async def _messages(self) -> AsyncIterator[bytes]:
-        while True:
-            if self._requests.empty():
-                self._starved.set()
-            request = await self._requests.get()
-            if request is None:
-                return
+        """What the caller sends; a message counts as read when the next one is wanted."""
+        while (request := await self._requests.get()) is not None:
             yield request
+            self._requests.task_done()
 
     async def _run(self, path: str) -> None:
-        secured = self._secured
-        context = _Context(secured.peer(), f"SuperNode {self._name}")
-        status = status_pb2.Status()
+        secured, status = self._secured, status_pb2.Status()
+        context: Any = _Context(secured.peer(), f"SuperNode {self._name}")
         try:
-            async for message in self._answers(path, context):
-                secured.send(Kind.MESSAGE, message)
+            names = context.auth_context()["x509_subject_alternative_name"]
+            if self._member and names != [self._member.encode()]:
+                log.warning("SuperNode %s brought a call of %s, expected %s", self._name, names, self._member)
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this SuperNode is another member's")
+            if path not in self._methods:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
+            handler, requests = self._methods[path], self._messages()
+            request = requests if handler.request_streaming else await anext(requests, b"")
+            if handler.response_streaming:
+                async for message in handler.unary_stream(request, context):
+                    secured.send(Kind.MESSAGE, handler.response_serializer(message))
+            else:
+                message = await (handler.stream_unary or handler.unary_unary)(request, context)
+                secured.send(Kind.MESSAGE, handler.response_serializer(message))
         except _EndedError as ended:
             status = ended.status
         finally:
             for callback in context.callbacks:
                 callback(context)
         secured.send(Kind.STATUS, status.SerializeToString())
-
-    async def _answers(self, path: str, context: Any) -> AsyncIterator[bytes]:
-        names = context.auth_context()["x509_subject_alternative_name"]
-        if self._member and names != [self._member.encode()]:
-            log.warning("SuperNode %s brought a call of %s, expected %s", self._name, names, self._member)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this SuperNode is another member's")
-        handler: Any = self._methods.get(path)
-        if handler is None:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
-        requests = self._messages()
-        request = requests if handler.request_streaming else await anext(requests, b"")
-        if handler.response_streaming:
-            async for message in handler.unary_stream(request, context):
-                yield handler.response_serializer(message)
-        else:
-            method = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            yield handler.response_serializer(await method(request, context))

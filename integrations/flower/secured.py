@@ -45,29 +45,20 @@ def tls_context(side: int, authority: Path, certificate: Path, private_key: Path
 
 
 class Secured:
-    """One side of a TLS session whose records somebody else carries.
-
-    Attributes:
-        agreed: whether the handshake is over, so that frames may be sent.
-    """
+    """One side of a TLS session whose records somebody else carries; once `agreed`, frames may be sent."""
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None = None) -> None:
         """Begin; the client's side names the server, and has records to take at once."""
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
+            self._incoming, self.outgoing, server_side=server_name is None, server_hostname=server_name
         )
         self.agreed, self._text = False, bytearray()
         self.receive(b"")
 
-    @property
-    def pending(self) -> int:
-        """Bytes that wait to be taken."""
-        return self._outgoing.pending
-
     def take(self) -> bytes:
         """The next records, as many as a turn carries."""
-        return self._outgoing.read(TURN_BYTES)
+        return self.outgoing.read(TURN_BYTES)
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
         """Add a frame to the records."""
@@ -94,10 +85,11 @@ class Secured:
             kind, size = _FRAME.unpack_from(self._text)
             if kind >= len(Kind) or size > bounds.MAX_MESSAGE_BYTES:
                 raise WireError(f"there is no frame of kind {kind} and {size} bytes")
-            if len(self._text) < _FRAME.size + size:
+            end = _FRAME.size + size
+            if len(self._text) < end:
                 break
-            frames.append((Kind(kind), bytes(self._text[_FRAME.size : _FRAME.size + size])))
-            del self._text[: _FRAME.size + size]
+            frames.append((Kind(kind), bytes(self._text[_FRAME.size : end])))
+            del self._text[:end]
         return frames
 
     def peer(self) -> dict[str, list[bytes]]:

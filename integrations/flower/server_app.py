@@ -11,7 +11,7 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -36,76 +36,58 @@ _FAREWELL_SECONDS: Final = 60.0
 
 
 class Post:
-    """The pipes to all nodes, and what is under way to each."""
+    """The messages to all nodes, and their replies."""
 
     def __init__(self, grid: Any, pipe: Callable[[str, str], Node], members: Mapping[str, str]) -> None:
-        """Prepare.
-
-        Args:
-            grid: Flower's.
-            pipe: makes the pipe to a node, of its name and the only member that it may carry, or "".
-            members: that member, by SHA-256 of the public key of the only nodes to ask; empty: all.
-        """
+        """`pipe` makes a `Node` of its name and its member, which is in `members` by SHA-256 of its key."""
         self._grid, self._pipe, self._members = grid, pipe, members
-        self._pipes: dict[int, Node] = {}
-        self._to_say: list[tuple[int, bytes]] = []
-        self._asked: dict[str, tuple[int, bytes]] = {}
-        self._thinking: set[asyncio.Task[None]] = set()
-        self.leave_at: float | None = None
+        self._nodes: dict[int, asyncio.Task[None]] = {}
+        self._to_push: list[tuple[Message, asyncio.Future[Any]]] = []
+        self._asked: dict[str, asyncio.Future[Any]] = {}
+        self.leaving = False
 
     async def carry(self) -> None:
-        """Carry for ever; once `leave_at` is set, until then or until the last answers are delivered."""
+        """Carry until `leaving` is set and what was to be said is delivered."""
         looked = 0.0
-        while self.leave_at is None or time.monotonic() < self.leave_at:
-            owed = any(said for _, said in (*self._to_say, *self._asked.values()))
-            if self.leave_at is None and time.monotonic() - looked > _NODES_SECONDS:
+        while not self.leaving or not all(task.done() for task in self._nodes.values()):
+            if not self.leaving and time.monotonic() - looked > _NODES_SECONDS:
                 looked = time.monotonic()
-                await self._meet()
-            elif self.leave_at is not None and not owed and not self._thinking:
-                return
-            await self._push()
+                self._meet(await asyncio.to_thread(self._grid.get_nodes))
+            while batch := self._to_push[:_BATCH]:
+                del self._to_push[:_BATCH]
+                await asyncio.to_thread(self._grid.push_messages, [message for message, _ in batch])
+                self._asked |= {message.metadata.message_id: reply for message, reply in batch}
             ids = list(self._asked)
             for reply in await asyncio.to_thread(self._grid.pull_messages, ids) if ids else ():
-                asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
-                if asked is not None:
-                    task = asyncio.create_task(self._think(asked[0], reply))
-                    self._thinking.add(task)
-                    task.add_done_callback(self._thinking.discard)
+                if asked := self._asked.pop(reply.metadata.reply_to_message_id, None):
+                    asked.set_result(reply)
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _meet(self) -> None:
-        for info in await asyncio.to_thread(self._grid.get_nodes):
+    def _meet(self, found: Any) -> None:
+        for info in found:
             key = hashlib.sha256(info.public_key).hexdigest()
-            if info.node_id not in self._pipes and (not self._members or key in self._members):
+            if info.node_id not in self._nodes and (not self._members or key in self._members):
                 log.info("SuperNode %d, key %s, carries calls", info.node_id, key)
-                self._pipes[info.node_id] = self._pipe(str(info.node_id), self._members.get(key, ""))
-                self._to_say.append((info.node_id, b""))
+                pipe = self._pipe(str(info.node_id), self._members.get(key, ""))
+                self._nodes[info.node_id] = asyncio.create_task(self._talk(info.node_id, pipe))
 
-    async def _push(self) -> None:
-        while batch := self._to_say[:_BATCH]:
-            del self._to_say[:_BATCH]
-            messages = [
-                Message(
-                    RecordDict({RECORD: ConfigRecord({RECORD: said})}), node, "query", ttl=_ANSWER_SECONDS
-                )
-                for node, said in batch
-            ]
-            await asyncio.to_thread(self._grid.push_messages, messages)
-            self._asked |= {
-                message.metadata.message_id: said for message, said in zip(messages, batch, strict=True)
-            }
-
-    async def _think(self, node: int, reply: Any) -> None:
-        """Answer what a node has brought; an error means that what was under way is lost."""
-        record = reply.content.config_records.get(RECORD, {}) if reply.has_content() else {}
-        heard = record.get(RECORD)
-        if isinstance(heard, bytes) and len(heard) <= TURN_BYTES:
-            self._to_say.append((node, await self._pipes[node].answer(heard)))
-            return
-        log.warning("SuperNode %d: %r", node, reply.error.reason if reply.has_error() else "no records")
-        await self._pipes[node].close()
-        await asyncio.sleep(_NODES_SECONDS)
-        self._to_say.append((node, b""))
+    async def _talk(self, node: int, pipe: Node) -> None:
+        """Ask a node in turn; an error means that what was under way is lost."""
+        said = b""
+        while said or not self.leaving:
+            content = RecordDict({RECORD: ConfigRecord({RECORD: said})})
+            asked = asyncio.get_running_loop().create_future()
+            self._to_push.append((Message(content, node, "query", ttl=_ANSWER_SECONDS), asked))
+            reply = await asked
+            record = reply.content.config_records.get(RECORD, {}) if reply.has_content() else {}
+            heard = record.get(RECORD)
+            if isinstance(heard, bytes) and len(heard) <= TURN_BYTES:
+                said = await pipe.answer(heard)
+                continue
+            log.warning("SuperNode %d: %r", node, reply.error.reason if reply.has_error() else "no records")
+            await pipe.close()
+            await asyncio.sleep(_NODES_SECONDS)
+            said = b""
 
 
 async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
@@ -129,8 +111,9 @@ async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
         try:
             yield
         finally:
-            post.leave_at = time.monotonic() + _FAREWELL_SECONDS
-            await work
+            post.leaving = True
+            with suppress(TimeoutError):
+                await asyncio.wait_for(work, _FAREWELL_SECONDS)
 
     async with server.running(over, beside):
         return await over

@@ -43,8 +43,8 @@ from fedmosaic.client.colora.aligned import (
     write_embedded,
 )
 from fedmosaic.client.colora.basis import orthonormality_error
-from fedmosaic.client.model.scoring import choice_scores
 from fedmosaic.client.model.load import adapt, load_base_model
+from fedmosaic.client.model.scoring import choice_scores
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 WORDS = [*"abcdefghijklmnopqrst", "yes", "no", "?"]

@@ -5,11 +5,15 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
+from chaos import faults
 from chaos.checks import faults_of, final_vectors
 from chaos.processes import start
 from end_to_end import federation_of_vectors as fv
@@ -20,6 +24,10 @@ from fedmosaic.privacy.federation.terms import Terms
 _PATIENT = {"round_deadline_seconds": 900, "gathering_seconds": 300, "key_patience_seconds": 300}
 _LIMIT_SECONDS = 420.0
 """A run that takes longer hangs."""
+_SAID = (1, 2)
+"""Exit statuses of a process that said in a line what it cannot go on with."""
+_FAILING = ("disk-full", "read-only", "postgresql")
+"""Faults that may end a process so; it is started again, as an operator would."""
 
 
 def _private_terms() -> Terms:
@@ -44,8 +52,11 @@ class Run:
     Attributes:
         place: its directory.
         mode: of `MODES`.
-        kills: how many processes to kill.
+        kills: how many processes to kill, or to have something else befall.
         mean_seconds: between two kills by the clock.
+        fault: what befalls them, of `faults.FAULTS`.
+        killed: servers, clients and databases, and what else befell.
+        flipped: the file with a flipped bit, and what it held, by whose it is.
     """
 
     place: Path
@@ -53,8 +64,11 @@ class Run:
     draw: random.Random
     kills: int
     mean_seconds: float
+    fault: str = "kill"
     seconds: float = 0.0
-    killed: dict[str, int] = field(default_factory=lambda: {"server": 0, "client": 0})
+    killed: Counter[str] = field(default_factory=Counter)
+    flipped: dict[str, tuple[Path, bytes]] = field(default_factory=dict)
+    database: faults.Postgresql | None = None
     faults: list[str] = field(default_factory=list)
 
     def play(self, undisturbed: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
@@ -64,6 +78,9 @@ class Run:
         fv.make_federation(self.place / "f", terms, self.members)
         self.port = free_port()
         settings = f'listen = "127.0.0.1:{self.port}"\nstate_dir = "state"\n'
+        if self.fault == "postgresql":
+            self.database = faults.Postgresql()
+            settings += f'store_url = "{self.database.url}"\n'
         (self.place / "f" / "server" / "server.toml").write_text(settings)
         self.live: dict[int, str] = {}
         began = time.monotonic()
@@ -76,14 +93,18 @@ class Run:
         self.seconds = time.monotonic() - began
         if not self.faults:
             self.faults += faults_of(self.place, self.members, undisturbed)
+        if self.database is not None:
+            self.database.kill()
         return final_vectors(self.place, self.members, terms.schedule.rounds)
 
     def _start(self, name: str) -> None:
-        step = 0
-        if sum(self.killed.values()) < self.kills and self.draw.random() < 0.6:
+        step, what = 0, faults.STEPS.get(self.fault, faults.kill)
+        if self.killed.total() < self.kills and self.draw.random() < 0.6:
             step = 1 + int(self.draw.expovariate(1 / (60 if name == "server" else 30)))
+            self.killed[self.fault] += what is not faults.kill
         seed = 0 if name == "server" else self.members.index(name)
-        self.live[start(self.place, name, seed, self.port, step)] = name
+        befall = partial(what, random.Random(self.draw.random()))
+        self.live[start(self.place, name, seed, self.port, step, befall)] = name
 
     def _until_finished(self, began: float) -> None:
         for name in ("server", *self.members):
@@ -99,20 +120,36 @@ class Run:
                 name, code = ended
                 if code == -signal.SIGKILL:
                     self.killed["server" if name == "server" else "client"] += 1
+                    if self.fault == "bit-flip" and name not in self.flipped:
+                        self._flip(name)
                 elif code == 0 and name != "server":
                     finished.add(name)
                     continue
-                else:
+                elif code in _SAID and name in self.flipped:
+                    path, content = self.flipped.pop(name)
+                    path.write_bytes(content)
+                elif code not in _SAID or self.fault not in _FAILING:
                     self.faults.append(f"{name} ended with exit status {code}")
                 self._start(name)
             if now > next_kill:
                 next_kill = now + self.draw.expovariate(1 / self.mean_seconds)
-                if sum(self.killed.values()) < self.kills:
+                if self.killed.total() < self.kills:
                     self._kill()
             time.sleep(0.01)
         self._stop()
 
+    def _flip(self, name: str) -> None:
+        state = self.place / "f" / ("server" if name == "server" else f"clients/{name}") / "state"
+        if (state / "lock").exists() and list(state.glob("*.json")):
+            self.flipped[name] = faults.flip_bit(state, self.draw)
+            self.killed["bit-flip"] += 1
+
     def _kill(self) -> None:
+        if self.database is not None:
+            self.killed["database"] += 1
+            self.database.kill()
+            self.database.start()
+            return
         clients = sorted(process for process, name in self.live.items() if name != "server")
         servers = sorted(self.live.keys() - set(clients))
         os.kill(
@@ -145,9 +182,14 @@ class Run:
         return None
 
 
+def _has_postgresql() -> bool:
+    return bool(shutil.which("initdb") and find_spec("psycopg"))
+
+
 def campaign(seed: int, seconds: float, place: Path, modes: list[str]) -> list[Run]:
     """Runs of every mode in turn until the time is over, at least one of each; one line for each."""
     runs: list[Run] = []
+    possible = [fault for fault in faults.FAULTS if fault != "postgresql" or _has_postgresql()]
     undisturbed: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
     began = time.monotonic()
     while len(runs) < 2 * len(modes) or time.monotonic() - began < seconds:
@@ -156,14 +198,15 @@ def campaign(seed: int, seconds: float, place: Path, modes: list[str]) -> list[R
         draw = random.Random(f"{seed} {number}")
         calm = mode not in undisturbed
         mean = 1.0 if calm else max(0.3, undisturbed[mode][0] / 4)
-        run = Run(place / f"run-{number:04d}", mode, draw, 0 if calm else draw.randint(4, 12), mean)
+        fault = "kill" if calm else possible[(number // len(modes) - 1) % len(possible)]
+        run = Run(place / f"run-{number:04d}", mode, draw, 0 if calm else draw.randint(4, 12), mean, fault)
         final = run.play(None if calm else undisturbed[mode][1])
         if calm:
             undisturbed[mode] = (run.seconds, final)
         runs.append(run)
         print(
-            f"run {number:4d}  {mode:14s} {run.seconds:6.1f} s  killed: server {run.killed['server']}, "
-            f"clients {run.killed['client']}  {'; '.join(run.faults) or 'as it should be'}",
+            f"run {number:4d}  {mode:14s} {fault:10s} {run.seconds:6.1f} s  {dict(run.killed)}  "
+            f"{'; '.join(run.faults) or 'as it should be'}",
             flush=True,
         )
         if not run.faults:

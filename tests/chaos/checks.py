@@ -1,13 +1,13 @@
 """What must hold after a run in which processes were killed."""
 
 import json
-import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.federation.kits import open_kit
@@ -15,6 +15,8 @@ from fedmosaic.privacy.ledger.rows import LedgerRow, charges
 from fedmosaic.privacy.ledger.rules import bound_of
 from fedmosaic.privacy.ledger.store import read_ledger
 from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.server.settings import settings_from_kit
+from fedmosaic.server.storage.store import default_url
 from fedmosaic.server.summary import with_rounds
 
 Notes = list[dict[str, Any]]
@@ -87,9 +89,12 @@ def faults_of(
 
 
 def _lost(place: Path, name: str, notes: Notes, uploaded: dict[int, set[str]]) -> Iterator[str]:
-    with sqlite3.connect(f"file:{place / 'f/server/state/server.db'}?mode=ro", uri=True) as database:
-        rows = database.execute("select round, content_hash from uploads where client = ?", (name,))
-        stored = {number: bytes(digest).hex() for number, digest in rows}
+    settings = settings_from_kit(place / "f" / "server")
+    engine = sa.create_engine(settings.store_url or default_url(settings.state_dir))
+    with engine.connect() as database:
+        query = sa.text("select round, content_hash from uploads where client = :name")
+        stored = {number: bytes(digest).hex() for number, digest in database.execute(query, {"name": name})}
+    engine.dispose()
     for note in notes:
         number = note.get("round", 0)
         if note["what"] == "receipt" and note["status"] != "late":

@@ -10,7 +10,7 @@ import logging
 import random
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,15 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
         data = json.loads(content)
     except ValueError:
         return content
-
-    def spots(value: Any) -> Iterator[tuple[Any, Any]]:
-        if not isinstance(value, dict | list):
-            return
-        for key in list(value) if isinstance(value, dict) else range(len(value)):
-            yield value, key
-            yield from spots(value[key])
-
-    if found := list(spots(data)):
-        container, key = draw.choice(found)
+    spots, left = [], [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            keys = list(value if isinstance(value, dict) else range(len(value)))
+            spots += [(value, key) for key in keys]
+            left += [value[key] for key in keys]
+    if spots:
+        container, key = draw.choice(spots)
         if draw.random() < 0.8:
             container[key] = draw.choice(_EXTREMES)
         else:
@@ -179,11 +178,7 @@ def _call(channel: grpc.Channel, name: str, messages: list[bytes]) -> str:
         else:
             channel.unary_unary(path)(messages[0], timeout=60)
     except grpc.RpcError as error:
-        fault = error.code() in (
-            grpc.StatusCode.UNKNOWN,
-            grpc.StatusCode.INTERNAL,
-            grpc.StatusCode.UNAVAILABLE,
-        )
+        fault = error.code().name in ("UNKNOWN", "INTERNAL", "UNAVAILABLE")
         return f"{error.code().name}: {error.details()}" if fault else str(error.code().name)
     return "OK"
 
@@ -270,12 +265,8 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
     config = directory / "federation.json"
     roster = open_kit(kit).roster
     members = [{"id": member.id} for member in roster.members]
-    entry = {
-        "federation": roster.federation,
-        "members": members,
-        "terms": roster.terms.model_dump(mode="json"),
-    }
-    config.write_text(json.dumps(entry))
+    terms = roster.terms.model_dump(mode="json")
+    config.write_text(json.dumps({"federation": roster.federation, "members": members, "terms": terms}))
     file(config, lambda: read_configuration(config, FederationConfig))
     make_request(directory / "new", "vectors", "zed")
     request = next((directory / "new").rglob(REQUEST))
@@ -323,17 +314,17 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
 
     file(database, all_of_it)
     told = pb.ReportRequest.FromString(kept["Report"][0]).statement
-    found["statement"] = told, lambda content: _as_json(content, lambda data: check_received(data, MEMBER))
+    found["statement"] = told, _statement
     key = GroupKey.load(json.loads(next((state / "keys").glob("epoch-*.json")).read_bytes())["key"].encode())
     return found | _records(key)
 
 
-def _as_json(content: bytes, read: Callable[[Any], object]) -> None:
+def _statement(content: bytes) -> None:
     try:
         data = parse_json(content)
     except ValueError:
         return
-    read(data)
+    check_received(data, MEMBER)
 
 
 def _records(group_key: GroupKey) -> dict[str, tuple[bytes, Reader]]:

@@ -7,7 +7,6 @@ a client does before it can be seen outside is noted in a file that survives the
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from chaos.faults import changes_disk
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_group_sums as sums
 from fedmosaic.client.transport import connection
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
+from fedmosaic.privacy.terminal import guarded
 from fedmosaic.server.__main__ import main as serve
 
 Note = Callable[..., None]
 EVENT = GaussianEvent(4.0, 0.1, 1)
 """What a round of the vectors' DP-SGD is charged as."""
-_DURABLE_STEPS = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
 def notebook(path: Path) -> Note:
@@ -42,21 +42,18 @@ def notebook(path: Path) -> Note:
     return note
 
 
-def die_at(step: int) -> None:
-    """Have this process kill itself at its n-th durable step: a file opened to write, renamed, flushed."""
+def at_step(step: int, befall: Callable[[], None]) -> None:
+    """Have something befall this process at its n-th durable step: a file opened to write, an fsync."""
     left, flush = step, os.fsync
 
     def count() -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            befall()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        writing = (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        )
-        if writing or event in _DURABLE_STEPS:
+        if changes_disk(event, arguments):
             count()
 
     def flushing(file: Any) -> None:
@@ -132,7 +129,7 @@ def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> i
     return 0
 
 
-def start(place: Path, name: str, seed: int, port: int, step: int) -> int:
+def start(place: Path, name: str, seed: int, port: int, step: int, befall: Callable[[], None]) -> int:
     """Fork the server, or a client, of the federation in `place / "f"`; returns its process id.
 
     Args:
@@ -140,7 +137,8 @@ def start(place: Path, name: str, seed: int, port: int, step: int) -> int:
         name: "server", or a member.
         seed: of the member's vectors.
         port: of the server.
-        step: the durable step that it kills itself at; 0 for none.
+        step: the durable step at which something befalls it; 0 for none.
+        befall: what does.
     """
     if process := os.fork():
         return process
@@ -151,12 +149,12 @@ def start(place: Path, name: str, seed: int, port: int, step: int) -> int:
         os.dup2(log, 2)
         note = notebook(place / f"{name}.notes")
         if step:
-            die_at(step)
+            at_step(step, befall)
         if name == "server":
-            code = serve(["--kit", str(place / "f" / "server")])
+            code = guarded(name, lambda: serve(["--kit", str(place / "f" / "server")]))
         else:
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-            code = take_part(place / "f", name, seed, port, note)
+            code = guarded(name, lambda: take_part(place / "f", name, seed, port, note))
     except BaseException:
         logging.exception("the process of %s ended", name)
     finally:

@@ -1,5 +1,6 @@
 """The scale study counts one federation per size; its scenario scores nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,26 +9,22 @@ from benchmarks import scale
 from fedmosaic.protos.errors import ConfigurationError
 
 
-def test_a_small_federation_is_measured(tiny_folder: Path) -> None:
+def test_both_sides_of_a_small_federation_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = scale.Arguments(
         model=str(tiny_folder / "small"), clients=(5,), rounds=2, steps=1, dimensions=4
     )
     # The tiny model has two layers; the study's adapter has one Co-LoRA layer for each of four blocks.
     with pytest.raises(Exception, match=r"block|layer"):
-        scale.measure(arguments, 5)
-    figures = scale.measure(scale.Arguments(**{**vars(arguments), "blocks": 2}), 5)
-    assert figures.clients == 5
-    assert 0 < figures.server_seconds < figures.round_seconds < figures.seconds
-    assert figures.peak_megabytes > 50
-    assert scale.as_table([figures])[2].startswith("| 5 |")
-
-
-def test_the_server_alone_is_measured_over_random_adapters(tiny_folder: Path) -> None:
-    arguments = scale.Arguments(
-        model=str(tiny_folder / "small"), clients=(5,), rounds=2, dimensions=4, server_only=True
-    )
-    figures = scale.measure(arguments, 5)
-    assert 0 < figures.server_seconds < figures.round_seconds < figures.seconds
+        scale.clients_side(arguments, 5)
+    fitting = replace(arguments, blocks=2)
+    figures = scale.clients_side(fitting, 5) | scale.server_side(arguments, 5)
+    assert figures.keys() == scale.HEADS.keys()
+    assert 0 < figures["round"] < figures["seconds"]
+    assert all(value > 0 for value in figures.values())
+    assert min(figures["peak"], figures["server_peak"]) > 50
+    assert scale.as_table({5: figures})[2].startswith("| 5 |")
+    scale.draw({5: figures}, tmp_path / "growth.svg")
+    assert "clients" in (tmp_path / "growth.svg").read_text()
 
 
 def test_too_few_clients_are_refused() -> None:

@@ -3,7 +3,6 @@
 It takes minutes, and Flower, which not every environment has: `make test-flower` brings both together.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,9 @@ ENVIRONMENT = {
 }
 
 
-def save_model(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -60,6 +61,7 @@ def save_model(folder: Path) -> None:
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {**unknown, "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
+    return folder
 
 
 class Place:
@@ -131,16 +133,12 @@ def started(
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(20)
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started
             process.wait()
-
-
-def log_of(folder: Path, name: str) -> str:
-    return (folder / f"{name}.log").read_text(errors="replace")
 
 
 def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path, seconds: float) -> None:
@@ -150,7 +148,8 @@ def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path, second
             status = process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             status = "none"
-        assert status == 0, f"{name}: {status}\n{log_of(folder, name)[-4000:]}"
+        log = (folder / f"{name}.log").read_text(errors="replace")
+        assert status == 0, f"{name}: {status}\n{log[-4000:]}"
 
 
 def client(place: Place, member: str, socket: Path | None = None) -> Any:
@@ -158,13 +157,6 @@ def client(place: Place, member: str, socket: Path | None = None) -> Any:
     over = ("fedmosaic.integrations.flower.client", config, socket) if socket else None
     words = over or ("fedmosaic.cli", "client", config)
     return started(member, place.folder, sys.executable, "-m", *words)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -180,46 +172,44 @@ def over_grpc(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return place.adapters()
 
 
-def flower_home(folder: Path, port: int, simulated: int = 0) -> dict[str, str]:
-    """Flower's own configuration: one SuperLink on this machine."""
+@contextmanager
+def superlink(folder: Path, simulated: int = 0) -> Iterator[tuple[str, dict[str, str]]]:
+    """A SuperLink that answers, its address, and the environment in which `flwr` knows it as "here"."""
+    address, home = f"127.0.0.1:{free_port()}", {"FLWR_HOME": str(folder / "flwr")}
     (folder / "flwr").mkdir()
     lines = [
         "[superlink]",
         'default = "here"',
         "[superlink.here]",
-        f'address = "127.0.0.1:{port}"',
+        f'address = "{address}"',
         "insecure = true",
     ]
+    words = ["--insecure", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
     if simulated:
-        lines += [
-            f"options.num-supernodes = {simulated}",
-            f"options.backend.init-args.num-cpus = {simulated}",
-        ]
+        keys = ("num-supernodes", "backend.init-args.num-cpus")
+        lines += [f"options.{key} = {simulated}" for key in keys]
+        words.append("--simulation")
     (folder / "flwr" / "config.toml").write_text("\n".join(lines) + "\n")
-    return {"FLWR_HOME": str(folder / "flwr")}
+    command = (BIN / "flower-superlink", *words, "--disable-runtime-dependency-installation")
+    with started("superlink", folder, *command, **home):
+        for _ in range(300):
+            with suppress(OSError), urllib.request.urlopen(f"http://{address}/health", timeout=1.0):
+                break
+            time.sleep(0.2)
+        yield address, home
 
 
-def superlink(folder: Path, port: int, home: dict[str, str], *options: str) -> Any:
-    words = ("--insecure", "--host", "127.0.0.1", "--port", port, "--disable-runtime-dependency-installation")
-    return started("superlink", folder, BIN / "flower-superlink", *words, *options, **home)
-
-
-def flwr_run(place: Place, home: dict[str, str], **config: object) -> Any:
+def run_and_wait(place: Place, paths: dict[str, Path], home: dict[str, str], **config: object) -> None:
+    """Run the app with a client for every member, over the sockets of those that have one."""
     settings = " ".join(f'{key}="{value}"' for key, value in ({"kit": place.kit} | config).items())
     command = (BIN / "flwr", "run", APP, "here", "--run-config", settings, "--stream")
-    return started("flwr-run", place.folder, *command, **home)
-
-
-def until_up(port: int) -> None:
-    """Wait until the SuperLink answers."""
-    for _ in range(300):
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0),
-        ):
-            return
-        time.sleep(0.2)
-    raise AssertionError("the SuperLink did not come up")
+    with ExitStack() as running:
+        clients = {
+            member: running.enter_context(client(place, member, paths.get(member))) for member in MEMBERS
+        }
+        run = running.enter_context(started("flwr-run", place.folder, *command, **home))
+        wait_for(clients, place.folder, 600)
+        wait_for({"flwr-run": run}, place.folder, 120)
 
 
 def same(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -233,33 +223,14 @@ def test_three_supernodes_and_a_member_on_grpc_end_where_grpc_alone_ends(
     model: Path, over_grpc: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     place = Place(tmp_path / "f", model)
-    port = free_port()
-    home = flower_home(place.folder, port)
+    sockets = {member: tmp_path / f"{member}.sock" for member in MEMBERS[:3]}
     with ExitStack() as running:
-        running.enter_context(superlink(place.folder, port, home))
-        until_up(port)
-        sockets = {member: tmp_path / f"{member}.sock" for member in MEMBERS[:3]}
+        address, home = running.enter_context(superlink(place.folder))
         for member, socket in sockets.items():
-            words = (
-                "--insecure",
-                "--superlink",
-                f"127.0.0.1:{port}",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                free_port(),
-            )
-            node = ("--node-config", f'socket="{socket}"')
-            name = f"supernode-{member}"
-            running.enter_context(
-                started(name, place.folder, BIN / "flower-supernode", *words, *node, **home)
-            )
-        clients = {
-            member: running.enter_context(client(place, member, sockets.get(member))) for member in MEMBERS
-        }
-        run = running.enter_context(flwr_run(place, home))
-        wait_for(clients, place.folder, 600)
-        wait_for({"flwr-run": run}, place.folder, 120)
+            words = ("--insecure", "--superlink", address, "--host", "127.0.0.1", "--port", free_port())
+            node = (BIN / "flower-supernode", *words, "--node-config", f'socket="{socket}"')
+            running.enter_context(started(f"supernode-{member}", place.folder, *node, **home))
+        run_and_wait(place, sockets, home)
     same(place.adapters(), over_grpc)
 
 
@@ -267,16 +238,7 @@ def test_a_simulation_ends_where_grpc_ends(
     model: Path, over_grpc: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     place = Place(tmp_path / "f", model)
-    port = free_port()
-    home = flower_home(place.folder, port, simulated=len(MEMBERS))
-    with ExitStack() as running:
-        running.enter_context(superlink(place.folder, port, home, "--simulation"))
-        until_up(port)
-        clients = {
-            member: running.enter_context(client(place, member, tmp_path / f"{number}.sock"))
-            for number, member in enumerate(MEMBERS)
-        }
-        run = running.enter_context(flwr_run(place, home, sockets=tmp_path))
-        wait_for(clients, place.folder, 600)
-        wait_for({"flwr-run": run}, place.folder, 120)
+    sockets = {member: tmp_path / f"{number}.sock" for number, member in enumerate(MEMBERS)}
+    with superlink(place.folder, simulated=len(MEMBERS)) as (_, home):
+        run_and_wait(place, sockets, home, sockets=tmp_path)
     same(place.adapters(), over_grpc)

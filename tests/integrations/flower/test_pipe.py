@@ -4,11 +4,11 @@ import asyncio
 import itertools
 import random
 import ssl
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +67,10 @@ class Carrier:
     @contextmanager
     def running(self) -> Iterator[None]:
         settings = settings_from_kit(self.directory / "server").model_copy(update={"durable": False})
-        started: Future[Callable[[], object]] = Future()
-
-        async def main() -> None:
-            stop = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            async with Server(settings).running(beside=self._carry):
-                started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
-                await stop.wait()
-
-        thread = threading.Thread(target=asyncio.run, args=(main(),))
-        thread.start()
-        stop = started.result(20)
-        try:
+        server: Any = Server(settings)
+        server.running = partial(server.running, beside=self._carry)
+        with server.background():
             yield
-        finally:
-            stop()
-            thread.join(30)
 
     @asynccontextmanager
     async def _carry(self, service: FederationService) -> AsyncIterator[None]:

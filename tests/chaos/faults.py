@@ -1,0 +1,119 @@
+"""What befalls a process, its files or its database: each fault is one function, with moments from a seed."""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fedmosaic.privacy.audit import AUDIT
+
+_FULL_BYTES = 1 << 17
+_SPARED = ("-wal", "-shm", "lock", AUDIT, "vector.npz", "meta.json")
+_CHANGES = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
+
+
+def changes_disk(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an audited event is a durable step: a file opened to write, renamed, removed."""
+    writing = os.O_WRONLY | os.O_RDWR
+    opened = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & writing)
+    return opened or event in _CHANGES
+
+
+def kill(draw: random.Random) -> None:
+    """SIGKILL."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full(draw: random.Random) -> None:
+    """For some seconds no file can grow beyond 128 KiB, SQLite's included."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL_BYTES, hard))
+    threading.Timer(draw.uniform(1, 3), resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard))).start()
+
+
+def read_only(draw: random.Random) -> None:
+    """For some seconds no file can be opened to write, renamed or removed."""
+    until = time.monotonic() + draw.uniform(1, 3)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if time.monotonic() < until and changes_disk(event, arguments):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
+
+    sys.addaudithook(hook)
+
+
+def slow_disk(draw: random.Random) -> None:
+    """Every fsync of ours takes 50 to 300 ms longer."""
+    flush, seconds = os.fsync, draw.uniform(0.05, 0.3)
+
+    def slowly(file: Any) -> None:
+        time.sleep(seconds)
+        flush(file)
+
+    os.fsync = slowly
+
+
+def clock_jump(draw: random.Random) -> None:
+    """The clock on the wall is set by a minute to a month; not for gRPC, whose core does not ask Python."""
+    clock, seconds = time.time, draw.choice((-1, 1)) * draw.choice((60, 3600, 30 * 86_400))
+
+    def jumped() -> float:
+        ours = sys._getframe(1).f_globals.get("__name__", "").startswith("fedmosaic")
+        return clock() + seconds * ours
+
+    time.time = jumped
+
+
+STEPS = {
+    "kill": kill, "disk-full": disk_full, "read-only": read_only, "slow-disk": slow_disk, "clock": clock_jump,
+}  # fmt: skip
+"""What befalls a process at one of its durable steps."""
+FAULTS = (*STEPS, "bit-flip", "postgresql")
+
+
+def flip_bit(state: Path, draw: random.Random) -> tuple[Path, bytes]:
+    """Flip a bit in a file of a process that is dead; returns the file, and what it held.
+
+    Some are spared: what SQLite writes ahead, of which it drops a damaged frame by design and without a word;
+    the audit log, whose reader notices; and the adapters, which belong to the learner of these tests.
+    """
+    files = [path for path in sorted(state.rglob("*")) if path.is_file() and path.stat().st_size]
+    path = draw.choice([path for path in files if not path.name.endswith(_SPARED)])
+    content = path.read_bytes()
+    data = bytearray(content)
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+    return path, content
+
+
+class Postgresql:
+    """A database of its own, which can be killed; its programs do not run as root."""
+
+    def __init__(self) -> None:
+        self._folder, self._user = tempfile.mkdtemp(prefix="pg-"), "nobody" if os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(self._folder, self._user)
+        self.url = f"postgresql+psycopg://fedmosaic@/postgres?host={self._folder}"
+        self._run("initdb", "--username=fedmosaic", "--auth=trust", "--no-instructions")
+        self.start()
+
+    def start(self) -> None:
+        """Start it, after its recovery."""
+        self._run("pg_ctl", "start", "--log", f"{self._folder}/log", f"--options=-k {self._folder} -h ''")
+
+    def kill(self) -> None:
+        """End every process of it at once, as a power cut would."""
+        self._run("pg_ctl", "stop", "--mode=immediate")
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [str(shutil.which(program)), *words, "--pgdata", f"{self._folder}/data"]
+        subprocess.run(command, check=True, user=self._user, stdout=subprocess.DEVNULL, cwd="/")
