@@ -58,6 +58,7 @@ def statement_inputs(
         ),
         roster_sha256=roster.hash.hex(),
         encryption=named if terms.adapter.encrypted else "",
+        witness=roster.witness.id if roster.witness else "",
         minimum_contributors=terms.policy.fewest_contributors,
         weight_cap=terms.policy.weight_cap,
         squares_cap=terms.policy.squares_cap,

@@ -84,6 +84,8 @@ class StatementInputs(Frozen):
     roster_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     transport: Literal["mutual_tls", "in_process"] = "mutual_tls"
     encryption: str = Field(default="", max_length=200)
+    witness: str = Field(default="", max_length=200)
+    """Who countersigns every sum, by the roster; empty without one."""
     minimum_contributors: int = Field(default=3, ge=1)
     """Contributors other than the recipient that every aggregate needs."""
     weight_cap: float = Field(default=0.5, gt=0.0, le=1.0)

@@ -85,6 +85,12 @@ UNCHECKED_ROWS_LEAK = (
     "told: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that "
     "reveals; the encryption mask notices."
 )
+WITNESSED_ROWS_LEAK = (
+    "With the encryption ckks a recipient alone cannot check that its sum was made with the weights that it "
+    "is told. The witness {witness} recomputes every sum from the signed uploads, and a recipient opens none "
+    "without its countersignature. A server and a witness that lie together can hand out a single adapter in "
+    "place of a sum; only DP bounds what that reveals."
+)
 GROUP_SUMS_LEAK = (
     "The server and all members read every sum of a group, and who contributed to it. What an example does "
     "to a sum is hidden by the noise alone."
@@ -182,7 +188,8 @@ def leaks(inputs: models.StatementInputs, any_unprotected: bool, group_sums: boo
         f"{inputs.squares_cap:g}). " + _collusion(inputs, any_unprotected)
     )
     if inputs.encryption.startswith("ckks"):
-        found.append(UNCHECKED_ROWS_LEAK)
+        witnessed = WITNESSED_ROWS_LEAK.format(witness=inputs.witness)
+        found.append(witnessed if inputs.witness else UNCHECKED_ROWS_LEAK)
     return tuple(found)
 
 

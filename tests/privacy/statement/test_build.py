@@ -366,6 +366,9 @@ def test_only_ckks_leaves_the_sum_unbound_to_the_row(tmp_path: Path) -> None:
     words = {name: " ".join(make(client, encryption=name).leaks) for name in ("ckks, ring 2048", "mask", "")}
     assert "a malicious server can hand it a single adapter" in words.pop("ckks, ring 2048")
     assert not any("single adapter in place" in text for text in words.values())
+    watched = " ".join(make(client, encryption="ckks, ring 2048", witness="notary").leaks)
+    assert "The witness notary recomputes every sum" in watched
+    assert "a malicious server can" not in watched
 
 
 def test_json_is_versioned_fits_its_schema_and_reads_back(
