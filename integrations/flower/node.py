@@ -22,7 +22,7 @@ _HELLO: Final = b"\x16"
 
 
 async def methods_of(service: FederationService) -> Mapping[str, Any]:
-    """The service's handlers by path, behind its gate, as gRPC's generated code hands them to a server."""
+    """The service's handlers by path, behind its gate, which makes every call a stream of requests."""
     found: dict[str, Any] = {}
     server: Any = SimpleNamespace(
         add_generic_rpc_handlers=lambda _: None,
@@ -122,12 +122,11 @@ class Node:
             if path not in self._methods:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
             handler, requests = self._methods[path], self._messages()
-            request = requests if handler.request_streaming else await anext(requests, b"")
             if handler.response_streaming:
-                async for message in handler.unary_stream(request, context):
+                async for message in handler.stream_stream(requests, context):
                     secured.send(Kind.MESSAGE, handler.response_serializer(message))
             else:
-                message = await (handler.stream_unary or handler.unary_unary)(request, context)
+                message = await handler.stream_unary(requests, context)
                 secured.send(Kind.MESSAGE, handler.response_serializer(message))
         except _EndedError as ended:
             status = ended.status
