@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,8 +44,9 @@ from fedmosaic.client.colora.aligned import (
     write_embedded,
 )
 from fedmosaic.client.colora.basis import orthonormality_error
+from fedmosaic.client.model.examples import collate, encode_examples, padding_token
 from fedmosaic.client.model.load import adapt, load_base_model
-from fedmosaic.client.model.scoring import choice_scores
+from fedmosaic.client.model.loss import example_losses
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 WORDS = [*"abcdefghijklmnopqrst", "yes", "no", "?"]
@@ -396,16 +398,17 @@ def test_the_gradient_is_the_slope_of_the_loss_of_choosing(aligned: tuple[Path, 
     model = evaluate.LoadedModel("wide", aligned[1])
     example = evaluate.read_task(task, 1).train[0]
     with model.mounted(aligned[0] / "wide") as adapted:
+        # The end of text counts too, as in training.
+        spoken = [replace(example, answer=choice) for choice in example.choices]
+        batch = collate(encode_examples(model.tokenizer, spoken, 24), padding_token(model.tokenizer))
 
         def loss(core: np.ndarray) -> float:
             write_shared(adapted, core.astype(np.float32), "local")
-            scores = choice_scores(
-                adapted, model.tokenizer, [example], 4, max_length=24, scoring="likelihood"
-            )
-            return -float(torch.tensor(scores[0]).log_softmax(0)[example.choices.index(example.answer)])
+            with torch.no_grad():
+                logs = (-example_losses(adapted, batch)).log_softmax(0)
+            return -float(logs[example.choices.index(example.answer)])
 
         write_shared(adapted, np.zeros(2 * 7 * 12, np.float32), "local")
-        # The end of text counts in both, so that the losses of training are what is differentiated.
         gradient = model.core_gradients(adapted, [example], 24)[0].flatten().numpy()
         assert gradient.shape == (2 * 7 * 12,)
         step = 2e-3 * gradient / np.linalg.norm(gradient)

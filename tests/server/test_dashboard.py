@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from end_to_end import federation_of_vectors as fv
-from end_to_end.test_rotation_in_mid_run import dial
 from fedmosaic import cli
 from fedmosaic.privacy.audit import AUDIT, AuditLog
 from fedmosaic.protos.errors import ConfigurationError, StateError
@@ -100,7 +99,9 @@ def test_a_real_run_is_shown_as_it_goes(tmp_path: Path, serve: Any) -> None:
 
         page("Round 1 of 2, open", "ada awaited , never enrolled", "No member has handed over its statement")
         clients = fv.clients_of(directory)
-        transports = {name: dial(directory, name, port) for name in clients}
+        transports = {
+            name: fv.dial(directory, name, port, retry_seconds=60.0, wait_seconds=0.5) for name in clients
+        }
         sessions = {name: client.session(transports[name]) for name, client in clients.items()}
         for closing in (*transports.values(), *clients.values()):
             stack.callback(closing.close)
