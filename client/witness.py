@@ -1,10 +1,9 @@
-"""`fedmosaic witness CONFIG`: see that a server keeps to its weights; and how a client checks what it said.
+"""`fedmosaic witness CONFIG`: see that a server keeps to its weights.
 
 Asks the server for each round that waits, has `WitnessBook` judge it, and answers. It sees
 ciphertexts, rows and signatures.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Final
 
 import tyro
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field
 
 from fedmosaic.client.settings import Located
@@ -25,12 +22,11 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.names import Address
-from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.privacy.files import hold_directory, private_directory
-from fedmosaic.protos import wire, witnessing
-from fedmosaic.protos.errors import IdentityError, WireError, WitnessError
-from fedmosaic.protos.messages import AggregateSection, Phase, RoundStatus, WeightRow
+from fedmosaic.protos import wire
+from fedmosaic.protos.errors import IdentityError, WireError
+from fedmosaic.protos.messages import Phase, RoundStatus
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
@@ -53,52 +49,6 @@ class WitnessSettings(Located):
     """Directory of what was judged, and of the audit log."""
     retry_seconds: float = Field(default=3600.0, gt=0.0, le=1e9)
     """Give up when the server could not be reached for so long."""
-
-
-def check_countersigned(
-    roster: Roster,
-    run_id: str,
-    recipient: str,
-    label: str,
-    section: AggregateSection,
-    row: WeightRow,
-    key_epoch: int,
-    round_number: int,
-) -> None:
-    """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
-
-    Key epoch and round are those of the uploads; `label` is the section's name, or names its family.
-
-    Raises:
-        WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
-    """
-    witness = roster.witness
-    if witness is None:
-        return
-    if not section.countersignature:
-        raise WitnessError(
-            f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
-            "shown it, or hides what it said"
-        )
-    digest = witnessing.countersigned_digest(
-        federation=roster.federation,
-        run_id=run_id,
-        round_number=round_number,
-        key_epoch=key_epoch,
-        section=label,
-        recipient=recipient,
-        row=row,
-        aggregate_sha256=hashlib.sha256(section.payload).digest(),
-        uploads_sha256=section.uploads_sha256,
-    )
-    try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(witness.identity_key))
-        key.verify(section.countersignature, digest)
-    except (InvalidSignature, ValueError):
-        raise WitnessError(
-            f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
-            f"by another key, or of another run, round than {round_number}, recipient, row or sum"
-        ) from None
 
 
 @dataclass

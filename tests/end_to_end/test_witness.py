@@ -14,8 +14,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from end_to_end import federation_of_vectors as fv
+from fedmosaic.client.countersignature import check_countersigned
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.witness import WitnessSettings, check_countersigned, run
+from fedmosaic.client.witness import WitnessSettings, run
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
