@@ -27,7 +27,8 @@ class _Grid:
     def __init__(self, vector: np.ndarray, gone: Iterable[int]) -> None:
         self.seconds, self.inside, self.bytes_up = 0.0, 0.0, 0
         self._common, self._app = _module("common"), _module("client.mod.secure_aggregation.secaggplus_mod")
-        self._vector, self._gone, self._contexts = vector, set(gone), {}  # type: ignore[var-annotated]
+        self._vector, self._gone = vector, set(gone)
+        self._contexts: dict[Any, Any] = {}
 
     def _trained(self, message: Any, _context: Any) -> Any:
         common = self._common

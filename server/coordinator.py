@@ -226,7 +226,7 @@ class Coordinator:
         try:
             plain = (run.keys is None or run.keys.ready) and not self.witnessing.waiting
             return run.round.message(run.clock()) if plain else self.describe().message
-        except Exception:
+        except Exception:  # see above
             log.exception("round %d cannot be described", run.round.number)
             return f"round {run.round.number}"
 

@@ -119,7 +119,7 @@ class Account:
                 "message": status.message,
             }
             write_summary(self.settings.state_dir, content, STATUS)
-        except Exception:
+        except Exception:  # what is told to the dashboard may fail; the round must not
             self._told_at = now
             log.exception("%s cannot be written, trying again", STATUS)
 

@@ -280,7 +280,7 @@ class FederationService(rpc.FederationServicer):
         except (FedMosaicError, OSError) as error:
             log.error("%s of %s failed: %s", call, client, error)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has a fault of its own; try again")
-        except Exception:
+        except Exception:  # a peer may have found a fault of ours: it learns no more than that, the log all
             log.exception("%s of %s failed", call, client)
             await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault of its own; see its log")
 
