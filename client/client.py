@@ -27,12 +27,11 @@ from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
-from fedmosaic.client.profile.maker import client_probe
-from fedmosaic.client.progress import LoggedProgress, Progress
+from fedmosaic.client.profile.probe import client_probe
+from fedmosaic.client.progress import LoggedProgress, Progress, Tracker
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
-from fedmosaic.client.result.file import ResultFile
+from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, ResultFile, compare
 from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
@@ -45,10 +44,8 @@ from fedmosaic.client.statement import (
     statement_inputs,
     with_warning,
 )
-from fedmosaic.client.tracking import Tracker
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import Connect, Transport
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Connect, Traffic, Transport
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import copy_branch, read_family, set_active_branches, set_trainable, write_family
-from fedmosaic.client.colora.aligned import read_embedded, write_embedded
+from fedmosaic.client.colora.vectors import read_embedded, write_embedded
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
-from fedmosaic.client.dp import round as private_round
+from fedmosaic.client.dp import training as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
@@ -178,7 +178,7 @@ class ModelLearner:
         copy_branch(self._model, "global", "local", layers="shared")
 
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
-        """See `fedmosaic.client.dp.round.group_share`."""
+        """See `fedmosaic.client.dp.training.group_share`."""
         return private_round.group_share(
             self._model, self._encoded, self._terms, self._settings.training, members=members,
             releases=releases, round_number=round_number, progress=self._progress,

@@ -14,10 +14,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from fedmosaic.client.colora.basis import orthonormality_error
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.layer import GATE, CoLoraLayer
-from fedmosaic.client.colora.linear import CoLoraLinear
+from fedmosaic.client.colora.linear import CoLoraLinear, orthonormality_error
 from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ModelError
 

@@ -11,8 +11,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from fedmosaic.client.dp.branch import public_branches
-from fedmosaic.client.dp.engine import core_parameters, example_gradient
+from fedmosaic.client.dp.engine import core_parameters, example_gradient, public_branches
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, on_device_of, training_mode
 from fedmosaic.protos.errors import ModelError, PrivacyError

@@ -20,8 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.model.examples import IGNORED, answer_tokens, prompt_tokens
-from fedmosaic.client.model.fingerprint import base_model
-from fedmosaic.client.model.loss import cut_at, example_losses, logits_at, on_device_of, training_mode
+from fedmosaic.client.model.loss import (
+    base_model,
+    cut_at,
+    example_losses,
+    logits_at,
+    on_device_of,
+    training_mode,
+)
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _TOKENS: Final = 24

@@ -21,15 +21,14 @@ from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenize
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
-from fedmosaic.client.profile.maker import client_probe, public_map, read_as_text
+from fedmosaic.client.profile.probe import client_probe, public_map, read_as_text
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import Connect, GrpcTransport
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Connect, GrpcTransport, Traffic
 from fedmosaic.privacy.encryption.records import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.data.records import ClientData, Example, ExampleSet, by_unit
 from fedmosaic.client.model.examples import answer_tokens, example_pieces
-from fedmosaic.client.vision.inputs import located
-from fedmosaic.client.vision.words import images_in, without_images
+from fedmosaic.client.vision.inputs import images_in, located, without_images
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.protos.errors import ConfigurationError
 

@@ -1,18 +1,21 @@
 """What a session asks of the server, and the gRPC transport that carries it."""
 
+import json
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from fedmosaic.client.transport.connection import Patience, open_channel
-from fedmosaic.client.transport.traffic import Channel, Traffic
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
-from fedmosaic.privacy.files import file_marks
+from fedmosaic.privacy.files import file_marks, write_atomically
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import IdentityError, WireError
 from fedmosaic.protos.messages import (
@@ -29,6 +32,52 @@ from fedmosaic.protos.messages import (
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+
+Channel = Literal["adapter", "profile", "keys", "control"]
+CHANNELS: Final[tuple[Channel, ...]] = ("adapter", "profile", "keys", "control")
+
+
+class Traffic:
+    """Serialised message bytes per channel; what HTTP/2 and TLS add is not in them.
+
+    The channels: `adapter` is chunks of uploads and aggregates, `profile` the task profile, `keys` the key
+    agreement, `control` everything else.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Begin to count, or go on with the file that `save` writes; StateError if that is damaged."""
+        self._lock = threading.Lock()
+        self._sent: Counter[Channel] = Counter()
+        self._received: Counter[Channel] = Counter()
+        self._path = path
+        if path is not None:
+            read_own(path, self._go_on, "delete it: only the count of bytes is lost")
+
+    def _go_on(self, stored: dict[str, dict[str, int]]) -> None:
+        for channel in CHANNELS:
+            self._sent[channel] = int(stored[channel]["sent"])
+            self._received[channel] = int(stored[channel]["received"])
+
+    def save(self) -> None:
+        """Store the counts, if there is a file for them."""
+        if self._path is not None:
+            write_atomically(self._path, json.dumps(self.as_dict()).encode())
+
+    def sent(self, channel: Channel, size: int) -> None:
+        """Count bytes that were sent."""
+        with self._lock:
+            self._sent[channel] += size
+
+    def received(self, channel: Channel, size: int) -> None:
+        """Count bytes that were received."""
+        with self._lock:
+            self._received[channel] += size
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """Bytes sent and received by channel; JSON-compatible."""
+        with self._lock:
+            return {c: {"sent": self._sent[c], "received": self._received[c]} for c in CHANNELS}
+
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,16 +1,24 @@
-"""The projector between image features and a language model: LLaVA's, two layers."""
+"""Vectors of images: through LLaVA's projector, two layers, or a vision-language model's own tower.
+
+Both are frozen. A tower gives an image the same vectors in every step, so they are computed when an image is
+first met and kept while there is room: what the model's own forward would put in the places of its tokens.
+"""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoImageProcessor
 
+from fedmosaic.client.vision.features import open_image
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -55,7 +63,7 @@ class ProjectedFeatures(nn.Module):
         self.projector = projector
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See `fedmosaic.client.vision.words.ImageSource`."""
+        """See `fedmosaic.client.vision.inputs.ImageSource`."""
         projected: torch.Tensor = self.projector(self.features[numbers].float())
         return projected
 
@@ -113,3 +121,62 @@ def load_projector(folder: Path) -> tuple[Projector, ProjectorRecord]:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise ModelError(f"the projector in {folder} has values that are not finite; train it again")
     return projector.eval().requires_grad_(False), record
+
+
+_TYPES: Final = ("llava",)
+"""Types whose images are as many tokens each, at positions like any words', under causal attention."""
+_KEPT: Final = 64
+
+
+def has_tower(model: nn.Module) -> bool:
+    """Whether a model has a vision tower of its own."""
+    return callable(getattr(model, "get_image_features", None))
+
+
+class TowerImages:
+    """Vectors of images from a model's own tower, `each` tokens of an image."""
+
+    def __init__(self, model: nn.Module, source: str, paths: Sequence[Path]) -> None:
+        """Find out how many tokens an image has.
+
+        The model is of transformers, without PEFT's wrapper, its tower not adapted; its image processor is
+        loaded from `source`. Images are known by their place in `paths`.
+
+        Raises:
+            ModelError: the model's type is not known here, or its image processor cannot be loaded.
+            ConfigurationError: an image cannot be read.
+        """
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        if kind not in _TYPES:
+            raise ModelError(f"{source} is of type {kind!r}, whose images are not handled; use {_TYPES[0]}")
+        try:
+            load: Any = AutoImageProcessor.from_pretrained
+            self._processor: Any = load(
+                source, local_files_only=Path(source).is_dir(), trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"the image processor of {source} cannot be loaded: {error}") from error
+        # An image that cannot be read has to be found before privacy is spent on a step that would read it.
+        for path in paths:
+            open_image(path)
+        self._model: Any = model
+        self._paths = tuple(paths)
+        self._vectors = lru_cache(_KEPT)(self._compute)
+        self.each = len(self._vectors(0))
+
+    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+        """See `fedmosaic.client.vision.inputs.ImageSource`."""
+        return torch.stack([self._vectors(int(number)) for number in numbers]).to(numbers.device)
+
+    def _compute(self, number: int) -> torch.Tensor:
+        """(K, D) vectors of one image."""
+        pixels = self._processor(open_image(self._paths[number]), return_tensors="pt")["pixel_values"]
+        table = self._model.get_input_embeddings().weight
+        # Always in the model's own precision: what an image becomes must not depend on whether it was met in
+        # training or before, and so on which other images were drawn.
+        with torch.no_grad(), torch.autocast(table.device.type, enabled=False):
+            output = self._model.get_image_features(
+                pixel_values=pixels.to(table.device, table.dtype), return_dict=True
+            )
+        vectors: torch.Tensor = output.pooler_output[0].detach()
+        return vectors

@@ -21,7 +21,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import STATEMENT
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.experiments.scenario import participants
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.client import SharedProbe, StreamLearner, StreamReleases

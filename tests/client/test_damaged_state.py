@@ -14,9 +14,9 @@ from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.records import ClippingRecord
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.result.file import ResultFile
+from fedmosaic.client.result.comparison import ResultFile
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.groupkey.key import GroupKey

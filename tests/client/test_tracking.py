@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedmosaic.client import tracking
+from fedmosaic.client import progress as tracking
+from fedmosaic.client.progress import Tracker
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.tracking import Tracker
 from fedmosaic.protos.errors import ConfigurationError
 
 SETTINGS = {

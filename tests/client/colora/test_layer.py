@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedmosaic.client.colora import BranchedLoraLinear, CoLoraConfig, CoLoraLayer, CoLoraLinear, Placement
-from fedmosaic.client.colora.basis import draw_orthonormal, orthonormality_error
+from fedmosaic.client.colora.linear import draw_orthonormal, orthonormality_error
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 D_IN, D_OUT, RANK, ALPHA = 12, 20, 4, 6.0

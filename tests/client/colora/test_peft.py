@@ -25,7 +25,7 @@ from fedmosaic.client.colora import (
     set_basis,
     set_trainable,
 )
-from fedmosaic.client.colora.basis import draw_orthonormal
+from fedmosaic.client.colora.linear import draw_orthonormal
 from fedmosaic.client.colora.state import get_basis
 from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError

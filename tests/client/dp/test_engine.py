@@ -12,13 +12,14 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from fedmosaic.client.colora import read_shared
-from fedmosaic.client.dp.branch import only_shared_branch, public_branches
 from fedmosaic.client.dp.engine import (
     check_cores,
     clip_and_sum,
     core_parameters,
     dimensions_of,
     example_gradient,
+    only_shared_branch,
+    public_branches,
 )
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
 from fedmosaic.client.model.loss import example_losses, on_device_of

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from builders import tiny_mechanism
-from fedmosaic.client.dp.round import group_share
+from fedmosaic.client.dp.training import group_share
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.client.progress import Progress

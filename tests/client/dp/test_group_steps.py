@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.group_session import GroupSum, mixed_gradient, shared_branch
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12))

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedmosaic.client.colora import adapted_layers, read_shared, set_active_branches, write_shared
-from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
-from fedmosaic.client.dp.engine import dimensions_of, example_gradient
+from fedmosaic.client.dp.engine import dimensions_of, example_gradient, only_shared_branch, private_parameters
 from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses

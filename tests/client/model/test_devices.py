@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
-from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.dp.checks import check_engine
-from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient
+from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient, only_shared_branch
 from fedmosaic.client.dp.training import noisy_sum, set_gradients
 from fedmosaic.client.model import hardware
 from fedmosaic.client.model.examples import EncodedExample

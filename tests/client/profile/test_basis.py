@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedmosaic.client.model.examples import EncodedExample
-from fedmosaic.client.profile import basis as public_basis
-from fedmosaic.client.profile.basis import BasisSettings, fit_basis, fit_mechanism, standardise_rows
+from fedmosaic.client.profile import fit as public_basis
+from fedmosaic.client.profile.fit import BasisSettings, fit_basis, fit_mechanism, standardise_rows
 from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap

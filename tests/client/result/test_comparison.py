@@ -9,8 +9,7 @@ import torch
 from peft import get_peft_model_state_dict
 
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.result.comparison import compare, paired_difference
-from fedmosaic.client.result.ending import last_lines
+from fedmosaic.client.result.comparison import compare, last_lines, paired_difference
 
 
 def score(right: list[bool], commonest: float | None = 0.5) -> Score:
