@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client import statement as statements
 from fedmosaic.client.group_session import GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
@@ -36,14 +37,6 @@ from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import (
-    HANDED_OVER,
-    STATEMENT,
-    for_handing_over,
-    person_words,
-    statement_inputs,
-    with_warning,
-)
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import Connect, Traffic, Transport
 from fedmosaic.privacy.configuration import read_configuration
@@ -69,16 +62,9 @@ class Participant:
     """A member's `session` in a federation, and what its statement is made from."""
 
     def __init__(
-        self,
-        kit: Kit,
-        transport: Transport,
-        learner: Learner,
-        state: ClientState,
-        ledger: Ledger,
-        plan: AdapterPlan,
-        releases: Releases,
-        progress: Progress,
-    ) -> None:
+        self, kit: Kit, transport: Transport, learner: Learner, state: ClientState, ledger: Ledger,
+        plan: AdapterPlan, releases: Releases, progress: Progress,
+    ) -> None:  # fmt: skip
         """Put the session together; nothing is sent yet. The caller closes the ledger."""
         roster, client_id = kit.roster, kit.member_id()
         identity = Identity.of(kit)
@@ -94,24 +80,20 @@ class Participant:
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
-        return statement_inputs(self.session.roster, self.state, self._ledger, self._plan)
+        return statements.statement_inputs(self.session.roster, self.state, self._ledger, self._plan)
 
 
 @dataclass(frozen=True)
 class ClientResult:
     """What a client has after the last round. All of it is for the client's own people.
 
-    Attributes:
-        before: share of right answers before the first round, in [0, 1], by test set; "self" is the own one.
-        after: the same after the last round; empty if no scores could be computed.
-        statement: who learns what about the client's data, at which ε.
-        traffic: bytes sent and received, by channel.
-        received_rounds: rounds that began with an aggregate of the others; 0 if this client trained alone.
-        adapter: folder of the trained adapter, which PEFT loads; None if none was trained.
-        state: the state directory, which `fedmosaic report`, `export`, `chat` and `predict` read.
-        comparison: base, alone and federated on the own test rows; None without such rows.
-        model: with the adapter, ready to generate; it stays in memory as long as this result does.
-        tokenizer: of the model.
+    `before` and `after` are shares of right answers, in [0, 1], by test set, "self" the own one; `after` is
+    empty if none could be computed. `statement` says who learns what about the client's data, at which ε;
+    `traffic` has bytes sent and received by channel. `received_rounds` began with an aggregate of the others;
+    with 0 this client trained alone. `adapter` is the folder that PEFT loads, None if none was trained;
+    `fedmosaic report`, `export`, `chat` and `predict` read `state`. `comparison` is base, alone and federated
+    on the own test rows, None without such rows; `model` is with the adapter, ready to generate, and in
+    memory as long as this result.
     """
 
     before: Mapping[str, float]
@@ -130,16 +112,10 @@ class Client:
     """One client of a federation."""
 
     def __init__(
-        self,
-        settings: ClientSettings | Path | str,
-        *,
-        model: Any = None,
-        tokenizer: Any = None,
-        examples: Iterable[Any] | None = None,
-        test: Iterable[Any] | None = None,
-        ledger: Path | str | None = None,
-        connect: Connect = open_channel,
-    ) -> None:
+        self, settings: ClientSettings | Path | str, *, model: Any = None, tokenizer: Any = None,
+        examples: Iterable[Any] | None = None, test: Iterable[Any] | None = None,
+        ledger: Path | str | None = None, connect: Connect = open_channel,
+    ) -> None:  # fmt: skip
         """Prepare; nothing is opened yet. What is handed over passes the same checks as what is in files.
 
         Args:
@@ -176,11 +152,7 @@ class Client:
             raise ConfigurationError(NO_LEDGER.format("handed over in Python"))
 
     def run(self) -> ClientResult:
-        """Take part until the last round, from where an earlier process stopped.
-
-        Raises:
-            FedMosaicError: a check before the first round fails, or see `Session.run`.
-        """
+        """Take part to the last round, from where an earlier process stopped; errors as of `Session.run`."""
         settings, seed = self.settings, self.settings.unsafe_test_noise_seed
         if seed is not None:
             log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
@@ -192,9 +164,8 @@ class Client:
             if settings.threads:
                 torch.set_num_threads(settings.threads)
             traffic = Traffic(settings.state_dir / TRAFFIC)
-            checked = held.enter_context(
-                closing(Preflight(settings, progress, traffic=traffic, given=self._given))
-            )
+            preflight = Preflight(settings, progress, traffic=traffic, given=self._given)
+            checked = held.enter_context(closing(preflight))
             checked.require(log.warning)
             for line in checked.reading:
                 log.info("%s", line)
@@ -237,17 +208,10 @@ class Client:
         progress.stage(0, "done")
         newest, (model, tokenizer) = state.latest_adapter(), learner.trained
         return ClientResult(
-            before=result.scores("before"),
-            after=result.scores("after"),
-            statement=own,
-            traffic=traffic,
-            received_rounds=state.record.received_rounds,
-            adapter=newest[1] if newest else None,
-            state=state.directory,
-            comparison=comparison,
-            model=model,
-            tokenizer=tokenizer,
-        )
+            before=result.scores("before"), after=result.scores("after"), statement=own, traffic=traffic,
+            received_rounds=state.record.received_rounds, adapter=newest[1] if newest else None,
+            state=state.directory, comparison=comparison, model=model, tokenizer=tokenizer,
+        )  # fmt: skip
 
 
 def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> PrivacyStatement:
@@ -259,12 +223,12 @@ def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> Pr
     result.put("certificate_expires", checked.kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
-    own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
+    own = own if received else statements.with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
     if most > 1 and terms.unit == "example":
-        own = with_warning(own, person_words(facts, most))
-    write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
-    told = shareable(for_handing_over(facts, terms, checked.learner.example_count))
-    write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
+        own = statements.with_warning(own, statements.person_words(facts, most))
+    write_atomically(state.directory / statements.STATEMENT, own.model_dump_json(indent=2).encode())
+    told = shareable(statements.for_handing_over(facts, terms, checked.learner.example_count))
+    write_atomically(state.directory / statements.HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
     result.put("traffic", transport.traffic().as_dict())
     if not received:

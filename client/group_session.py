@@ -22,14 +22,9 @@ import numpy.typing as npt
 
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
-from fedmosaic.client.progress import Progress
-from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
-from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.grpc import Transport
-from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
@@ -40,26 +35,19 @@ from fedmosaic.protos.messages import Enrolled, KeyMessage
 from fedmosaic.protos.refusal import Refusal
 
 FloatArray = npt.NDArray[np.float64]
-
 _BETA_1, _BETA_2, _TINY = 0.9, 0.95, 1e-8
 
 
 @dataclass(frozen=True)
 class GroupSum:
-    """One round's sum (D,) float64 of one group, in the unit of the gradients, public to the members.
-
-    The divisor is the expected number of examples behind it: contributors times expected batch size.
-    """
+    """One group's sum (D,) of a round in the unit of gradients, over the expected number of examples."""
 
     vector: FloatArray
     divisor: float
 
 
 def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> FloatArray | None:
-    """A recipient's own mix (D,) of one round's group means: Σ_r M_r y_r / n_r over groups that formed a sum.
-
-    The weights are not negative. None if no group that counts formed a sum: no step is taken then.
-    """
+    """A recipient's mix (D,) of group means, Σ_r M_r y_r / n_r over groups with a sum; None without any."""
     formed = [(total, weight) for total, weight in zip(sums, mixing, strict=True) if total and weight > 0.0]
     whole = sum(weight for _, weight in formed)
     if not formed:
@@ -73,11 +61,7 @@ def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> 
 def shared_branch(
     start: FloatArray, gradients: Sequence[FloatArray | None], learning_rate: float, planned_steps: int
 ) -> FloatArray:
-    """The shared branch (D,) float64 after the rounds so far, whose `gradients` `mixed_gradient` gave.
-
-    It starts from public values; the learning rate falls linearly to 0 over the planned steps of the whole
-    run.
-    """
+    """The shared branch (D,) after the rounds so far, from public values; the rate falls linearly to 0."""
     theta, first, second = start.astype(np.float64), np.zeros_like(start), np.zeros_like(start)
     taken = 0
     for number, gradient in enumerate(gradients):
@@ -93,7 +77,6 @@ def shared_branch(
 
 
 log = logging.getLogger(__name__)
-
 _PERSONAL: Final = "personal-trained"
 """Empty file of a state directory whose newest adapter has the personal branch of the run's end."""
 _SECONDS_PER_READ: Final = 60.0
@@ -107,15 +90,10 @@ def take_part(
 ) -> None:
     """Bring a vector into the group's sum; see `fedmosaic.privacy.secureaggregation.member`.
 
-    Args:
-        member: fresh, of this round's terms.
-        answered: sends this member's message of a step and gives what the step brought, once it is over.
-        draw: gives (D,) this round's share, charged and booked, or None to leave the sum; called once, when
-            enough others have proved to take part, so that a sum that never begins costs nothing.
-
-    Raises:
-        EncryptionError: somebody else's message is not acceptable, or a step took too long.
-        Refusal: the server forms no sum of this group, or goes on without this member.
+    `answered` sends the fresh member's message of a step and gives what the step brought, once it is over.
+    `draw` gives (D,) this round's share, charged and booked, or None to leave the sum; it is called once,
+    when enough others have proved to take part, so that a sum that never begins costs nothing.
+    EncryptionError if a message is not acceptable or a step took too long; Refusal if there is no sum.
     """
     openings = answered("sum-open", member.open().encoded())
     sealed = member.share({name: Opening.decoded(data) for name, data in openings.items()})
@@ -145,23 +123,13 @@ class GroupLearner(Learner, Protocol):
 class GroupSession(Session):
     """One client in one run of group sums."""
 
-    def __init__(
-        self,
-        kit: Kit,
-        identity: Identity,
-        transport: Transport,
-        learner: Learner,
-        state: ClientState,
-        releases: Releases,
-        protection: Protection,
-        progress: Progress,
-    ) -> None:
-        super().__init__(kit, identity, transport, learner, state, releases, protection, progress)
-        self._group_learner = cast(GroupLearner, learner)
-        self._terms = kit.roster.terms
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._group_learner = cast(GroupLearner, self._learner)
+        self._terms = self.roster.terms
         self._chain = NO_ROUND
         self._gradients: list[FloatArray | None] = []
-        self._start = learner.sections()["shared"].astype(np.float64)
+        self._start = self._learner.sections()["shared"].astype(np.float64)
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
         upload = read_upload(self._state.upload_path(round_number))
@@ -175,13 +143,9 @@ class GroupSession(Session):
         if aggregate.round > 1:
             self._receive_sums(aggregate.round)
             self._share(enrolled.run_id, aggregate.round)
+        profile, claim = self._releases.profile(aggregate.round), self._releases.anchor.claim()
         upload = self._protection.seal(
-            enrolled.run_id,
-            aggregate.round,
-            aggregate.upload_key_epoch,
-            {},
-            self._releases.profile(aggregate.round),
-            self._releases.anchor.claim(),
+            enrolled.run_id, aggregate.round, aggregate.upload_key_epoch, {}, profile, claim
         )
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
@@ -218,13 +182,9 @@ class GroupSession(Session):
     @cached_property
     def _groups(self) -> Partition:
         """Who adds up with whom in all rounds, checked against the terms."""
-        partition, sums = Partition.decoded(self._read(1, "sum-partition").get("server", b"")), self._terms
-        partition.check(
-            self._identity.client_id,
-            [member.id for member in self.roster.members],
-            sums.group_sums.minimum_contributors,
-            sums.group_sums.groups,
-        )
+        partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
+        members, sums = [member.id for member in self.roster.members], self._terms.group_sums
+        partition.check(self._identity.client_id, members, sums.minimum_contributors, sums.groups)
         return partition
 
     def _sums_of(self, totals: RoundTotals, partition: Partition) -> list[GroupSum | None]:
@@ -248,9 +208,7 @@ class GroupSession(Session):
             return
         partition = self._groups
         index = partition.group_of(self._identity.client_id)
-        group = partition.groups[index]
-
-        terms = self._terms
+        group, terms = partition.groups[index], self._terms
         context = sum_context(
             self.roster.federation, run_id, round_number, self.roster.hash, partition, self._chain
         )

@@ -20,12 +20,7 @@ from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import private_directory, sync_directory, write_atomically
-from fedmosaic.privacy.groupkey.agreement import (
-    MINIMUM_MEMBERS,
-    KeyAgreement,
-    check_confirmations,
-    plan_epoch,
-)
+from fedmosaic.privacy.groupkey import agreement as agreements
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.groupkey.messages import Epoch
 from fedmosaic.privacy.groupkey.nonces import NonceCounter, rotation_reason
@@ -34,10 +29,10 @@ from fedmosaic.protos.messages import KeyMessage
 from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
-
 _POLL_SECONDS = 20.0
 _KEPT_EPOCHS = 2
 _UNCONFIRMED = "epoch-unconfirmed.json"
+Messages = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -50,11 +45,8 @@ class _Agreed:
 
     def content(self) -> dict[str, object]:
         """As it is stored."""
-        return {
-            "first_round": self.first_round,
-            "roster_hash": self.roster_hash.hex(),
-            "key": self.key.dump().decode(),
-        }
+        digest, key = self.roster_hash.hex(), self.key.dump().decode()
+        return {"first_round": self.first_round, "roster_hash": digest, "key": key}
 
 
 class Keyring:
@@ -69,11 +61,8 @@ class Keyring:
     def __init__(
         self, client_id: str, key: Ed25519PrivateKey, roster: Roster, transport: Transport, directory: Path
     ) -> None:
-        self._client_id = client_id
-        self._signing_key = key
-        self._roster = roster
-        self._transport = transport
-        self._directory = directory
+        self._client_id, self._signing_key, self._roster = client_id, key, roster
+        self._transport, self._directory = transport, directory
         private_directory(directory)
         self.counter = NonceCounter(directory / "counter.json", roster.federation)
         self._keys: dict[int, _Agreed] = {}
@@ -88,12 +77,7 @@ class Keyring:
         return self._agreed(epoch).key
 
     def encryption_key(self, epoch: int, round_number: int) -> GroupKey:
-        """The key of an epoch that the server announced, to encrypt the upload of a round.
-
-        Raises:
-            KeyExpiredError: the roster's terms ask for a new key first, whatever the server says.
-            KeyAgreementError: there is no such key here.
-        """
+        """The key to encrypt a round's upload; KeyExpiredError by the terms, whatever the server says."""
         agreed = self._agreed(epoch)
         if (reason := self._expired(agreed, round_number)) is not None:
             raise KeyExpiredError(
@@ -146,12 +130,10 @@ class Keyring:
     def agree(self, epoch: int, round_number: int) -> GroupKey:
         """Agree on the key of an epoch with the other members, or return it if that was done.
 
-        The epoch's rounds are counted from `round_number`, the open one.
-
-        Raises:
-            KeyExpiredError: the epoch is over by the roster's terms.
-            KeyAgreementError: a member is missing, added, swapped or cheats; the next epoch may succeed.
-            RefusedError: the server refuses, for example because the epoch was replaced.
+        The epoch's rounds are counted from `round_number`, the open one. KeyExpiredError if the epoch is over
+        by the roster's terms; KeyAgreementError if a member is missing, added, swapped or cheats, and the
+        next epoch may succeed; RefusedError if the server refuses, for example because the epoch was
+        replaced.
         """
         if self.has(epoch):
             if epoch <= self._retired or epoch != self.counter.epoch:
@@ -171,7 +153,8 @@ class Keyring:
             raise self._without_key(epoch, str(error)) from None
         self._post(epoch, "join", "", b"here")
         patience = self._roster.terms.schedule.gathering_seconds + _POLL_SECONDS
-        members = self._read(epoch, "join", MINIMUM_MEMBERS, patience, lambda m: len(m) >= MINIMUM_MEMBERS)
+        least = agreements.MINIMUM_MEMBERS
+        members = self._read(epoch, "join", least, patience, lambda m: len(m) >= least)
         if self._client_id not in members:
             raise KeyAgreementError(
                 f"the server left this client out of key epoch {epoch}: {sorted(members)}"
@@ -201,11 +184,11 @@ class Keyring:
     def _plan(self, epoch: int, members: Collection[str]) -> Epoch:
         roster = self._roster
         keys, digest = roster.identity_keys(), roster.terms.encryption.digest()
-        return plan_epoch(roster.federation, epoch, members, keys, roster.hash, digest)
+        return agreements.plan_epoch(roster.federation, epoch, members, keys, roster.hash, digest)
 
     def _run(self, epoch: int, members: Collection[str]) -> tuple[GroupKey, bytes]:
         parameters = self._roster.terms.encryption
-        agreement = KeyAgreement(
+        agreement = agreements.KeyAgreement(
             self._signing_key, self._client_id, self._plan(epoch, members),
             lambda: generate_group_secret(parameters), group_secret_bytes(parameters),
         )  # fmt: skip
@@ -230,7 +213,7 @@ class Keyring:
         if missing := sorted(set(key.members) - set(received)):
             raise KeyAgreementError(f"confirmations of members are missing: {', '.join(missing)}")
         try:
-            check_confirmations(self._plan(key.epoch, key.members), key, received)
+            agreements.check_confirmations(self._plan(key.epoch, key.members), key, received)
         except KeyAgreementError:
             (self._directory / _UNCONFIRMED).unlink(missing_ok=True)
             raise
@@ -255,17 +238,12 @@ class Keyring:
     def _patience(self) -> float:
         return self._roster.terms.schedule.key_patience_seconds
 
-    def _all(self, epoch: int, stage: str, members: Collection[str]) -> dict[str, bytes]:
+    def _all(self, epoch: int, stage: str, members: Collection[str]) -> Messages:
         return self._read(epoch, stage, len(members), self._patience, lambda m: set(members) <= set(m))
 
     def _read(
-        self,
-        epoch: int,
-        stage: str,
-        expected: int,
-        seconds: float,
-        enough: Callable[[dict[str, bytes]], bool],
-    ) -> dict[str, bytes]:
+        self, epoch: int, stage: str, expected: int, seconds: float, enough: Callable[[Messages], bool]
+    ) -> Messages:
         deadline = time.monotonic() + seconds
         while True:
             left = deadline - time.monotonic()

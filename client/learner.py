@@ -43,32 +43,20 @@ class ModelLearner:
     """One client's model with its adapter, and its examples."""
 
     def __init__(
-        self,
-        settings: ClientSettings,
-        terms: Terms,
-        family: str,
-        progress: Progress,
-        *,
-        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
-        base: LoadedModel | None = None,
+        self, settings: ClientSettings, terms: Terms, family: str, progress: Progress, *,
+        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None, base: LoadedModel | None = None,
         data: ClientData | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Load model and data and put a fresh adapter on.
 
         `loaded` is an adapted model, as `load_adapted` gives it, where several clients of one process take
         turns on one; `base` an accepted base model instead of what the settings name; `data` the examples, if
-        they were read.
-
-        Raises:
-            ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
-                cannot be trained as the terms want it.
-            PrivacyError: a tensor that sees private data would take part in private training.
-            ConfigurationError: the examples cannot be read, or are to be longer than the model's positions.
+        they were read. ModelError if the model cannot be loaded or adapted, has no row for a token of the
+        examples, or cannot be trained as the terms want it; PrivacyError if a tensor that sees private data
+        would take part in private training; ConfigurationError if the examples cannot be read or are to be
+        longer than the model's positions.
         """
-        self._settings = settings
-        self._terms = terms
-        self._family = family
-        self._progress = progress
+        self._settings, self._terms, self._family, self._progress = settings, terms, family, progress
         # Told the loss of every step of a round. It is private: for the client's own people alone.
         self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
         self._data = data or read_sets(settings.data)
@@ -155,8 +143,8 @@ class ModelLearner:
         if private:
             self._blend_received()
             private_round.train_shared(
-                self._model, self._encoded, self._terms.adapter_privacy, self._settings.training,
-                releases=releases, round_number=round_number, progress=self._progress,
+                self._model, self._encoded, self._terms, self._settings.training, releases, round_number,
+                self._progress,
             )  # fmt: skip
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
@@ -180,8 +168,8 @@ class ModelLearner:
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
         """See `fedmosaic.client.dp.training.group_share`."""
         return private_round.group_share(
-            self._model, self._encoded, self._terms, self._settings.training, members=members,
-            releases=releases, round_number=round_number, progress=self._progress,
+            self._model, self._encoded, self._terms, self._settings.training, releases, round_number,
+            self._progress, members,
         )  # fmt: skip
 
     def train_personal(self, round_number: int) -> None:
@@ -270,10 +258,8 @@ class ModelLearner:
 
         Its training reads private data without noise, and no ledger is charged. That is no release: it begins
         when the last upload and the statement have been sent, its tensors are dropped here, and its score
-        stays in the state directory, for the client's own people. Whoever hands that score on releases it.
-
-        Returns:
-            The score; None if there are no own test rows, or training fails.
+        stays in the state directory. Whoever hands that score on releases it. None without own test rows, or
+        if training fails.
         """
         test = self._data.tests.get("self")
         if test is None:

@@ -52,8 +52,8 @@ NO_LEDGER: Final = (
 class ServerAnchor:
     """What the server keeps of this client's ledger, so that one put back from an older copy is noticed.
 
-    The server hands back what it has kept, and the client looks for it in its own ledger: a client is honest
-    about its budget, but may have lost some of it. A server that lies can only make a client refuse.
+    The client looks for it in its own ledger: it is honest about its budget, but may have lost some of it. A
+    server that lies can only make a client refuse.
     """
 
     def __init__(self, ledger: Ledger, record: SessionRecord) -> None:
@@ -96,10 +96,9 @@ def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow
 
 @dataclass(frozen=True)
 class DataLedger:
-    """The one ledger of a data set, as one client of one federation sees it.
+    """The one ledger of a data set, in the directory `place`, as one client of one federation sees it.
 
-    `place` is its directory, `named` tells whether `data.ledger` names it; `state` and `record` are the
-    client's.
+    `named` tells whether `data.ledger` names it; `state` and `record` are the client's.
     """
 
     place: Path
@@ -109,11 +108,7 @@ class DataLedger:
 
     @classmethod
     def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data, or where the configuration says.
-
-        ConfigurationError if nothing here is beside the data; LedgerError if one in the state directory has
-        to be moved first.
-        """
+        """The ledger beside the data or as configured; LedgerError if one in the state is to be moved."""
         train, named = settings.train, settings.ledger
         if named is not None:
             place = named.resolve()
@@ -132,10 +127,7 @@ class DataLedger:
         return cls(place, named is not None, state, record)
 
     def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
-        """Open the ledger of n units with a budget ε, or make the first of data with no release.
-
-        LedgerError if it cannot be used, is behind what this state has seen, or a fresh one would forget.
-        """
+        """Open the ledger of n units; LedgerError if it is behind, or a fresh one would forget."""
         path = self.place / LEDGER
         seen = self._seen()
         if not has_begun(path):
@@ -167,11 +159,11 @@ class DataLedger:
         return keeper(self.record.federation, self.record.client)
 
     def _seen(self) -> tuple[str, bytes] | None:
-        def read(content: dict[str, str]) -> tuple[str, bytes]:
-            return str(content["ledger"]), bytes.fromhex(content["anchor"])
-
         remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
-        return read_own(self.state / SEEN, read, remedy)
+        seen = read_own(
+            self.state / SEEN, lambda kept: (str(kept["ledger"]), bytes.fromhex(kept["anchor"])), remedy
+        )
+        return seen
 
     def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
         if seen is not None or self.record.run_id:
@@ -215,10 +207,7 @@ def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
-    """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
-
-    LedgerError if its δ is above 1/n or above the bound, or it is damaged.
-    """
+    """δ of the ledger, or of a new one of n examples; LedgerError if above 1/n or `largest`."""
     if not has_begun(path):
         return default_delta(examples, largest)
     delta = parameters_of(read_ledger(path)).delta
@@ -266,11 +255,9 @@ Command = Annotated[Move, tyro.conf.subcommand("move")] | Annotated[Backup, tyro
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic ledger` with its arguments."""
+    about = "Move or back up the privacy ledger of a data set."
     command: Move | Backup = tyro.cli(
-        Command,
-        args=list(arguments),
-        prog="fedmosaic ledger",
-        description="Move or back up the privacy ledger of a data set.",
+        Command, args=list(arguments), prog="fedmosaic ledger", description=about
     )
     match command:
         case Move(old, new):

@@ -12,11 +12,7 @@ from fedmosaic.protos.errors import AccountingError
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """DP-SGD parameters of this client, planned once for the whole run.
-
-    σ is noise over clipping norm, 0 where the adapter is not trained privately; the sampling rate q is the
-    expected batch size over the number of examples.
-    """
+    """σ, noise over clipping norm, 0 without privacy; and the rate q, expected batch size over examples."""
 
     noise_multiplier: float
     sampling_rate: float

@@ -22,10 +22,7 @@ _SECONDS_BETWEEN_RECORDS = 0.2
 
 
 class Progress:
-    """What a session and a learner report while they work; this one tells nobody.
-
-    Nothing private passes through here.
-    """
+    """What a session and a learner report, nothing private; this one tells nobody."""
 
     def stage(self, round_number: int, name: str, total: int = 0) -> None:
         """A new stage begins; `total` steps are expected, 0 if unknown."""

@@ -16,16 +16,9 @@ from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.protos import messages as wire
 from fedmosaic.protos.errors import IdentityError
-from fedmosaic.protos.messages import (
-    SECTION_NAMES,
-    AggregateSection,
-    LedgerHead,
-    Profile,
-    Section,
-    Upload,
-    WeightRow,
-)
+from fedmosaic.protos.messages import LedgerHead, Profile, Upload
 from fedmosaic.protos.signing import sign_upload
 
 log = logging.getLogger(__name__)
@@ -73,10 +66,7 @@ class Protection:
             self._keyring.renew(identity.signing_key, roster)
 
     def ready(self, key_epoch: int, round_number: int) -> tuple[str, ...]:
-        """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors.
-
-        Returns the members of the epoch, sorted; none where nothing is encrypted.
-        """
+        """Make ready to seal; sorted members of the epoch, none without encryption; see `Keyring.agree`."""
         if self._keyring is None:
             return ()
         return tuple(sorted(self._keyring.agree(key_epoch, round_number).members))
@@ -92,9 +82,10 @@ class Protection:
             self._keyring.forget()
 
     def open(
-        self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int, size: int
-    ) -> np.ndarray:
-        """Check and decrypt one section of an aggregate of the uploads of a key epoch and round.
+        self, section: wire.AggregateSection, row: wire.WeightRow, key_epoch: int, round_number: int,
+        size: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Check and decrypt a section of an aggregate; key epoch and round are those of its uploads.
 
         Returns (size,) float64, which under `ckks` must stay in this process; errors as of
         `ClientCipher.decrypt`.
@@ -104,14 +95,9 @@ class Protection:
         return self._cipher.decrypt(section.payload, key, context, row)
 
     def seal(
-        self,
-        run_id: str,
-        round_number: int,
-        key_epoch: int,
-        vectors: Mapping[str, np.ndarray],
-        profile: Profile | None,
-        ledger: LedgerHead | None = None,
-    ) -> Upload:
+        self, run_id: str, round_number: int, key_epoch: int, vectors: Mapping[str, np.ndarray],
+        profile: Profile | None, ledger: LedgerHead | None = None,
+    ) -> Upload:  # fmt: skip
         """Encrypt and sign one upload of finite vectors by section name, or of none to abstain.
 
         What is sealed once is stored and re-sent, never sealed again. KeyExpiredError if the epoch is over by
@@ -120,7 +106,7 @@ class Protection:
         key, nonce, sections, limit = None, bytes(NONCE_BYTES), [], self._roster.terms.encryption.clip
         if vectors and self._keyring is not None:
             key = self._keyring.encryption_key(key_epoch, round_number)
-        for name in SECTION_NAMES:
+        for name in wire.SECTION_NAMES:
             if name not in vectors:
                 continue
             vector = vectors[name]
@@ -133,24 +119,17 @@ class Protection:
             if self._keyring is not None:
                 # A crash between this and storing the upload costs a nonce; the content is sealed anew.
                 nonce = self._keyring.counter.take(key_epoch, round_number, name)
-            sections.append(Section(name, self._cipher.encrypt(vector, key, context, nonce)))
+            sections.append(wire.Section(name, self._cipher.encrypt(vector, key, context, nonce)))
         upload = Upload(round_number, uuid.uuid4().hex, key_epoch, tuple(sections), profile, b"")
         return self.signed(run_id, upload, ledger)
 
     def signed(self, run_id: str, upload: Upload, ledger: LedgerHead | None) -> Upload:
         """The sealed bytes of an upload, signed with a head of the privacy ledger; nothing is encrypted."""
         return sign_upload(
-            self._identity.signing_key,
-            federation=self._roster.federation,
-            run_id=run_id,
-            round_number=upload.round,
-            client_id=self._identity.client_id,
-            key_epoch=upload.key_epoch,
-            sections=upload.sections,
-            profile=upload.profile,
-            ledger=ledger,
-            attempt_id=upload.attempt_id,
-        )
+            self._identity.signing_key, federation=self._roster.federation, run_id=run_id,
+            round_number=upload.round, client_id=self._identity.client_id, key_epoch=upload.key_epoch,
+            sections=upload.sections, profile=upload.profile, ledger=ledger, attempt_id=upload.attempt_id,
+        )  # fmt: skip
 
     def label(self, section: str) -> str:
         """What a section is called in a record and under a countersignature: a family's names the family."""

@@ -15,10 +15,11 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from pydantic import TypeAdapter
 
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
@@ -30,6 +31,7 @@ from fedmosaic.protos.v1 import federation_pb2
 from fedmosaic.protos.wire import decode_upload_header, encode_upload_header
 
 CLIPPING: Final = "clipping.json"
+_COUNTS: Final = TypeAdapter(dict[Channel, tuple[int, int]])
 # NumPy reads headers by `ast`, in which threads of CPython 3.11 disturb each other (cpython issue 106905).
 _ONE_READER: Final = threading.Lock()
 _LENGTH: Final = struct.Struct("<Q")
@@ -73,10 +75,8 @@ def read_upload(path: Path) -> Upload | None:
         raise StateError(
             f"{path} is damaged ({error}); delete it: the round is then sealed again from the trained adapter"
         ) from None
-    return Upload(
-        header.round, header.attempt_id, header.key_epoch, tuple(sections), header.profile, header.signature,
-        header.ledger,
-    )  # fmt: skip
+    about = header.round, header.attempt_id, header.key_epoch
+    return Upload(*about, tuple(sections), header.profile, header.signature, header.ledger)
 
 
 def digest_of(vector: np.ndarray) -> str:
@@ -98,10 +98,7 @@ def write_profile(path: Path, vector: Float32Array) -> str:
 
 
 def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Float32Array:
-    """A stored profile of some length, with the digest that the ledger has of it, if it has one.
-
-    StateError if it cannot be read, or is not the one that was released.
-    """
+    """A stored profile; StateError if unreadable, or not of the digest that the ledger has, if any."""
     try:
         with path.open("rb") as file, _ONE_READER:
             vector: Float32Array = np.load(file, allow_pickle=False)
@@ -124,12 +121,9 @@ def write_average(path: Path, average: ReleasedProfile) -> None:
     """Store the average of all released profiles."""
     buffer = io.BytesIO()
     np.savez(
-        buffer,
-        vector=average.vector,
-        noise_variance=average.noise_variance,
-        releases=average.releases,
+        buffer, vector=average.vector, noise_variance=average.noise_variance, releases=average.releases,
         last=np.frombuffer(bytes.fromhex(average.last_release_sha256), dtype=np.uint8),
-    )
+    )  # fmt: skip
     write_atomically(path, buffer.getvalue())
 
 
@@ -176,7 +170,5 @@ class ClippingRecord:
         }
 
     def _read(self) -> dict[Channel, tuple[int, int]]:
-        def read(stored: dict[Channel, Any]) -> dict[Channel, tuple[int, int]]:
-            return {channel: (int(clipped), int(examples)) for channel, (clipped, examples) in stored.items()}
-
-        return read_own(self._path, read, "delete it, only the share of clipped examples is lost") or {}
+        remedy = "delete it, only the share of clipped examples is lost"
+        return read_own(self._path, _COUNTS.validate_python, remedy) or {}

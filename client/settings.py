@@ -18,11 +18,9 @@ DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
-
 CORE_RATE: Final = 3.0
 """Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
 Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
-
 GATE_RATE: Final = 3.0
 """Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
 
@@ -257,7 +255,6 @@ class TrainingSettings(Frozen):
 
 IN_MEMORY: Final = ModelSettings(path="(in memory)")
 """Stands for a model that `fedmosaic.Client` is handed."""
-
 _OF_LOADING: Final = ("gguf_file", "keep_layers", "device", "dtype", "quantization")
 """Keys of `[model]` that have no meaning for a model that is loaded already."""
 

@@ -68,10 +68,7 @@ class Review:
 
 
 def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
-    """Read an answer of the server, and no more of it than the terms and its announcement allow.
-
-    WireError, EncryptionError or IdentityError if a piece is out of place, too large, or of no member.
-    """
+    """Read no more of an answer than the terms and its announcement allow; WireError and its kin."""
     review, payload, size = Review(), bytearray(), 0
     for part in parts:
         if part.HasField("waiting"):
@@ -94,16 +91,11 @@ def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
 
 
 def run(settings: WitnessSettings) -> tuple[int, int]:
-    """Witness a run until its last round.
+    """Witness a run until its last round; how many aggregates were countersigned, and how many refused.
 
-    Returns:
-        How many aggregates were countersigned, and how many were refused.
-
-    Raises:
-        IdentityError: the kit is not the witness's.
-        StateError: the state is in use or damaged, or the server is an older copy of itself.
-        TransportError: the server could not be reached for `retry_seconds`.
-        WireError: what the server sends is no review.
+    IdentityError if the kit is not the witness's; StateError if the state is in use or damaged, or the server
+    an older copy of itself; TransportError if it is not reached for `retry_seconds`; WireError if what it
+    sends is no review.
     """
     kit = _own_kit(settings.kit)
     private_directory(settings.state_dir)

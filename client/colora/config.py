@@ -12,7 +12,6 @@ from fedmosaic.protos.errors import ConfigurationError
 PEFT_TYPE = "COLORA"
 SPOKEN_TYPE = "COLORA, a method of the package fedmosaic: import fedmosaic.client.colora before loading"
 """The method's name in files: PEFT without this package raises KeyError with it, so it says what to do."""
-
 BRANCHES = ("local", "global", "personal")
 
 

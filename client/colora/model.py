@@ -31,9 +31,9 @@ from fedmosaic.protos.errors import ModelError
 class CoLoraModel(BaseTuner):
     """Puts Co-LoRA on the shared layers of a base model and two-branch LoRA on the others.
 
-    Created by `peft.get_peft_model(model, CoLoraConfig(...))`. The configuration is copied, and what was
-    resolved on injection (layers, modules, depth, name of the basis) is written into the copy, so that
-    it is saved with the adapter and checked when the adapter is loaded.
+    Created by `peft.get_peft_model(model, CoLoraConfig(...))`. What was resolved on injection (layers,
+    modules, depth, name of the basis) is written into a copy of the configuration, saved and checked with the
+    adapter.
     """
 
     prefix = "colora_"
@@ -41,13 +41,9 @@ class CoLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared by PEFT
 
     def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False, state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Adapt the modules that the configuration names; ModelError if it does not fit the model."""
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -89,15 +85,9 @@ class CoLoraModel(BaseTuner):
         return key in self._plan
 
     def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+        self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, target_name: str,
+        parent: nn.Module, current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         config, placement = _as_colora(peft_config), self._plan[current_key]
         if isinstance(target, CoLoraLayer):
             target.update_layer(adapter_name, config, placement)
@@ -156,8 +146,8 @@ _LLAMAS: Final = frozenset({"qwen2", "mistral"})
 def with_described_biases(model: nn.Module) -> nn.Module | None:
     """A model of the same weights whose configuration describes every bias that it has.
 
-    The merged model itself, its configuration changed, or a `LlamaForCausalLM` that its tensors are handed
-    on to; None, and nothing was changed, where no architecture is known that describes these biases.
+    The merged model itself, its configuration changed, or a `LlamaForCausalLM` that its tensors are handed on
+    to; None, and nothing was changed, where no architecture is known that describes these biases.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):

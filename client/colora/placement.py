@@ -25,11 +25,9 @@ _NOT_LANGUAGE = frozenset(
 class Placement:
     """Where one adapted linear module sits.
 
-    Attributes:
-        name: Full module name in the base model, such as `model.layers.3.self_attn.q_proj`.
-        module: Name within the decoder layer, such as `self_attn.q_proj`; equal across widths.
-        layer: Index of the decoder layer, 0-based.
-        block: Index of the relative-depth block of a Co-LoRA layer, 0-based; None on family layers.
+    `name` is its full name in the base model, such as `model.layers.3.self_attn.q_proj`, and `module` that
+    within the decoder layer, such as `self_attn.q_proj`, equal across widths. `layer` and `block` are
+    0-based; the relative-depth block is None on family layers.
     """
 
     name: str
@@ -46,17 +44,12 @@ class Placement:
 def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tuple[int, ...]:
     """Return the decoder layer, 0-based, that closes each of N_B `blocks` of equal relative depth.
 
-    The rule `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the depth (halves
-    go to the deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, with the last block always at the last layer,
-    so that the last block takes up all remainders. `first` takes the first N_B layers, whatever the depth:
-    what is compared with, not what is of use.
+    `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the depth (halves go to the
+    deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, the last block always at the last layer, so that it
+    takes up all remainders. `first` takes the first N_B layers: what is compared with, not what is of use.
+    ConfigurationError if `blocks` is below 1 or the rule unknown; ModelError with fewer layers than blocks.
 
-    Raises:
-        ConfigurationError: `blocks` is below 1 or the rule is unknown.
-        ModelError: The model has fewer layers than there are blocks.
-
-    Reference:
-        arXiv 2506.11024, "block-wise aggregation"; `get_target_layers` in the authors' code.
+    Reference: arXiv 2506.11024, "block-wise aggregation"; `get_target_layers` in the authors' code.
     """
     if blocks < 1:
         raise ConfigurationError(f"blocks is {blocks}; Co-LoRA needs at least 1 block.")
@@ -145,12 +138,8 @@ def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tu
 
 
 def plan_placements(
-    model: nn.Module,
-    shared_layers: Sequence[int],
-    target_modules: Sequence[str] | None,
-    *,
-    family: bool,
-) -> Mapping[str, Placement]:
+    model: nn.Module, shared_layers: Sequence[int], target_modules: Sequence[str] | None, *, family: bool,
+) -> Mapping[str, Placement]:  # fmt: skip
     """Say where every adapted module sits, by full module name; ModelError if that is nowhere.
 
     `shared_layers` are the Co-LoRA layers, strictly increasing, one per block; `target_modules` are names

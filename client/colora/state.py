@@ -76,11 +76,7 @@ def shared_modules(model: nn.Module) -> list[CoLoraLinear]:
 
 
 def set_trainable(model: nn.Module, groups: Collection[str], *, layers: str = "all") -> None:
-    """Choose what is trained, any of `local`, `global`, `personal`, `gate`; freeze the rest of the adapter.
-
-    The choice survives `disable_adapter()` and `set_adapter()`; while the adapter is inactive, nothing of
-    it is trained. A group that does not exist is a ModelError.
-    """
+    """Choose which of `local`, `global`, `personal`, `gate` are trained; ModelError if one does not exist."""
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     for layer in chosen:
         _check_groups("groups", groups, {*layer.settings[name].branches, GATE})
@@ -168,10 +164,8 @@ def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "cus
 
     For exactly the Co-LoRA modules, by full name, `bases` hold A (r, d_in) with orthonormal rows and B
     (d_out, r) with orthonormal columns, to `ORTHONORMALITY_TOLERANCE`. The label is part of the layout's
-    hash: equal for all clients aligned to the same anchor, different from every other basis.
-
-    Raises:
-        ModelError: The bases are not these, or the adapter is merged. Nothing was changed then.
+    hash: equal for all clients aligned to the same anchor, different from every other basis. ModelError if
+    the bases are not these, or the adapter is merged; nothing was changed then.
     """
     name = find_adapter(model)
     modules = {layer.settings[name].placement.name: layer for layer in shared_modules(model)}
@@ -184,15 +178,11 @@ def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "cus
             "The bases should name exactly the Co-LoRA modules. "
             f"Missing: {missing or 'none'}; unknown: {unknown or 'none'}."
         )
-    checked = {
-        key: [
-            _checked(f"{key}: {side}", given, current, side == "A")
-            for side, given, current in zip(
-                "AB", bases[key], (layer.colora_A[name], layer.colora_B[name]), strict=True
-            )
-        ]
-        for key, layer in modules.items()
-    }
+    checked = {}
+    for key, layer in modules.items():
+        a, b = bases[key]
+        given_a = _checked(f"{key}: A", a, layer.colora_A[name], by_rows=True)
+        checked[key] = given_a, _checked(f"{key}: B", b, layer.colora_B[name], by_rows=False)
     for key, layer in modules.items():
         layer.colora_A[name].copy_(checked[key][0])
         layer.colora_B[name].copy_(checked[key][1])

@@ -47,11 +47,7 @@ Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class SharedLayout:
-    """What the numbers of a shared vector mean; equal layouts may be averaged.
-
-    Rank r, α of the scale α/r, number of relative-depth blocks, module names within a layer, sorted, and the
-    name of the frozen basis.
-    """
+    """What the numbers of a shared vector mean; those of equal layouts may be averaged."""
 
     rank: int
     alpha: float
@@ -67,15 +63,10 @@ class SharedLayout:
     @property
     def spec_hash(self) -> str:
         """SHA-256 (64 hexadecimal digits) of the layout; differs wherever averaging would be meaningless."""
-        specification = {
-            "format": "fedmosaic/shared-adapter/1",
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "blocks": self.blocks,
-            "modules": list(self.modules),
-            "basis": self.basis_label,
-        }
-        canonical = json.dumps(specification, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        about: dict[str, object]
+        about = {"format": "fedmosaic/shared-adapter/1", "rank": self.rank, "alpha": self.alpha}
+        about |= {"blocks": self.blocks, "modules": list(self.modules), "basis": self.basis_label}
+        canonical = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -110,12 +101,7 @@ def read_shared(model: nn.Module, branch: str = "local") -> Vector:
 
 
 def write_shared(model: nn.Module, vector: np.ndarray, branch: str = "global") -> None:
-    """Write a branch of the Co-LoRA layers from (d,) floating point numbers, finite in float32.
-
-    Raises:
-        ModelError: Wrong shape or type, values that are not finite, a missing branch, or a merged adapter.
-            Nothing was changed then.
-    """
+    """Write a branch from (d,) finite floats; ModelError, nothing changed, if they do not fit it."""
     _write(model, vector, branch, "shared")
 
 
@@ -182,8 +168,7 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
     """The configuration of an aligned checkpoint, to give to `get_peft_model`; then call `load_basis`.
 
     `folder` is what `fedmosaic align` wrote for this client's model, or the id of its copy on a hub; `rank`
-    is at most the checkpoint's, which is the default, at the same scale α/r; `changes` are other fields to
-    set.
+    is at most the checkpoint's, the default, at the same scale α/r; `changes` are other fields to set.
     """
     _, config = _checkpoint(folder)
     chosen = config.r if rank is None else rank

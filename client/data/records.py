@@ -20,7 +20,6 @@ _CUSTOMARY: Final = frozenset(
     "text title".split()
 )
 """Fields that other programs' data sets have."""
-
 _ROLES: Final = ("system", "user", "assistant")
 
 
@@ -34,15 +33,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One supervised example, as text.
+    """One supervised example, as text, with a name that is unique within its data set.
 
-    Attributes:
-        id: Name of the example, unique within its data set.
-        prompt: What the model reads; not empty. Of a conversation, the texts before its last turn.
-        answer: What the model should reply; not empty. Of a conversation, its last turn.
-        choices: The closed set of answers to choose from, `answer` among them; empty for open answers.
-        turns: The conversation, which ends with the assistant's turn; empty for a prompt and its answer.
-        person: Whose record it is; empty if that is not told.
+    The prompt is what the model reads and the answer what it should reply, neither empty; of a conversation,
+    in `turns`, the texts before its last turn, and that. `choices` are the closed set of answers, `answer`
+    among them; empty for open answers. `person` is whose record it is; empty if that is not told.
     """
 
     id: str
@@ -80,10 +75,7 @@ R = TypeVar("R", bound=Record)
 
 
 def by_unit(examples: Sequence[R], unit: Unit) -> list[tuple[R, ...]]:
-    """The units that a guarantee is for, in the order of their first examples: each alone, or by person.
-
-    ConfigurationError if the unit is a person and an example says none.
-    """
+    """The units of a guarantee, by first example; ConfigurationError if a person is wanted and not told."""
     if unit == "example":
         return [(example,) for example in examples]
     grouped: dict[str, list[R]] = {}
@@ -106,11 +98,7 @@ def unit_ids(examples: Sequence[Record], unit: Unit) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples of one source, at least one, and how they were read.
-
-    `label` and `columns` are for people; `named` tells whether a column names the examples, else their names
-    are made from what they say.
-    """
+    """A source's examples, at least one, and how they were read; `named` by a column, or by content."""
 
     label: str
     examples: tuple[Example, ...] = field(repr=False)
@@ -149,19 +137,13 @@ def read_public_examples(path: Path) -> tuple[Example, ...]:
 def read_set(
     source: DataSource | Iterable[Any], columns: ColumnSettings | None = None, *, public: bool = False
 ) -> ExampleSet:
-    """Read a source of any kind.
+    """Read a file, a folder, a split on a hub, or rows that a caller in Python holds.
 
-    Args:
-        source: File, folder, split on a hub, or rows that a caller in Python holds.
-        columns: Names of the columns to read, other columns being left out; by default the parts' own names,
-            and other columns are refused.
-        public: Name examples that have no name by their place in the file. Otherwise either all have one or
-            names are made from what the examples say: the same whatever their order, `-2` and so on added to
-            repetitions.
-
-    Raises:
-        ConfigurationError: The source cannot be read or holds nothing, a row is no example, or a name occurs
-            twice. The message names the row, never its contents.
+    `columns` are the names of the columns to read, others being left out; by default the parts' own names,
+    and other columns are refused. `public` names examples that have no name by their place in the file.
+    Otherwise either all have one or names are made from what the examples say: the same whatever their order,
+    `-2` and so on added to repetitions. ConfigurationError if the source cannot be read or holds nothing, a
+    row is no example, or a name occurs twice; it names the row, never its contents.
     """
     names = columns or ColumnSettings()
     part_of = {getattr(names, part): part for part in _PARTS}

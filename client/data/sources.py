@@ -26,7 +26,6 @@ from fedmosaic.protos.errors import ConfigurationError
 
 Row = tuple[str, object]
 """Where a row stands ("train.csv, line 3"), and what is there: columns by name if it is sound."""
-
 IN_PYTHON: Final = "examples"
 _LONGEST_CELL: Final = 1 << 27
 _EXTRA: Final = "pip install 'fedmosaic[datasets]'"
@@ -34,10 +33,7 @@ _HUB_ERRORS: Final = (OSError, ValueError, LookupError, RuntimeError, TypeError)
 
 
 def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows of a source in order; ConfigurationError if it cannot be read.
-
-    Where `wanted` names columns, others need not be read.
-    """
+    """The rows of a source in order, at least the `wanted` columns; ConfigurationError if unreadable."""
     if isinstance(source, HubData):
         return _dataset_rows(_from_hub(source), str(source), wanted)
     if not isinstance(source, Path):

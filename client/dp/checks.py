@@ -18,10 +18,8 @@ from fedmosaic.protos.errors import ModelError, PrivacyError
 
 REPEAT_TOLERANCE: Final = 1e-3
 """Relative distance allowed between two gradients of one example with others computed in between."""
-
 _NOISE_FACTOR: Final = 10.0
 """The same, in units of what two computations in a row differ by where the hardware is not repeatable."""
-
 # Share of the bound that the received branch lies at, and the texts' lengths: each time the longest one is
 # longer than all before, so that what is scaled by the longest text so far shows.
 _TRIED: Final = ((0.0, (4, 7, 13)), (1.0, (4, 9, 21)))
@@ -40,12 +38,9 @@ def public_examples(model: nn.Module, lengths: Sequence[int]) -> list[EncodedExa
 
 
 def assert_only_shared_branch(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    private_parameters: Mapping[str, nn.Parameter],
-    *,
+    model: nn.Module, cores: Mapping[str, nn.Linear], private_parameters: Mapping[str, nn.Parameter], *,
     losses: ExampleLosses = example_losses,
-) -> None:
+) -> None:  # fmt: skip
     """Prove that nothing but the cores is trained and that no private tensor reaches the loss.
 
     The second part follows the data: the private tensors are made differentiable for one forward pass
@@ -87,12 +82,8 @@ def assert_only_shared_branch(
 
 
 def check_engine(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    *,
-    clip: float,
-    losses: ExampleLosses = example_losses,
-) -> None:
+    model: nn.Module, cores: Mapping[str, nn.Linear], *, clip: float, losses: ExampleLosses = example_losses,
+) -> None:  # fmt: skip
     """Try on public texts of several lengths that every core learns, and that no example moves another's row.
 
     To be called once, before anything private or received is in the model. Rows are tried with a received

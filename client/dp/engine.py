@@ -42,9 +42,9 @@ from fedmosaic.protos.errors import ModelError
 def private_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter tensor that private data reaches, or may have reached, without noise, by name.
 
-    That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the
-    cores in training, and the received global ones. Other adapters in the model, of any PEFT method,
-    count in full. The base model does not: it is public, so it must never have seen private data.
+    That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the cores
+    in training, and the received global ones. Other adapters in the model, of any PEFT method, count in full.
+    The base model does not: it is public, so it must never have seen private data.
     """
     name = find_adapter(model)
     released = {
@@ -72,10 +72,8 @@ def only_shared_branch(
     """Leave nothing of the adapter but the shared branch in the model, and undo that afterwards.
 
     `global_weight` is the constant weight in [0, 1] of the received branch beside the one in training, which
-    then has the rest; None trains the local branch by itself.
-
-    Yields:
-        The cores to train (weight P, bias Q) by full module name, in the shared vector's order.
+    then has the rest; None trains the local branch by itself. Yields the cores to train (weight P, bias Q) by
+    full module name, in the shared vector's order.
     """
     name = find_adapter(model)
     layers = adapted_layers(model)
@@ -127,10 +125,7 @@ def example_gradient(
     example: EncodedExample,
     losses: ExampleLosses = example_losses,
 ) -> torch.Tensor:
-    """Gradient (D,) float32 of one example's loss, of that example alone, with respect to all cores.
-
-    The cores are in order, P row by row, then Q; zero where a core takes no part in the loss.
-    """
+    """Gradient (D,) float32 of one example's loss alone: of each core P by rows, then Q; zero if unused."""
     loss = losses(model, on_device_of(model, collate([example], pad_token_id=0)))
     if loss.shape != (1,):
         raise ModelError(

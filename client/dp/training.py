@@ -1,23 +1,25 @@
-"""Private training of the shared branch: DP-SGD on the cores P and Q, and on nothing else.
+"""Private training of the shared branch: DP-SGD on the cores P and Q, and on nothing else; then the rest.
 
-One step draws a Poisson sample of the examples, clips each example's gradient to the norm C, adds the
-clipped gradients up, adds N(0, σ²C²) to every coordinate of the sum, and divides by a public constant:
+One step draws a Poisson sample of the examples, clips each example's gradient to the norm C, adds the clipped
+gradients up, adds N(0, σ²C²) to every coordinate of the sum, and divides by a public constant:
 
     g̃ = ( Σ_{i in B} clip_C(g_i) + N(0, σ²C² I) ) / expected_batch_size
 
 The realised batch size is private under add/remove and divides nothing. An empty sample releases noise like
-any other and is charged like any other. What the optimizer makes of g̃ is post-processing, so the cores
-after the round are a release with the cost of the round's steps, provided that the values they started from
-were public or an earlier release, and that no other private tensor takes part in the forward pass
-(`fedmosaic.client.dp.checks`). One example moves the sum by at most C whatever it is, whatever the others
-are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is in evaluation mode
-throughout: dropout draws from one stream for all examples, and a layer with running statistics carries one
-example to the next. One thing remains outside the guarantee: the time of a step grows with the size of its
-sample.
+any other and is charged like any other. What the optimizer makes of g̃ is post-processing, so the cores after
+the round are a release with the cost of the round's steps, provided that the values they started from were
+public or an earlier release, and that no other private tensor takes part in the forward pass (`checks`). One
+example moves the sum by at most C whatever it is, the others are, and was received (`engine` says why). The
+model is in evaluation mode throughout: dropout draws from one stream for all examples, and a layer with
+running statistics carries one example to the next. One thing remains outside the guarantee: the time of a
+step grows with the size of its sample.
 
-Reference:
-    Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
-    Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
+In a round P and Q come first, alone, everything that has ever seen private data without noise out of the
+forward pass; then the personal branch, the other layers' LoRA and the gate, without DP, which never leave.
+The order is the guarantee: what is trained second cannot reach what is released.
+
+Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
+Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
 """
 
 import logging
@@ -50,7 +52,7 @@ from fedmosaic.client.records import digest_of
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.federation.terms import AdapterPrivacyTerms, AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism import gaussian
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import IntArray, NoiseSource, Randomness, poisson_sample
@@ -88,36 +90,26 @@ class PrivateTrainingSettings(Frozen):
 
 
 def private_steps(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    examples: Sequence[EncodedExample],
-    settings: PrivateTrainingSettings,
-    *,
-    private_parameters: Mapping[str, nn.Parameter],
-    randomness: Randomness,
-    losses: ExampleLosses = example_losses,
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings, *, private_parameters: Mapping[str, nn.Parameter],
+    randomness: Randomness, losses: ExampleLosses = example_losses,
     progress: Callable[[int, int], None] | None = None,
-) -> Callable[[], ClippedSum]:
+) -> Callable[[], ClippedSum]:  # fmt: skip
     """DP-SGD on the cores, checked and not yet begun; the new values in them will be one release.
 
-    What takes part is checked on public tokens, with public values in the place of what was received; no
-    data is touched. The caller charges `settings.event` and then calls what it is given, once. A failure
+    What takes part is checked on public tokens, with public values in the place of what was received; no data
+    is touched. The caller charges `settings.event` and then calls what it is given, once. A failure
     afterwards leaves the charge standing. No value that was received, or is private, can end the training: a
-    gradient that is not finite counts as zero. That the model has gradients to clip is tried before, once, by
-    `fedmosaic.client.dp.checks.check_engine`.
+    gradient that is not finite counts as zero. That there are gradients to clip is tried before, once, by
+    `checks.check_engine`.
 
     The cores start from values that are public or an earlier release, all else in the model is frozen, and
     `private_parameters`, which private data reaches without noise, must be out of the forward pass. A seeded
     `randomness` voids the guarantee.
 
-    Returns:
-        What takes the steps. It returns how many gradients there were over all of them, clipped or rejected
-        ones among them: private, for the client's own people. Its sum is empty.
-
-    Raises:
-        ConfigurationError: There is no example.
-        PrivacyError: A private tensor takes part.
-        ModelError: The cores cannot be trained privately.
+    Returns what takes the steps. It gives how many gradients there were over all of them, clipped or rejected
+    ones among them: private, for the client's own people. Its sum is empty. ConfigurationError if there is no
+    example; PrivacyError if a private tensor takes part; ModelError if the cores cannot be trained privately.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
@@ -147,14 +139,10 @@ def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> Non
 
 
 def _steps(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    examples: Sequence[EncodedExample],
-    settings: PrivateTrainingSettings,
-    randomness: Randomness,
-    losses: ExampleLosses,
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings, randomness: Randomness, losses: ExampleLosses,
     progress: Callable[[int, int], None] | None,
-) -> ClippedSum:
+) -> ClippedSum:  # fmt: skip
     parameters = core_parameters(cores)
     kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.Adam
     optimizer = kind(parameters, lr=settings.learning_rate)
@@ -196,42 +184,27 @@ def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> N
 
 
 def train_shared(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    terms: AdapterPrivacyTerms,
-    training: TrainingSettings,
-    *,
-    releases: Releases,
-    round_number: int,
-    progress: Progress,
-) -> None:
+    model: nn.Module, examples: Sequence[EncodedExample], terms: Terms, training: TrainingSettings,
+    releases: Releases, round_number: int, progress: Progress,
+) -> None:  # fmt: skip
     """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow it."""
-    plan = releases.adapter_plan
+    plan, privacy = releases.adapter_plan, terms.adapter_privacy
     settings = PrivateTrainingSettings(
-        learning_rate=training.private_learning_rate,
-        steps=terms.steps_per_round,
-        sampling_rate=plan.sampling_rate,
-        expected_batch_size=terms.expected_batch_size,
-        max_grad_norm=terms.clipping_norm,
-        noise_multiplier=plan.noise_multiplier,
-        bf16=training.bf16,
-    )
-    progress.stage(round_number, "private training", terms.steps_per_round)
+        learning_rate=training.private_learning_rate, steps=privacy.steps_per_round,
+        sampling_rate=plan.sampling_rate, expected_batch_size=privacy.expected_batch_size,
+        max_grad_norm=privacy.clipping_norm, noise_multiplier=plan.noise_multiplier, bf16=training.bf16,
+    )  # fmt: skip
+    progress.stage(round_number, "private training", settings.steps)
     with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
         counts = releases.release_adapter(
             round_number,
             settings.event,
             lambda: private_steps(
-                model,
-                cores,
-                examples,
-                settings,
-                private_parameters=private_parameters(model),
-                randomness=releases.randomness,
-                progress=lambda step, _total: progress.advance(step),
+                model, cores, examples, settings, private_parameters=private_parameters(model),
+                randomness=releases.randomness, progress=lambda step, _total: progress.advance(step),
             ),
             lambda steps: steps(),
-        )
+        )  # fmt: skip
     if counts is None:
         return
     releases.clipping.add("adapter", counts.clipped, counts.rows)
@@ -241,24 +214,14 @@ def train_shared(
 
 
 def group_share(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    terms: Terms,
-    training: TrainingSettings,
-    *,
-    members: int,
-    releases: Releases,
-    round_number: int,
-    progress: Progress,
-) -> IntArray | None:
+    model: nn.Module, examples: Sequence[EncodedExample], terms: Terms, training: TrainingSettings,
+    releases: Releases, round_number: int, progress: Progress, members: int,
+) -> IntArray | None:  # fmt: skip
     """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
 
-    Returns:
-        (D,) integers for the secure sum alone; None where the budget allows no more.
-
-    Raises:
-        MechanismError: the group is too large for the bits of the terms.
-        PrivacyError: the plan charges another noise than the terms add.
+    Gives (D,) integers for the secure sum alone; None where the budget allows no more. MechanismError if the
+    group is too large for the bits of the terms; PrivacyError if the plan charges another noise than they
+    add.
     """
     plan, grid = releases.adapter_plan, group_grid(terms, members)
     if plan.noise_multiplier != terms.group_sums.noise_multiplier:

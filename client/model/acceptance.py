@@ -32,37 +32,26 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _TOKENS: Final = 24
 """Public tokens of one sequence; the first third is what later tokens must not change."""
-
 _LEAK: Final = {"float32": 1e-4, "narrow": 0.05}
 """Most change of earlier logits by later tokens, relative to what those change at their own positions.
 
 Measured on tiny random models: causal ones give 0, with experts up to 8e-7; ones that see later tokens 3e-3
 at least. Narrow types round experts' products differently with the batch, so there the gradient has to
 tell."""
-
 _GRADIENT_LEAK: Final = 1e-6
 """Most gradient of earlier logits with respect to later tokens, relative to earlier ones: 0 if causal."""
-
 _WORDS_TRIED: Final = 400
-
 FOREIGN_ERRORS: Final = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-)
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError
+)  # fmt: skip
 """What the code of a model raises when it is called in a way that it does not expect."""
 
 
 def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a model, named `source` in messages and in evaluation mode, that learns no answer from a prompt.
 
-    Raises:
-        ModelError: Prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees
-            the tokens that it is to predict.
+    ModelError if prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees the
+    tokens that it is to predict.
     """
     _check_prompts(source, tokenizer)
     first, second = _public_ids(model, tokenizer)
@@ -210,11 +199,7 @@ def _logits(model: nn.Module, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
-    """Largest gradient of the first `kept` positions' logits with respect to a later token's embedding.
-
-    Relative to the largest with respect to an earlier one; exactly 0 for a causal model in any dtype. 0 also
-    where the embedding is not called as a module.
-    """
+    """Largest gradient of `kept` logits by a later token over that by an earlier one; 0 if causal."""
     table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
     with cut_at(table) as seen, torch.enable_grad():
         total = _logits(model, ids, kept).logsumexp(dim=-1).sum()

@@ -29,27 +29,17 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
-
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PUBLIC_PROMPT: Final = "Does the parcel weigh nine grams?"
 _TAKES_PARTS: Final[WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, bool]]] = WeakKeyDictionary()
 """By tokenizer: the chat template that was tried, and whether it wants content as a list of parts."""
-
-
 Piece = tuple[list[int], bool]
 """Tokens, and whether they are learned."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """One example as tokens.
-
-    Attributes:
-        id: Name of the example.
-        input_ids: (T,) int64, prompt tokens, then answer tokens, then end of sequence.
-        labels: (T,) int64, ``input_ids`` on the answer and the end of sequence, ``IGNORED`` on the prompt.
-        person: Whose record it is; empty if that is not told.
-    """
+    """One example as (T,) int64 tokens; labels are ``IGNORED`` outside the answer and its end of sequence."""
 
     id: str
     input_ids: torch.Tensor = field(repr=False)
@@ -58,28 +48,20 @@ class EncodedExample:
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    max_length: int,
-    *,
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *,
     setting: str = "max_length",
-) -> list[EncodedExample]:
+) -> list[EncodedExample]:  # fmt: skip
     """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
     The tokenizer's chat template is used if it has one. An example has at most ``max_length`` tokens, answer
-    and end of sequence included; `setting` is where that is set, for messages.
-
-    Raises:
-        ConfigurationError: There is no example, one has an empty prompt or answer, or an answer leaves no
-            room for a prompt token within ``max_length``.
-        ModelError: The tokenizer has no end-of-sequence token.
+    and end of sequence included; `setting` is where that is set, for messages. ConfigurationError if there is
+    no example, one has an empty prompt or answer, or an answer leaves no room for a prompt token; ModelError
+    if the tokenizer has no end of sequence.
     """
     if not examples:
         raise ConfigurationError("there is no example to encode; give at least one")
-    return [
-        _encode(tokenizer, example, index, max_length, setting)
-        for index, example in enumerate(examples, start=1)
-    ]
+    numbered = enumerate(examples, start=1)
+    return [_encode(tokenizer, example, index, max_length, setting) for index, example in numbered]
 
 
 def _encode(
@@ -122,10 +104,7 @@ def _kept_labels(labels: list[int], context: Sequence[Piece], kept: int) -> list
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens after which the model is to answer, without an end-of-sequence token at the end.
-
-    The tokenizer's chat template is used if it has one, else a line break ends the prompt.
-    """
+    """Tokens after which the model is to answer: its chat template's, else a line break ends the prompt."""
     if tokenizer.chat_template:
         return answer_tokens(tokenizer, rendered_prompt(tokenizer, prompt))
     tokens = list(tokenizer(prompt + "\n")["input_ids"])
@@ -150,12 +129,9 @@ def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Turn],
-    *,
-    open_turn: bool = False,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, open_turn: bool = False,
     parts: bool | None = None,
-) -> str:
+) -> str:  # fmt: skip
     if not tokenizer.chat_template:
         raise ModelError(
             "the data hold conversations (messages), and the model's tokenizer has no chat template; choose "
@@ -223,14 +199,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad B ≥ 1 examples on the right to one length T; padding is masked and carries no loss.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64.
-
-    Raises:
-        ModelError: The batch is empty.
-    """
+    """Pad B ≥ 1 examples on the right: ``input_ids``, ``attention_mask``, ``labels``, each (B, T) int64."""
     if not batch:
         raise ModelError("an empty batch cannot be padded; give at least one example")
 
@@ -264,10 +233,8 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> lis
 def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: int = 1) -> list[Piece]:
     """An example, of this number, as tokens without any cut: context and what is learned, the answer last.
 
-    Raises:
-        ConfigurationError: The template refuses the conversation.
-        ModelError: There is no template for a conversation, or what it makes of earlier turns changes with
-            later ones.
+    ConfigurationError if the template refuses the conversation; ModelError if there is none for it, or what
+    it makes of earlier turns changes with later ones.
     """
     end = int(tokenizer.eos_token_id)
     if not example.turns:

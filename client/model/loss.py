@@ -71,10 +71,7 @@ def example_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def logits_at(model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype.
-
-    `batch` are inputs (B, T) of the model's forward; ``labels`` are left out.
-    """
+    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # The vocabulary is the widest axis by far: positions that carry no loss are worth leaving out.
     if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:

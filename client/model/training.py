@@ -75,19 +75,12 @@ Progress = Callable[[int, int, float], None]
 
 The loss is a function of private examples: show it to the client's own people, send it nowhere.
 """
-
 _AVERAGED_STEPS: Final = 10
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What one call of `train_local` did. Losses and counts depend on private data and stay here.
-
-    Attributes:
-        first_loss: Mean loss (nats per token) of the first steps, at most ten and at most half of all.
-        last_loss: Mean loss of as many last steps.
-        weights_unmoved: Names of the trainable tensors that did not change.
-    """
+    """Mean losses (nats per token) of first and last steps, private; tensors that did not move."""
 
     first_loss: float = field(repr=False)
     last_loss: float = field(repr=False)
@@ -95,10 +88,7 @@ class TrainingReport:
 
 
 def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
-    """Sort every trainable tensor, by name, into one group of learning rate; ModelError if there is none.
-
-    The groups follow the tensors themselves, not their names: a module named ``gate_proj`` is no gate.
-    """
+    """Trainable tensors by learning rate and name; a ``gate_proj`` is no gate. ModelError if none."""
     roles: dict[int, Role] = {}
     for module in model.modules():
         if isinstance(module, CoLoraLayer):
@@ -116,24 +106,16 @@ def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def train_local(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    settings: TrainingSettings,
-    *,
-    pad_token_id: int,
-    sampler: EpochSampler | None = None,
-    losses: ExampleLosses = example_losses,
+    model: nn.Module, examples: Sequence[EncodedExample], settings: TrainingSettings, *, pad_token_id: int,
+    sampler: EpochSampler | None = None, losses: ExampleLosses = example_losses,
     progress: Progress | None = None,
-) -> TrainingReport:
+) -> TrainingReport:  # fmt: skip
     """Fine-tune whatever is trainable in the model with AdamW; deterministic by seed.
 
     The tensors are changed in place, the training mode is restored. The examples come in the order of the
-    sampler, which is moved on, or of a fresh one of the settings' seed.
-
-    Raises:
-        ConfigurationError: There is no example.
-        ModelError: Nothing is trainable.
-        TrainingError: A loss or gradient is not finite, or no weight changed. Nothing is put back.
+    sampler, which is moved on, or of a fresh one of the settings' seed. ConfigurationError without an
+    example; ModelError if nothing is trainable; TrainingError if a loss or gradient is not finite, or no
+    weight changed: nothing is put back.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
@@ -147,18 +129,16 @@ def train_local(
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     history: list[float] = []
-    with (
-        training_mode(model, True),
-        checkpointing(model, settings.gradient_checkpointing),
-        _seeded(settings.seed, order, model),
-    ):
+    recomputed = checkpointing(model, settings.gradient_checkpointing)
+    with training_mode(model, True), recomputed, _seeded(settings.seed, order, model):
         for step in range(1, settings.steps + 1):
             batches = (
                 collate([examples[i] for i in order.take(settings.per_device_train_batch_size)], pad_token_id)
                 for _ in range(settings.gradient_accumulation_steps)
             )
             history.append(_accumulate(model, batches, settings, loss_of, step))
-            _clip(trained.values(), settings.max_grad_norm, step)
+            norm = torch.nn.utils.clip_grad_norm_([*trained.values()], settings.max_grad_norm or math.inf)
+            _check_finite("gradient", norm, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             warmup.step()
@@ -224,11 +204,6 @@ def _accumulate(
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         total += float(loss.detach())
     return total
-
-
-def _clip(parameters: Iterable[nn.Parameter], max_grad_norm: float, step: int) -> None:
-    bound = max_grad_norm if max_grad_norm > 0.0 else math.inf
-    _check_finite("gradient", torch.nn.utils.clip_grad_norm_(list(parameters), bound), step)
 
 
 def _check_finite(what: str, value: torch.Tensor, step: int) -> None:

@@ -31,12 +31,9 @@ from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import MechanismError
 
 logger = logging.getLogger(__name__)
-
 ROWS_AT_ONCE: Final = 256
-
 ROWS_PER_DIMENSION: Final = 2
 """Fewer public rows than this per dimension leave directions whose variance whitening can only guess."""
-
 KEPT_BYTES: Final = 1 << 30
 """Public gradients up to this size stay in memory, so that the probe sees every example once."""
 
@@ -45,13 +42,11 @@ KEPT_BYTES: Final = 1 << 30
 class BasisSettings:
     """How a basis is fitted.
 
-    Attributes:
-        standardise: what the mechanism will do with rows.
-        kronecker_shape: numbers of directions of δ and of x, for a Kronecker reduction.
-        shrinkage: share of the mean eigenvalue that is added to every eigenvalue before whitening, so that
-            directions which public data hardly shows are not blown up.
-        clipping_quantile: the clipping norm is this quantile of the public rows' norms. A low one clips
-            nearly every row, which then differ in direction only.
+    `standardise` is what the mechanism will do with rows, `kronecker_shape` numbers of directions of δ and of
+    x. `shrinkage` is the share of the mean eigenvalue that is added to every eigenvalue before whitening, so
+    that directions which public data hardly shows are not blown up. The clipping norm is the
+    `clipping_quantile` of the public rows' norms: a low one clips nearly every row, which then differ in
+    direction only.
     """
 
     standardise: Literal["none", "centre", "whiten"] = "whiten"
@@ -90,12 +85,10 @@ def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSett
     if len(rows) < 2:
         raise MechanismError(f"{len(rows)} usable public gradients are too few for a basis; give hundreds")
     if settings.standardise == "whiten" and len(rows) < ROWS_PER_DIMENSION * rows.shape[1]:
-        logger.warning(
-            "%d public gradients are few to whiten %d dimensions with; give %d or more, or fewer dimensions",
-            len(rows),
-            rows.shape[1],
-            ROWS_PER_DIMENSION * rows.shape[1],
+        words = (
+            "%d public gradients are few to whiten %d dimensions with; give %d or more, or fewer dimensions"
         )
+        logger.warning(words, len(rows), rows.shape[1], ROWS_PER_DIMENSION * rows.shape[1])
     centre = whitening = None
     if settings.standardise != "none":
         centre = rows.mean(axis=0).astype(np.float32)
@@ -110,25 +103,17 @@ def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSett
 
 
 def fit_mechanism(
-    probe: Probe,
-    probe_name: str,
-    public_examples: Sequence[EncodedExample],
-    reduction: Reduction,
-    settings: BasisSettings,
-    noise_multiplier: float,
-) -> tuple[ProfileMechanism, PublicBasis | None]:
+    probe: Probe, probe_name: str, public_examples: Sequence[EncodedExample], reduction: Reduction,
+    settings: BasisSettings, noise_multiplier: float,
+) -> tuple[ProfileMechanism, PublicBasis | None]:  # fmt: skip
     """Probe public examples, better a thousand than a hundred, for a mechanism and its basis if any."""
     fitted = fit_basis(_factors_of(probe, public_examples), reduction, settings)
     needed = reduction.kind == "kronecker" or settings.standardise != "none"
     mechanism = ProfileMechanism(
-        probe=probe_name,
-        probe_sha256=probe.sha256,
-        reduction=reduction,
-        standardise=settings.standardise,
-        basis_sha256=fitted.basis.sha256 if needed else None,
-        clipping_norm=fitted.clipping_norm,
+        probe=probe_name, probe_sha256=probe.sha256, reduction=reduction, standardise=settings.standardise,
+        basis_sha256=fitted.basis.sha256 if needed else None, clipping_norm=fitted.clipping_norm,
         noise_multiplier=noise_multiplier,
-    )
+    )  # fmt: skip
     return mechanism, fitted.basis if needed else None
 
 

@@ -1,16 +1,17 @@
-"""Exact per-example gradients of a frozen probe model, as factors, from one forward pass.
+"""Exact per-example gradients of a frozen probe model, and the private sum of them in a task profile.
 
-The loss of one example is the mean cross entropy over its answer tokens. Its gradient with respect to
-the weight of the last block's `down_proj` is Σ_t δ_t x_tᵀ over the positions t whose next token is
-supervised, where x_t is the input of `down_proj` and δ_t the gradient at its output. The residual path
-carries δ_t unchanged to the final RMSNorm, so it follows from the logits alone:
+The loss of one example is the mean cross entropy over its answer tokens. Its gradient with respect to the
+weight of the last block's `down_proj` is Σ_t δ_t x_tᵀ over the positions t whose next token is supervised,
+where x_t is the input of `down_proj` and δ_t the gradient at its output. The residual path carries δ_t
+unchanged to the final RMSNorm, so it follows from the logits alone:
 
     e_t = (softmax(W γ⊙ρ_t h_t) - onehot(y_t)) / T,     ρ_t = (mean(h_t²) + ε)^(-1/2)
     u_t = γ ⊙ Wᵀ e_t
     δ_t = ρ_t u_t - (ρ_t³ / d) h_t ⟨h_t, u_t⟩
 
-Every example goes through decoder and head by itself: no padding, and no product of matrices that two
-examples share, so that an example's gradient has the same bits in any company.
+Every example goes through decoder, head and public map by itself. In a batch its neighbours decide the
+padding and the order of additions, so leaving one example out would move the last bits of all others, which
+the bound of one clipping norm does not allow for.
 
 Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """
@@ -46,7 +47,6 @@ from fedmosaic.protos.errors import MechanismError, ModelError, PrivacyError
 
 VOCABULARY_PER_CHUNK = 2**11
 """Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
-
 _TOLERANCE = 1e-3
 # A half-precision autograd graph is itself only good to a few per cent.
 _HALF_TOLERANCE = 0.1
@@ -89,11 +89,8 @@ def open_probe(model: nn.Module) -> Probe:
 
     The model is of the Llama form (Llama, Qwen2, Qwen3, Mistral, SmolLM ...): last block with
     `mlp.down_proj`, added to the residual stream without further scaling, a final RMSNorm, a linear head. Any
-    dtype; a peft wrapper is looked through, its adapters switched off.
-
-    Raises:
-        ModelError: a part is missing, the closed form does not hold for this architecture, or a layer keeps
-            something of earlier examples.
+    dtype; a peft wrapper is looked through, its adapters switched off. ModelError if a part is missing, the
+    closed form does not hold for this architecture, or a layer keeps something of earlier examples.
     """
     base = base_model(model)
     refuse_state(base)
@@ -231,7 +228,6 @@ def _check_closed_form(probe: Probe, base: Any) -> None:
 
 
 logger = logging.getLogger(__name__)
-
 LoadedProbe = tuple[Probe, PreTrainedTokenizerBase]
 
 
@@ -255,21 +251,14 @@ def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
 
 
 def clipped_profile(
-    probe: Probe,
-    examples: Sequence[EncodedExample],
-    public_map: PublicMap,
-    randomness: BitSource,
-    advance: Callable[[int], None] = lambda _: None,
-    unit: Unit = "example",
-) -> ClippedSum:
+    probe: Probe, examples: Sequence[EncodedExample], public_map: PublicMap, randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None, unit: Unit = "example",
+) -> ClippedSum:  # fmt: skip
     """Probe a Poisson sample of the units and sum their clipped gradients. Private, not a release.
 
     What one person's examples add up to is clipped as one. `advance` is told how much is done, in per cent:
-    it is to say nothing of the number of examples.
-
-    Raises:
-        MechanismError: the probe is not the mechanism's.
-        PrivacyError: there are too few examples, or an id occurs twice.
+    it is to say nothing of the number of examples. MechanismError if the probe is not the mechanism's;
+    PrivacyError if there are too few examples, or an id occurs twice.
     """
     mechanism = public_map.mechanism
     _check_data(examples, mechanism, len(unit_ids(examples, unit)))
@@ -291,11 +280,10 @@ def clipped_profile(
 def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
     """Refuse, with a MechanismError, a probe whose gradient's shape or weights are not the roster's."""
     shape = (probe.hidden_size, probe.intermediate_size)
-    if shape != (mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size):
+    agreed = mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size
+    if shape != agreed:
         raise MechanismError(
-            f"the probe's gradient has shape {shape}, the mechanism's "
-            f"{(mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size)}; "
-            f"load {mechanism.probe}"
+            f"the probe's gradient has shape {shape}, the mechanism's {agreed}; load {mechanism.probe}"
         )
     if probe.sha256 != mechanism.probe_sha256:
         raise MechanismError(
@@ -317,19 +305,13 @@ def _check_data(examples: Sequence[EncodedExample], mechanism: ProfileMechanism,
             "example its own id and list it once"
         )
     if count < mechanism.warn_below:
-        logger.warning(
-            "a task profile from fewer than %d examples is mostly noise; relevance may not be found",
-            mechanism.warn_below,
-        )
+        words = "a task profile from fewer than %d examples is mostly noise; relevance may not be found"
+        logger.warning(words, mechanism.warn_below)
 
 
 @dataclass(frozen=True)
 class ProfileProbe:
-    """Makes the private sum of one client's task profile; see `clipped_profile`.
-
-    `load` gives the probe once per sum, and nothing before; `max_length` tokens of an example are read, and
-    `setting` is where that is set, for messages.
-    """
+    """Makes the private sum of a client's profile; `load` gives the probe once per sum, not before."""
 
     load: Callable[[], LoadedProbe]
     public_map: PublicMap
@@ -361,20 +343,13 @@ class ProfileProbe:
 
 
 def client_probe(
-    settings: ClientSettings,
-    kit: Kit,
-    examples: Sequence[Example],
-    randomness: BitSource,
+    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: BitSource,
     advance: Callable[[int], None] = lambda _: None,
-) -> ProfileProbe:
+) -> ProfileProbe:  # fmt: skip
     """The probe of a client with a process of its own: loaded when a profile is due, then let go."""
     length = settings.profile_max_length
+    terms = kit.roster.terms
     return ProfileProbe(
         lambda: load_probe(settings.probe, length, "profile_max_length"),
-        public_map(kit.roster.terms.profile, kit.basis),
-        examples,
-        length,
-        randomness,
-        advance=advance,
-        unit=kit.roster.terms.unit,
-    )
+        public_map(terms.profile, kit.basis), examples, length, randomness, advance=advance, unit=terms.unit,
+    )  # fmt: skip

@@ -14,7 +14,6 @@ from fedmosaic.privacy.statement.plain import epsilon_text
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES
 
 Format = Literal["colora", "lora", "merged"]
-
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _FOUR_BITS: Final = (
     ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
@@ -48,10 +47,7 @@ def guarantees(statement: PrivacyStatement, channel: str) -> dict[str, Guarantee
 
 
 def model_card(export: Export, saved: SavedModel, statement: PrivacyStatement | None) -> str:
-    """The card as Markdown.
-
-    The statement is the member's own, or of what is shareable the one handed over; None before the end.
-    """
+    """The card as Markdown; of what is shareable, by the statement handed over. None before the run's end."""
     # Markdown, not HTML: nothing is escaped, and all names come from the roster or this member's settings.
     environment = Environment(  # noqa: S701
         loader=PackageLoader("fedmosaic.client.result", "."),
@@ -68,16 +64,10 @@ def model_card(export: Export, saved: SavedModel, statement: PrivacyStatement | 
     )
     names = ["AutoConfig"] * bool(model.keep_layers) + ["AutoModelForCausalLM", "AutoTokenizer"]
     return environment.get_template("card.md.j2").render(
-        **asdict(export),
-        **_figures(statement),
-        saved=saved,
-        private="dp" in saved.protection,
-        encrypted="encrypted" in saved.protection,
-        version=__version__,
-        gguf=gguf,
-        options=options,
+        **asdict(export), **_figures(statement), saved=saved, private="dp" in saved.protection,
+        encrypted="encrypted" in saved.protection, version=__version__, gguf=gguf, options=options,
         names=[*names, *["BitsAndBytesConfig"] * bool(model.quantization)],
-    )
+    )  # fmt: skip
 
 
 def _figures(statement: PrivacyStatement | None) -> dict[str, object]:

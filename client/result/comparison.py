@@ -27,10 +27,7 @@ BASE, ALONE, FEDERATED = "base", "alone", "federated"
 
 
 class Difference(Frozen):
-    """How much better one model is than another on the same rows, with its 95 % interval.
-
-    The p-value is that of the exact sign test on the rows that only one of both has right (McNemar).
-    """
+    """How much better a model is on the same rows, with 95 % interval and p-value (exact McNemar test)."""
 
     mean: float
     low: float
@@ -52,8 +49,8 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
 
     A row's difference is -1, 0 or 1, so resampling rows is resampling the counts of these three.
 
-    Reference:
-        B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, §13.3 (percentile interval).
+    Reference: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, §13.3 (percentile
+    interval).
     """
     rows = len(one)
     better = sum(a and not b for a, b in zip(one, other, strict=True))
@@ -69,11 +66,7 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
 
 
 class Comparison(Frozen):
-    """Shares of right answers of base, alone and federated on the client's own test rows.
-
-    `commonest` is what the commonest answer alone would score, None where rows have no choices; `over_alone`
-    is None where no model was trained alone.
-    """
+    """Shares of right answers; `commonest` is None without choices, `over_alone` without a model alone."""
 
     measure: str
     commonest: float | None
@@ -172,10 +165,7 @@ def epsilon_line(statement: PrivacyStatement) -> str:
 def last_lines(
     state: Path, adapter: Path | None, comparison: Comparison | None, statement: PrivacyStatement
 ) -> str:
-    """What a client says at its end, in 80 columns where no path is longer.
-
-    Without an adapter none was trained, and without a comparison there are no own test rows.
-    """
+    """What a client says at its end, in 80 columns where no path is longer."""
     lines = [""]
     if comparison is not None:
         rows = comparison.over_base.rows

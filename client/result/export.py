@@ -17,15 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedmosaic.client.model.load import load_base_model, save_adapter, without_rename_notice
+from fedmosaic.client.result import plain
 from fedmosaic.client.result.card import Export, Format, guarantees, model_card, public_name
-from fedmosaic.client.result.plain import (
-    clear_biases,
-    deviation,
-    merged,
-    only_released,
-    public_logits,
-    write_lora,
-)
+from fedmosaic.client.result.plain import deviation, public_logits
 from fedmosaic.client.result.saved import OpenedModel, Opening, SavedModel, read_saved
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT
 from fedmosaic.privacy.configuration import parse_json, read_own
@@ -75,10 +69,8 @@ def main(arguments: Sequence[str]) -> int:
 def export(arguments: Arguments) -> Export:
     """Write what is asked for.
 
-    Raises:
-        ConfigurationError: there is something where it is to be written.
-        PrivacyError: what is in the state is not to be shared.
-        StateError, ModelError: it cannot be loaded, or not be written in that form.
+    ConfigurationError if there is something where it is to be written; PrivacyError if what is in the state
+    is not to be shared; StateError or ModelError if it cannot be loaded, or not be written in that form.
     """
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -111,24 +103,24 @@ def export(arguments: Arguments) -> Export:
 
 def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -> Export:
     """Write the model, load it again, and compare it with what it was made from."""
-    model = only_released(opened.model) if arguments.shareable else opened.model
+    model = plain.only_released(opened.model) if arguments.shareable else opened.model
     expected = public_logits(model, opened.tokenizer)
     dtype = str(cast(PreTrainedModel, model.get_base_model()).dtype).removeprefix("torch.")
     left_out = ""
     if arguments.without_bias:
-        clear_biases(model)
+        plain.clear_biases(model)
         bare = public_logits(model, opened.tokenizer)
         left_out, expected = str(deviation(bare, expected)), bare
     rank = None
     if arguments.format == "merged":
         device = next(model.parameters()).device
-        whole = merged(model)
+        whole = plain.merged(model)
         whole.save_pretrained(str(folder))
         opened.tokenizer.save_pretrained(str(folder))
         again: nn.Module = load_base_model(folder, whole.dtype, device=device)[0]
     else:
         if arguments.format == "lora":
-            rank = write_lora(model, folder, name)
+            rank = plain.write_lora(model, folder, name)
         else:
             save_adapter(model, folder)
             # The base model is named as readers know it, not where it is on this machine.
@@ -153,10 +145,8 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
 def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:
     """Refuse to share what is not a private release, or what gives away a key.
 
-    Raises:
-        PrivacyError: nothing in the state is a private release, the key would not be safe, or no guarantee
-            holds.
-        StateError: the run is not over: no statement was handed over.
+    PrivacyError if nothing in the state is a private release, the key would not be safe, or no guarantee
+    holds; StateError if the run is not over: no statement was handed over.
     """
     if "dp" not in saved.protection:
         with_ckks = saved.protection == "encrypted" and saved.backend == "ckks"

@@ -95,18 +95,11 @@ def only_released(model: PeftModel) -> PeftModel:
     if not isinstance(config, CoLoraConfig):
         raise ModelError(f"the adapter is a {type(config).__name__}; only Co-LoRA's has a shared branch")
     bases, released = get_basis(model), read_shared(model, "local")
+    kept = "r alpha blocks layer_rule shared_layers target_modules basis_seed task_type".split()
     fresh = CoLoraConfig(
-        r=config.r,
-        alpha=config.alpha,
-        blocks=config.blocks,
-        layer_rule=config.layer_rule,
-        shared_layers=config.shared_layers,
-        target_modules=config.target_modules,
-        other_layers="none",
-        basis_seed=config.basis_seed,
-        task_type=config.task_type,
+        **{name: getattr(config, name) for name in kept}, other_layers="none",
         active_branches={"shared": ["local"]},
-    )
+    )  # fmt: skip
     made = adapt(cast(PreTrainedModel, model.unload()), fresh)
     set_basis(made, bases, label=config.basis_label or "custom")
     write_shared(made, released, "local")
@@ -153,14 +146,9 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
             tensors[f"{prefix}.lora_B.bias"] = zeros if delta.bias is None else delta.bias
     # PEFT scales LoRA and its bias by alpha/r; s is in the factors already.
     LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=_shortest(model, deltas),
-        lora_bias=biased,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+        r=rank, lora_alpha=rank, target_modules=_shortest(model, deltas), lora_bias=biased,
+        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+    ).save_pretrained(str(folder))  # fmt: skip
     contiguous = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return rank

@@ -36,46 +36,28 @@ _HANDSHAKE_SECONDS: Final = 5.0
 _PROXY_VARIABLES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
 """In the order in which gRPC reads them."""
 _CREDENTIALS: Final = re.compile(r"(?<=://)[^/@\s]*@|^[^/@\s]*@")
-
-_FINAL: Final = (
-    (
-        "certificate has expired",
-        "the server's certificate has expired (if this machine's clock is right); have the consortium "
-        "approve its request again (`fedmosaic keys approve`)",
-    ),
-    (
-        "certificate is not yet valid",
-        "the server's certificate is not valid yet; compare the clocks of both machines",
-    ),
-    (
-        "unsupported certificate purpose",
-        "what listens there shows a certificate that is not a server's; the server has to be started from "
-        "federation/server",
-    ),
-    (
-        "CERTIFICATE_VERIFY_FAILED",
-        "what listens there has no certificate of this federation's authority; check the address, and that "
-        "both kits are of one federation",
-    ),
-    (
-        "WRONG_VERSION_NUMBER",
-        "what listens there does not speak TLS, so it is not the federation's server; check address and port",
-    ),
-)
-_PASSING: Final = (
-    ("errors resolving", "the name cannot be found; check it, and this machine's network"),
-    ("address lookup failed", "the name cannot be found; check it, and this machine's network"),
-    ("Connection refused", "nothing listens there; check the address and that the server runs"),
-    ("No route to host", "there is no way to this machine; check the address, the network and firewalls"),
-    ("Network is unreachable", "there is no way to this network; check this machine's connection"),
-    ("Handshake read failed", "the connection was closed before TLS was agreed; check address and port"),
-    (
-        "Socket closed",
-        "the server closed the connection; if this repeats, it refuses this client's certificate, and its "
-        "log says why if it is started with GRPC_VERBOSITY=INFO",
-    ),
-    ("DEADLINE_EXCEEDED", "no answer in time; check the address, the network and firewalls"),
-)
+_FINAL: Final = {
+    "certificate has expired": "the server's certificate has expired (if this machine's clock is right); "
+    "have the consortium approve its request again (`fedmosaic keys approve`)",
+    "certificate is not yet valid": "the server's certificate is not valid yet; compare the machines' clocks",
+    "unsupported certificate purpose": "what listens there shows a certificate that is not a server's; "
+    "the server has to be started from federation/server",
+    "CERTIFICATE_VERIFY_FAILED": "what listens there has no certificate of this federation's authority; "
+    "check the address, and that both kits are of one federation",
+    "WRONG_VERSION_NUMBER": "what listens there does not speak TLS, so it is not the federation's server; "
+    "check address and port",
+}
+_PASSING: Final = {
+    "errors resolving": "the name cannot be found; check it, and this machine's network",
+    "address lookup failed": "the name cannot be found; check it, and this machine's network",
+    "Connection refused": "nothing listens there; check the address and that the server runs",
+    "No route to host": "there is no way to this machine; check the address, the network and firewalls",
+    "Network is unreachable": "there is no way to this network; check this machine's connection",
+    "Handshake read failed": "the connection was closed before TLS was agreed; check address and port",
+    "Socket closed": "the server closed the connection; if this repeats, it refuses this client's certificate, and "
+    "its log says why if it is started with GRPC_VERBOSITY=INFO",
+    "DEADLINE_EXCEEDED": "no answer in time; check the address, the network and firewalls",
+}
 
 
 class Cause(NamedTuple):
@@ -86,10 +68,7 @@ class Cause(NamedTuple):
 
 
 def explain(text: str, address: str) -> Cause:
-    """Say what a failed call to an address means, by gRPC's text with the status code.
-
-    A proxy is named wherever it may stand in between.
-    """
+    """What a failed call to an address means, by gRPC's text; a proxy that may stand between is named."""
     if "Hostname Verification Check failed" in text:
         named = ", ".join(_presented_names(address)) or "other names"
         return Cause(
@@ -98,10 +77,10 @@ def explain(text: str, address: str) -> Cause:
             final=True,
         )
     through = _proxy(address)
-    for mark, words in _FINAL:
+    for mark, words in _FINAL.items():
         if mark in text:
             return Cause(words + through, final=True)
-    for mark, words in _PASSING:
+    for mark, words in _PASSING.items():
         if mark in text:
             return Cause(f"{words}{through} ({text})")
     return Cause(f"{text}{through}")
@@ -124,10 +103,7 @@ def _proxy(address: str) -> str:
 
 
 def _presented_names(address: str) -> list[str]:
-    """The names in the certificate that is shown at an address; empty if it cannot be had.
-
-    The certificate is only quoted: gRPC has refused the connection already.
-    """
+    """The names in the certificate that is shown there, only quoted: the connection is refused already."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -166,11 +142,9 @@ _OPTIONS: Final = (
 def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
     """Open a channel that shows this client's certificate and accepts only the federation's server.
 
-    The address is as `fedmosaic.privacy.federation.names.address` gives it; all files are PEM.
-
-    Raises:
-        IdentityError: a file is missing or damaged, key and certificate are no pair, or the certificate is
-            expired or not from this authority.
+    The address is as `fedmosaic.privacy.federation.names.address` gives it; all files are PEM. IdentityError
+    if a file is missing or damaged, key and certificate are no pair, or it is expired or not from this
+    authority.
     """
     certificate_pem, key_pem = check_pair(certificate, private_key)
     check_certificate(certificate, authority)
@@ -191,12 +165,8 @@ class Patience:
         """Repeat an attempt while it fails (`grpc.RpcError`) for reasons that time may cure.
 
         Delays grow exponentially and are jittered, so that clients do not come back in step. Growth of the
-        number `progress` renews the patience.
-
-        Raises:
-            Refusal: the server refused.
-            IdentityError: the server is not the federation's, which no patience cures.
-            TransportError: the patience is over.
+        number `progress` renews the patience. Refusal if the server refused; IdentityError if it is not the
+        federation's, which no patience cures; TransportError if the patience is over.
         """
         started, reached, delay = time.monotonic(), progress(), _FIRST_DELAY_SECONDS
         while True:

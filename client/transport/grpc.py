@@ -17,18 +17,9 @@ from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
 from fedmosaic.privacy.files import file_marks, write_atomically
 from fedmosaic.protos import bounds, wire
+from fedmosaic.protos import messages as m
 from fedmosaic.protos.errors import IdentityError, WireError
-from fedmosaic.protos.messages import (
-    Aggregate,
-    Enrolled,
-    Enrolment,
-    KeyMessage,
-    Receipt,
-    RelayedKeyMessage,
-    Report,
-    RoundStatus,
-    Upload,
-)
+from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, Receipt, RoundStatus, Upload
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
@@ -38,11 +29,7 @@ CHANNELS: Final[tuple[Channel, ...]] = ("adapter", "profile", "keys", "control")
 
 
 class Traffic:
-    """Serialised message bytes per channel; what HTTP/2 and TLS add is not in them.
-
-    The channels: `adapter` is chunks of uploads and aggregates, `profile` the task profile, `keys` the key
-    agreement, `control` everything else.
-    """
+    """Serialised bytes by channel, without HTTP/2 and TLS; `adapter` is chunks, `keys` the key agreement."""
 
     def __init__(self, path: Path | None = None) -> None:
         """Begin to count, or go on with the file that `save` writes; StateError if that is damaged."""
@@ -99,10 +86,7 @@ class Transport(Protocol):
         """Compare the terms of both sides and learn where the run is."""
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
-        """Wait until this round, or a later one, is open and return what to load before it.
-
-        `on_wait` is told now and then what the server waits for.
-        """
+        """Wait until this round, or a later one, is open; `on_wait` is told what the server waits for."""
 
     def push(self, upload: Upload) -> Receipt:
         """Send an upload; sending the same one again is harmless."""
@@ -113,7 +97,7 @@ class Transport(Protocol):
     def report(self, statement: bytes) -> None:
         """Hand over the privacy statement, a JSON object."""
 
-    def post_key_message(self, message: KeyMessage) -> None:
+    def post_key_message(self, message: m.KeyMessage) -> None:
         """Leave a message of the key agreement; leaving the same one again is harmless."""
 
     def read_key_messages(
@@ -132,17 +116,10 @@ class GrpcTransport:
     """`Transport` over gRPC with mutual TLS. Blocking; one per client process."""
 
     def __init__(
-        self,
-        address: str,
-        *,
-        authority: Path,
-        certificate: Path,
-        private_key: Path,
-        retry_seconds: float = 300.0,
-        wait_seconds: float = 25.0,
-        traffic: Traffic | None = None,
+        self, address: str, *, authority: Path, certificate: Path, private_key: Path,
+        retry_seconds: float = 300.0, wait_seconds: float = 25.0, traffic: Traffic | None = None,
         connect: Connect = open_channel,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Prepare a connection with PEM files of a kit; it is opened by the first call.
 
         One call waits `wait_seconds` at the server, at most 60; without any progress for `retry_seconds` the
@@ -188,12 +165,9 @@ class GrpcTransport:
         self._channel, self._stub = channel, rpc.FederationStub(channel)
 
     def _unary(
-        self,
-        name: str,
-        method: Callable[[], Callable[..., B]],
-        request: Message,
+        self, name: str, method: Callable[[], Callable[..., B]], request: Message,
         channel: Channel = "control",
-    ) -> B:
+    ) -> B:  # fmt: skip
         """One request and its answer, counted; `method` takes it from the stub of the present channel."""
         response = self._call(name, lambda: self._attempt(method(), request, channel))
         self._traffic.received(channel, response.ByteSize())
@@ -289,9 +263,9 @@ class GrpcTransport:
 
     def report(self, statement: bytes) -> None:
         """See `Transport.report`."""
-        self._unary("report", lambda: self._stub.Report, wire.encode(Report(statement), pb.ReportRequest))
+        self._unary("report", lambda: self._stub.Report, wire.encode(m.Report(statement), pb.ReportRequest))
 
-    def post_key_message(self, message: KeyMessage) -> None:
+    def post_key_message(self, message: m.KeyMessage) -> None:
         """See `Transport.post_key_message`."""
         request = wire.encode(message, pb.PostKeyMessageRequest)
         self._unary("post key message", lambda: self._stub.PostKeyMessage, request, "keys")
@@ -312,7 +286,7 @@ class GrpcTransport:
             size = 0
             for part in self._stub.ReadKeyMessages(request, timeout=wait + _CALL_SECONDS):
                 self._traffic.received("keys", part.ByteSize())
-                message = wire.decode(part, RelayedKeyMessage)
+                message = wire.decode(part, m.RelayedKeyMessage)
                 found[message.sender] = message.payload
                 if len(found) > bounds.MAX_MEMBERS:
                     raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")

