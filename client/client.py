@@ -1,10 +1,9 @@
 """A client, put together: the one place where kit, keys, ledger, releases and session meet.
 
-    result = Client("client.toml").run()
     result = Client("client.toml", model=model, tokenizer=tokenizer, examples=rows, ledger="books").run()
 
-`Participant` is the part that does not care where its model, its data and its server come from; simulations,
-attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
+`Participant` does not care where its model, its data and its server come from; simulations, attacks and tests
+stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
 """
 
 import logging
@@ -23,10 +22,9 @@ from fedmosaic.client import statement as statements
 from fedmosaic.client.group_session import GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
+from fedmosaic.client.ledger import NO_LEDGER, AdapterPlan, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.probe import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress, Tracker
@@ -87,13 +85,11 @@ class Participant:
 class ClientResult:
     """What a client has after the last round. All of it is for the client's own people.
 
-    `before` and `after` are shares of right answers, in [0, 1], by test set, "self" the own one; `after` is
-    empty if none could be computed. `statement` says who learns what about the client's data, at which ε;
-    `traffic` has bytes sent and received by channel. `received_rounds` began with an aggregate of the others;
-    with 0 this client trained alone. `adapter` is the folder that PEFT loads, None if none was trained;
-    `fedmosaic report`, `export`, `chat` and `predict` read `state`. `comparison` is base, alone and federated
-    on the own test rows, None without such rows; `model` is with the adapter, ready to generate, and in
-    memory as long as this result.
+    `before` and `after` are shares of right answers, in [0, 1], by test set, "self" the own one, if they
+    could be computed; `statement` says who learns what about the data, at which ε; `traffic` is bytes by
+    channel. With `received_rounds` 0 this client trained alone. `adapter` is the folder that PEFT loads, if
+    one was trained, and `state` what `fedmosaic report`, `export`, `chat` and `predict` read. `comparison`
+    needs own test rows.
     """
 
     before: Mapping[str, float]
@@ -118,23 +114,17 @@ class Client:
     ) -> None:  # fmt: skip
         """Prepare; nothing is opened yet. What is handed over passes the same checks as what is in files.
 
-        Args:
-            settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
-                from the file's directory).
-            model: a loaded causal language model of transformers, instead of `[model] path`. `run` puts
-                adapter layers into this very model and freezes its weights, which stay as they are; it runs
-                on the device and in the type that it has. A model that carries adapters is refused.
-            tokenizer: of the model; it is copied.
-            examples: training examples instead of `data.train`: dictionaries with the columns of a file, or a
-                `datasets.Dataset`.
-            test: examples to score, instead of `data.test`.
-            ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
-                examples that are handed over.
-            connect: opens the channel to the server, for what carries calls another way than TCP.
+        `settings` may be a file (TOML or JSON), from whose directory its relative paths are taken. `model` is
+        a loaded causal language model of transformers instead of `[model] path`: `run` puts adapter layers
+        into this very model and freezes its weights, which stay as they are; it runs on the device and in the
+        type that it has, and one that carries adapters is refused. `tokenizer` is copied. `examples` and
+        `test`, instead of `data.train` and `data.test`, are dictionaries with the columns of a file, or a
+        `datasets.Dataset`; `ledger`, as `data.ledger`, is the directory of their privacy ledger, which must
+        be named for them. `connect` opens the channel to the server, for what carries calls another way than
+        TCP.
 
-        Raises:
-            ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
-                named and handed over.
+        ConfigurationError if the file cannot be read, a setting is wrong or missing, or something is both
+        named and handed over.
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)

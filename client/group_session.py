@@ -1,10 +1,8 @@
 """A client's life where members share noisy sums of their groups, and no adapter.
 
-    pull      wait for the round; the groups and the sums of the rounds before
-    receive   check the groups, take the public steps that the sums stand for
+    receive   check the groups, take the public steps that the sums of the rounds before stand for
     share     clipped gradients of one Poisson sample and a share of the noise, charged before it is drawn
-    sum       into the group's secure sum
-    push      the task profile, and that this client has done its part
+    sum       into the group's secure sum; then push the task profile, and that this client has done its part
     train     the personal branch on top, after the last round
 
 The first round has no sum: its profiles decide who adds up with whom.
@@ -20,8 +18,8 @@ from typing import Final, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from fedmosaic.client.ledger import group_grid
 from fedmosaic.client.membership import Learner
-from fedmosaic.client.planning import group_grid
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
@@ -90,10 +88,9 @@ def take_part(
 ) -> None:
     """Bring a vector into the group's sum; see `fedmosaic.privacy.secureaggregation.member`.
 
-    `answered` sends the fresh member's message of a step and gives what the step brought, once it is over.
-    `draw` gives (D,) this round's share, charged and booked, or None to leave the sum; it is called once,
-    when enough others have proved to take part, so that a sum that never begins costs nothing.
-    EncryptionError if a message is not acceptable or a step took too long; Refusal if there is no sum.
+    `answered` sends our message of a step and gives what it brought. `draw` gives (D,) the share, charged and
+    booked, or None to leave, once, when enough others have proved to take part: a sum that never begins costs
+    nothing. EncryptionError for an unacceptable or late message; Refusal if there is no sum with us.
     """
     openings = answered("sum-open", member.open().encoded())
     sealed = member.share({name: Opening.decoded(data) for name, data in openings.items()})

@@ -50,12 +50,11 @@ class _Agreed:
 
 
 class Keyring:
-    """Agrees on one key per epoch and remembers the two newest.
+    """Agrees on one key per epoch and remembers the two newest, on this client's disk (mode 0600).
 
-    Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch: a key
-    is there before this client confirms that it holds it, and is used once all members have confirmed. A
-    key older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
-    could read is not needed any more.
+    So a restarted process can go on in its epoch: a key is there before this client confirms that it holds
+    it, and is used once all members have confirmed. Older ones are deleted, and all at the end of the run
+    (`forget`).
     """
 
     def __init__(
@@ -91,11 +90,7 @@ class Keyring:
         self._retired = max(self._retired, epoch)
 
     def forget(self) -> None:
-        """Delete every key, also half-written ones. The counter stays: no epoch is ever opened again.
-
-        Right once the last round's upload is acknowledged: the aggregate of the round before was opened
-        before that upload was made, and of the last round none is made. Doing it again does nothing.
-        """
+        """Delete every key, right once the last upload is acknowledged; the counter stays."""
         self._keys.clear()
         kept = list(self._directory.glob("epoch-*"))
         for path in kept:
@@ -128,12 +123,10 @@ class Keyring:
         return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
-        """Agree on the key of an epoch with the other members, or return it if that was done.
+        """Agree on the key of an epoch, whose rounds count from the open one, or return it if that was done.
 
-        The epoch's rounds are counted from `round_number`, the open one. KeyExpiredError if the epoch is over
-        by the roster's terms; KeyAgreementError if a member is missing, added, swapped or cheats, and the
-        next epoch may succeed; RefusedError if the server refuses, for example because the epoch was
-        replaced.
+        KeyExpiredError if the epoch is over by the roster's terms; KeyAgreementError if a member is missing,
+        added, swapped or cheats, and the next epoch may succeed; RefusedError, as for a replaced epoch.
         """
         if self.has(epoch):
             if epoch <= self._retired or epoch != self.counter.epoch:
@@ -156,9 +149,7 @@ class Keyring:
         least = agreements.MINIMUM_MEMBERS
         members = self._read(epoch, "join", least, patience, lambda m: len(m) >= least)
         if self._client_id not in members:
-            raise KeyAgreementError(
-                f"the server left this client out of key epoch {epoch}: {sorted(members)}"
-            )
+            raise KeyAgreementError(f"the server left us out of key epoch {epoch}: {sorted(members)}")
         if absent := sorted(set(self._roster.identity_keys()) - set(members)):
             # A server can leave members out, but not without every other member's log saying so.
             log.warning("key epoch %d has no %s, who are on the roster", epoch, ", ".join(absent))
@@ -277,9 +268,8 @@ class Keyring:
         try:
             agreed, _ = self._read_key(path)
         except FileNotFoundError:
-            raise KeyAgreementError(
-                f"this client was not part of key epoch {epoch} and cannot read its uploads"
-            ) from None
+            words = f"this client was not part of key epoch {epoch} and cannot read its uploads"
+            raise KeyAgreementError(words) from None
         if agreed.key.epoch != epoch:
             raise KeyAgreementError(f"{path} holds the key of epoch {agreed.key.epoch}")
         self._keys[epoch] = agreed
@@ -292,9 +282,8 @@ class Keyring:
             key = GroupKey.load(stored["key"].encode())
             agreed = _Agreed(key, int(stored["first_round"]), bytes.fromhex(stored["roster_hash"]))
         except (StateError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise KeyAgreementError(
-                f"{path} is damaged ({type(error).__name__}): its key is lost, the next epoch has another"
-            ) from None
+            words = f"{path} is damaged ({type(error).__name__}): its key is lost, the next epoch has another"
+            raise KeyAgreementError(words) from None
         if key.federation != self._roster.federation:
             raise KeyAgreementError(f"{path} holds a key of federation {key.federation!r}")
         return agreed, stored

@@ -49,12 +49,10 @@ class ModelLearner:
     ) -> None:  # fmt: skip
         """Load model and data and put a fresh adapter on.
 
-        `loaded` is an adapted model, as `load_adapted` gives it, where several clients of one process take
-        turns on one; `base` an accepted base model instead of what the settings name; `data` the examples, if
-        they were read. ModelError if the model cannot be loaded or adapted, has no row for a token of the
-        examples, or cannot be trained as the terms want it; PrivacyError if a tensor that sees private data
-        would take part in private training; ConfigurationError if the examples cannot be read or are to be
-        longer than the model's positions.
+        `loaded` is a model of `load_adapted` where several clients take turns on one, `base` an accepted
+        model instead of the settings', `data` the examples, if they were read. ModelError if the model cannot
+        be adapted, has no row for a token, or cannot be trained as the terms want it; PrivacyError if a
+        tensor that sees private data would take part; ConfigurationError for unreadable or too long examples.
         """
         self._settings, self._terms, self._family, self._progress = settings, terms, family, progress
         # Told the loss of every step of a round. It is private: for the client's own people alone.
@@ -254,12 +252,10 @@ class ModelLearner:
         """Train a second adapter without anything received, score it on the own test rows, and forget it.
 
         Each round does what a round does when no aggregate came. Under DP the shared branch is left out:
-        whoever is alone shares nothing and needs no noise, so the personal parts have all the steps.
-
-        Its training reads private data without noise, and no ledger is charged. That is no release: it begins
-        when the last upload and the statement have been sent, its tensors are dropped here, and its score
-        stays in the state directory. Whoever hands that score on releases it. None without own test rows, or
-        if training fails.
+        whoever is alone shares nothing and needs no noise. Its training reads private data without noise, and
+        no ledger is charged. That is no release: it begins when the last upload and the statement have been
+        sent, its tensors are dropped here, and its score stays in the state directory. Whoever hands that
+        score on releases it. None without own test rows, or if training fails.
         """
         test = self._data.tests.get("self")
         if test is None:

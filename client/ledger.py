@@ -1,8 +1,7 @@
-"""The privacy ledger of a client's data: where it stands, how it is opened, and `fedmosaic ledger`.
+"""The privacy ledger of a client's data and what is planned to be charged; `fedmosaic ledger`.
 
-    DATA.jsonl                     the client's training examples (`data.train`)
-    DATA.jsonl.ledger/             or the directory that `data.ledger` names, as it must for data that are no
-                                   file or folder here: of a hub, or handed over in Python
+    DATA.jsonl.ledger/             beside the training examples, or the directory that `data.ledger` names, as
+                                   it must for data that are no file or folder here
         ledger.sqlite              every release from these data, by any run, client and federation
         ledger.sqlite.head         the last row that was written
         profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
@@ -22,19 +21,64 @@ import tyro
 
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
+from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.federation.terms_checks import plan_inputs
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
 from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
+from fedmosaic.privacy.mechanism.shares import ShareGrid, plan_grid
 from fedmosaic.privacy.statement.rounding import round_up
-from fedmosaic.protos.errors import ConfigurationError, LedgerError
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """σ, noise over clipping norm, 0 without privacy; and the rate q, expected batch size over examples."""
+
+    noise_multiplier: float
+    sampling_rate: float
+
+
+def sampling_rate(terms: Terms, examples: float) -> float:
+    """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
+    return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
+
+
+def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
+    """σ for all rounds of n examples, within what the profile leaves of (ε, δ); AccountingError if none."""
+    if not terms.adapter.private:
+        return AdapterPlan(0.0, sampling_rate(terms, examples))
+    if not terms.adapter.in_group_sums:
+        settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+        return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
+    sums = terms.group_sums
+    if sums.noise_multiplier is None:
+        raise AccountingError(
+            "the roster does not say the noise of its group sums; found the federation again"
+        )
+    if examples < sums.least_examples:
+        raise AccountingError(
+            f"{examples:.0f} examples are fewer than the {sums.least_examples} that a member needs for the "
+            "noise which all have agreed on (group_sums.least_examples); add examples or leave"
+        )
+    return AdapterPlan(sums.noise_multiplier, sampling_rate(terms, examples))
+
+
+def group_grid(terms: Terms, members: int) -> ShareGrid:
+    """The integers of a group's sum, a function of the signed terms and the group's size alone."""
+    sums = terms.group_sums
+    noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
+    return plan_grid(members, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
+
 
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
@@ -96,10 +140,7 @@ def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow
 
 @dataclass(frozen=True)
 class DataLedger:
-    """The one ledger of a data set, in the directory `place`, as one client of one federation sees it.
-
-    `named` tells whether `data.ledger` names it; `state` and `record` are the client's.
-    """
+    """A data set's one ledger, in `place`, `named` by `data.ledger` or beside it, as one client sees it."""
 
     place: Path
     named: bool

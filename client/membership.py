@@ -85,12 +85,7 @@ class Learner(Protocol):
 def ask_to_enrol(
     transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, **asked: Any
 ) -> Enrolled:
-    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
-
-    `asked` are other fields of `Enrolment`: `check_only`, or the ledger's head for the server to keep, signed
-    over `fedmosaic.protos.signing.ledger_digest`. RefusedError if the server refuses this client;
-    PolicyError if it wants another number of rounds than the roster's terms; TransportError.
-    """
+    """Compare beliefs and enrol unless `check_only`; PolicyError for rounds beyond the terms."""
     software = f"fedmosaic {__version__}"
     enrolled = transport.enrol(
         Enrolment(
@@ -257,11 +252,7 @@ class Membership:
                 raise self._retired(upload) from None
 
     def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
-        """What can still be done about an upload that was refused: as it was taken, and the receipt.
-
-        SealAnewError if its key epoch is over; LedgerError or StateError if this client's ledger or state, or
-        the server's, is an older copy; RefusedError if nothing can be done.
-        """
+        """A refused upload, as taken after all, and its receipt; SealAnewError if its epoch is over."""
         self._state.audit.refused(self._identity.client_id, "push", refusal.reason)
         if refusal.reason == "LEDGER_BEHIND":
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.

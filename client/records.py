@@ -1,9 +1,8 @@
 """Small files that a client writes between two steps of a round, so that a restart goes on from them.
 
-STATE/upload-0003.bin             an upload until its round is closed, re-sent byte for byte
-STATE/profile-average.npz         the average of all profiles that were released
-STATE/clipping.json               how many examples were clipped, for the client's own statement
-LEDGER/profile-<data>-<map>.npy   a noised profile, sent again free of charge
+An upload until its round is closed, re-sent byte for byte; the average of all released profiles; counts of
+clipped examples, for the own statement; and, in the ledger's directory, a noised profile, sent again for
+free.
 """
 
 import hashlib
@@ -72,9 +71,8 @@ def read_upload(path: Path) -> Upload | None:
         if start != len(content):
             raise WireError("bytes are left over")
     except (struct.error, DecodeError, WireError) as error:
-        raise StateError(
-            f"{path} is damaged ({error}); delete it: the round is then sealed again from the trained adapter"
-        ) from None
+        words = "delete it: the round is then sealed again from the trained adapter"
+        raise StateError(f"{path} is damaged ({error}); {words}") from None
     about = header.round, header.attempt_id, header.key_epoch
     return Upload(*about, tuple(sections), header.profile, header.signature, header.ledger)
 
@@ -103,9 +101,8 @@ def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Floa
         with path.open("rb") as file, _ONE_READER:
             vector: Float32Array = np.load(file, allow_pickle=False)
     except _ARRAY_ERRORS as error:
-        raise StateError(
-            f"{path}: the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
-        ) from None
+        words = f"the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
+        raise StateError(f"{path}: {words}") from None
     if vector.shape != (dimensions,) or vector.dtype != np.float32:
         raise StateError(f"{path}: a profile of shape {vector.shape}, expected ({dimensions},) float32")
     if digest is not None and digest_of(vector) != digest:

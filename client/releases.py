@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fedmosaic.client import records
-from fedmosaic.client.ledger import ServerAnchor
-from fedmosaic.client.planning import AdapterPlan
+from fedmosaic.client.ledger import AdapterPlan, ServerAnchor
 from fedmosaic.client.records import digest_of
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
@@ -38,11 +37,9 @@ ProfileSum = Callable[[], ClippedSum]
 class Releases:
     """What one client has released and may still release.
 
-    Attributes:
-        receive_only: whether the budget has refused the adapter; nothing of it leaves then.
-        clipping: counts of clipped examples.
-        randomness: noise and Poisson samples.
-        anchor: what the server keeps of the ledger.
+    `receive_only` is whether the budget has refused the adapter; nothing of it leaves then. `clipping` counts
+    clipped examples, `randomness` gives noise and Poisson samples, `anchor` is what the server keeps of the
+    ledger.
     """
 
     def __init__(
@@ -52,9 +49,9 @@ class Releases:
     ) -> None:  # fmt: skip
         """Begin, or go on with what the ledger and the state directory hold.
 
-        `disjoint_epochs` composes this data epoch in parallel with others that share no example with it,
-        which the ledger proves or refuses. Right only where the epoch of an example does not depend on other
-        examples, as with examples that arrive over time.
+        `disjoint_epochs` composes this data epoch in parallel with others that share no example, which the
+        ledger proves or refuses. Right only where an example's epoch does not depend on others, as if they
+        arrive.
         """
         self.receive_only = False
         self.clipping = records.ClippingRecord(state.directory / records.CLIPPING)
@@ -84,12 +81,9 @@ class Releases:
     ) -> R:  # fmt: skip
         """Sum, charge, noise, store: the order of every release under differential privacy.
 
-        `event` is all noise that `noise` will draw. `total` finishes the private sum, or checks that it can
-        be: all that may fail at no cost. `noise` makes the noisy release of it; `store` makes that durable
-        and gives its SHA-256, hexadecimal, None where `adapter` books it later. `about` is as of
-        `Ledger.reserve`.
-
-        BudgetExceededError if the budget refuses; no noise was drawn then.
+        `event` is all noise that `noise` will draw. `total` finishes or checks the private sum: all that may
+        fail at no cost. `store` makes the release durable and gives its SHA-256, None where `adapter` books
+        it later. BudgetExceededError if the budget refuses; no noise was drawn then.
         """
         summed = total()
         sequence = self._ledger.reserve(
@@ -135,10 +129,7 @@ class Releases:
         return channel, round_number, self._data_epoch, self._state.record.run_id
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Book the adapter sections that are about to leave, by name, and return what may leave.
-
-        That is nothing in receive-only mode, or where this round's training was refused before a restart.
-        """
+        """Book sections about to leave and give them; nothing in receive-only mode or after a refusal."""
         private = self._terms.adapter.private
         if self.receive_only or (private and self._ledger.refused(*self._key("adapter", round_number))):
             return {}
@@ -158,9 +149,7 @@ class Releases:
             ledger.released(pending.sequence, digest)
             return
         if self._terms.adapter.private:
-            raise PrivacyError(
-                f"round {round_number}: the adapter was not charged to the ledger, so it may not leave"
-            )
+            raise PrivacyError(f"round {round_number}: the adapter was not charged, so it may not leave")
         coverage: Coverage = "cryptography" if self._terms.adapter.encrypted else "nothing"
         sequence = ledger.reserve(
             channel, round_number, UNPROTECTED, data_epoch=self._data_epoch, secure_noise=True,
@@ -169,10 +158,7 @@ class Releases:
         ledger.released(sequence, digest)
 
     def profile(self, round_number: int) -> Profile | None:
-        """The task profile to send, or None to let the server go on with the last one.
-
-        Released once per data epoch and mechanism, and re-used in later rounds and runs while both stay.
-        """
+        """The task profile to send, released once per data epoch and mechanism; None to keep the last."""
         mechanism = self._terms.profile
         if self._examples < mechanism.minimum_examples:
             words = "fewer than %d examples: no task profile is released, the server uses uniform weights"

@@ -16,8 +16,8 @@ import logging
 
 import numpy as np
 
-from fedmosaic.client.countersignature import check_countersigned
 from fedmosaic.client.membership import ROSTER_REASONS, Membership, SealAnewError
+from fedmosaic.client.protection import check_countersigned
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import EncryptionError, PolicyError
@@ -33,10 +33,9 @@ class Session(Membership):
     def run(self) -> None:
         """Take part until the run is finished.
 
-        RefusedError if the server refuses this client; IdentityError if the roster is older or has other
-        terms than before; LedgerError if the ledger is behind what the server has kept of it; PolicyError if
-        the server wants another number of rounds than the terms; StateError if the state here is of another
-        run, or the server's an older copy; TransportError if the server is not reached within the patience.
+        RefusedError if the server refuses; IdentityError for an older roster or other terms; LedgerError if
+        the ledger is behind the server's note of it; PolicyError for other rounds than the terms'; StateError
+        for another run or an older copy; TransportError if the patience ends.
         """
         try:
             self._run()

@@ -45,12 +45,11 @@ _ROWS: Final = TypeAdapter(dict[str, tuple[str, int]])
 
 
 class SessionRecord(BaseModel):
-    """Which run this state belongs to and how far it got.
+    """Which run this state belongs to and how far it got: no run before the first enrolment, rounds from 0.
 
-    The run is empty before the first enrolment, rounds are 0 before any: `completed_round` is the last whose
-    upload the server acknowledged, `received_round` the last that began with an aggregate of the others, of
-    `received_rounds` in all, `server_round` the newest that the server said was open, and `server_head`,
-    hexadecimal, what it said of all before. A later roster is judged by `roster`, a `RosterMark`.
+    `completed_round` is the last acknowledged, `received_round` the last that began with an aggregate of the
+    others, `server_round` the newest that the server said was open, `server_head` (hexadecimal) what it said
+    of all before; a later roster is judged by `roster`, a `RosterMark`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -250,9 +249,8 @@ class ClientState:
     def accept_row(self, section: str, round_number: int, row: WeightRow) -> None:
         """Remember the weight row of a section and round of uploads, and refuse a second, different one.
 
-        Several rows over the same uploads are equations in the single adapters. The record survives restarts,
-        so that asking again gives no second answer. PolicyError if another row was accepted before;
-        StateError.
+        Several rows over the same uploads are equations in the single adapters; so the record survives
+        restarts. PolicyError if another row was accepted before; StateError if the record is damaged.
         """
         accepted = self._accepted_rows()
         digest = row_digest(row, self.record.client, round_number).hex()

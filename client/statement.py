@@ -2,7 +2,7 @@
 
 import datetime as dt
 
-from fedmosaic.client.planning import AdapterPlan, plan_adapter
+from fedmosaic.client.ledger import AdapterPlan, plan_adapter
 from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
@@ -26,11 +26,7 @@ _PLANNING_MARGIN = 0.98
 def statement_inputs(
     roster: Roster, state: ClientState, ledger: Ledger, plan: AdapterPlan
 ) -> StatementInputs:
-    """What a client's own statement is made from and, after `for_handing_over`, the shared one.
-
-    The plan tells what DP would have cost where there is none. Shares of clipped examples are for this
-    client's own eyes.
-    """
+    """What the own statement is made from; the plan tells what DP would cost. Clipped shares stay here."""
     smallest_row = state.smallest_row()
     terms, parameters = roster.terms, roster.terms.encryption
     named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
@@ -105,9 +101,9 @@ def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:
     """What k recipients hold together, up to the first k that solves with the rows of one round.
 
-    Every recipient holds one weight row per round from the second on. Rows over the same adapters are linear
-    equations in them; recipients that are one another's contributors know their own adapters, which leaves
-    contributors - (k - 1) unknown. R - 1 aggregates' equations add up if adapters hardly move.
+    Each holds one weight row per round from the second on, linear equations in the same adapters. Recipients
+    that contribute to one another know their own adapters, which leaves contributors - (k - 1) unknown; R - 1
+    aggregates add up if adapters hardly move.
     """
     return tuple(
         CoalitionRows(

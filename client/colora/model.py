@@ -29,12 +29,7 @@ from fedmosaic.protos.errors import ModelError
 
 
 class CoLoraModel(BaseTuner):
-    """Puts Co-LoRA on the shared layers of a base model and two-branch LoRA on the others.
-
-    Created by `peft.get_peft_model(model, CoLoraConfig(...))`. What was resolved on injection (layers,
-    modules, depth, name of the basis) is written into a copy of the configuration, saved and checked with the
-    adapter.
-    """
+    """Puts Co-LoRA on shared and LoRA on other layers; what it resolved is written into the configuration."""
 
     prefix = "colora_"
     tuner_layer_cls = CoLoraLayer
@@ -144,11 +139,7 @@ _LLAMAS: Final = frozenset({"qwen2", "mistral"})
 
 
 def with_described_biases(model: nn.Module) -> nn.Module | None:
-    """A model of the same weights whose configuration describes every bias that it has.
-
-    The merged model itself, its configuration changed, or a `LlamaForCausalLM` that its tensors are handed on
-    to; None, and nothing was changed, where no architecture is known that describes these biases.
-    """
+    """The model, or a Llama of its tensors, whose configuration describes every bias, or None."""
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         return None

@@ -173,9 +173,7 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
     _, config = _checkpoint(folder)
     chosen = config.r if rank is None else rank
     if not 1 <= chosen <= config.r:
-        raise ModelError(
-            f"The rank is {chosen}; the checkpoint {folder} has rank {config.r}, choose 1 to that."
-        )
+        raise ModelError(f"The rank is {chosen}; that of {folder} is {config.r}, choose 1 to that")
     names = "blocks layer_rule shared_layers basis_seed target_modules model_depth task_type".split()
     kept = {name: getattr(config, name) for name in names}
     return CoLoraConfig(r=chosen, **(kept | {"alpha": config.alpha * chosen / config.r} | changes))
@@ -188,8 +186,7 @@ def load_basis(model: nn.Module, folder: str | Path) -> None:
         tensors = load_file(place / _TENSORS)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"The aligned checkpoint {folder} cannot be read ({type(error).__name__}); copy it again from "
-            "where `fedmosaic align` wrote it."
+            f"The aligned checkpoint {folder} cannot be read ({type(error).__name__}); copy it there again"
         ) from None
     bases = {}
     for name, (a, _) in get_basis(model).items():
@@ -263,7 +260,5 @@ def _local(source: str | Path) -> Path:
 def _tensor(tensors: dict[str, torch.Tensor], suffix: str, folder: str | Path) -> torch.Tensor:
     found = [tensor for name, tensor in tensors.items() if f".{name}".endswith(f".{suffix}")]
     if len(found) != 1:
-        raise ModelError(
-            f"The checkpoint in {folder} has {len(found)} tensors {suffix}; it is of another model."
-        )
+        raise ModelError(f"{folder} has {len(found)} tensors {suffix}; it is of another model")
     return found[0]

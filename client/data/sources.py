@@ -33,7 +33,7 @@ _HUB_ERRORS: Final = (OSError, ValueError, LookupError, RuntimeError, TypeError)
 
 
 def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows of a source in order, at least the `wanted` columns; ConfigurationError if unreadable."""
+    """The rows of a source in order; ConfigurationError if unreadable."""
     if isinstance(source, HubData):
         return _dataset_rows(_from_hub(source), str(source), wanted)
     if not isinstance(source, Path):
@@ -69,9 +69,8 @@ def _lines(path: Path) -> Iterator[Row]:
                 # Files of Windows that were laid end to end have a byte order mark in the middle, too.
                 yield where, parse_json(line.removeprefix("\ufeff"))
             except ValueError as error:
-                raise ConfigurationError(
-                    f"{where} is not JSON ({error}); write one JSON object per line"
-                ) from None
+                words = f"{where} is not JSON ({error}); write one JSON object per line"
+                raise ConfigurationError(words) from None
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -94,8 +93,7 @@ def _csv(path: Path) -> Iterator[Row]:
         header = next(reader, [])
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
             raise ConfigurationError(
-                f"{path} has one column, whose name holds a separator; save it with commas between columns, "
-                "or with tabs as .tsv"
+                f"{path} has one column, whose name holds a separator; save it with commas, or tabs as .tsv"
             )
         if len(set(header)) < len(header):
             raise ConfigurationError(f"{path} has two columns of one name; give each its own")
@@ -122,9 +120,8 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield f"{path}, row {number}", _plain(record)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"cannot read the examples in {path}: {type(error).__name__}; give a whole Parquet file"
-        ) from None
+        words = f"cannot read the examples in {path}: {type(error).__name__}; give a whole Parquet file"
+        raise ConfigurationError(words) from None
 
 
 def _from_folder(path: Path) -> Any:
@@ -138,15 +135,13 @@ def _from_folder(path: Path) -> Any:
         )
     if not (path / "state.json").is_file():
         raise ConfigurationError(
-            f"cannot read the examples in {path}: Is a directory, and not one that `datasets` saved "
-            "(save_to_disk); name a file in it"
+            f"cannot read the examples in {path}: Is a directory, which `datasets` has not saved; name a file"
         )
     try:
         return library.load_from_disk(str(path))
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ConfigurationError(
-            f"cannot read the examples in {path}: {type(error).__name__}; save the data set again"
-        ) from None
+        words = f"cannot read the examples in {path}: {type(error).__name__}; save the data set again"
+        raise ConfigurationError(words) from None
 
 
 def _from_hub(source: HubData) -> Any:
@@ -172,8 +167,7 @@ def _library(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigurationError(
-            f"{what} is read by the library `datasets`, which is not installed here: {_EXTRA}; JSON lines, "
-            "JSON and CSV need nothing more"
+            f"{what} needs the library `datasets` ({_EXTRA}); JSON lines, JSON and CSV need nothing more"
         ) from None
 
 

@@ -42,9 +42,8 @@ from fedmosaic.protos.errors import ModelError
 def private_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter tensor that private data reaches, or may have reached, without noise, by name.
 
-    That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the cores
-    in training, and the received global ones. Other adapters in the model, of any PEFT method, count in full.
-    The base model does not: it is public, so it must never have seen private data.
+    All of the adapter, and others of any PEFT method, but the two branches that consist of releases: cores in
+    training and received ones. Not the base model: it is public, so it must never have seen private data.
     """
     name = find_adapter(model)
     released = {
@@ -71,9 +70,8 @@ def only_shared_branch(
 ) -> Iterator[dict[str, nn.Linear]]:
     """Leave nothing of the adapter but the shared branch in the model, and undo that afterwards.
 
-    `global_weight` is the constant weight in [0, 1] of the received branch beside the one in training, which
-    then has the rest; None trains the local branch by itself. Yields the cores to train (weight P, bias Q) by
-    full module name, in the shared vector's order.
+    The received branch has the constant weight `global_weight` in [0, 1] beside the one in training, or takes
+    no part. Yields the cores to train (weight P, bias Q) by full module name, in the shared vector's order.
     """
     name = find_adapter(model)
     layers = adapted_layers(model)

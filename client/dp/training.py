@@ -43,10 +43,10 @@ from fedmosaic.client.dp.engine import (
     only_shared_branch,
     private_parameters,
 )
+from fedmosaic.client.ledger import group_grid
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, in_bfloat16, training_mode
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.records import digest_of
 from fedmosaic.client.releases import Releases
@@ -65,13 +65,9 @@ log = logging.getLogger(__name__)
 class PrivateTrainingSettings(Frozen):
     """How the shared branch is trained privately; all of it public and fixed before the run.
 
-    Attributes:
-        steps: Noisy steps of one round; each is charged, whatever its sample holds.
-        sampling_rate: Probability q that an example takes part in a step.
-        expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
-        max_grad_norm: Clipping norm C of one example's gradient over all cores, from public data.
-        noise_multiplier: σ, the noise's standard deviation over C.
-        bf16: Wide products in bfloat16; gradients of the cores, clipping and noise are exact as ever.
+    Each of `steps` is charged, whatever its sample holds: an example takes part with probability q,
+    `sampling_rate`, its gradient over all cores is clipped to C, `max_grad_norm`, from public data, and σ,
+    `noise_multiplier`, is the noise's deviation over C. bf16 leaves core gradients, clipping and noise exact.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)

@@ -134,8 +134,7 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
     most = context_length(model)
     if most is not None and length > most:
         raise ConfigurationError(
-            f"{setting} is {length}, the model {type(base_model(model)).__name__} has {most} positions; "
-            f"lower it to at most {most}"
+            f"{setting} is {length}, {type(base_model(model)).__name__} has {most} positions; lower it"
         )
 
 

@@ -26,11 +26,7 @@ from fedmosaic.protos.errors import ModelError
 def load_adapted(
     settings: ModelSettings, adapter: AdapterTerms, base: LoadedModel | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a base model, or take one that was accepted, and put a fresh adapter of the agreed shape into it.
-
-    ModelError if it cannot be loaded, lacks modules that the adapter needs or never calls them, or is aligned
-    to another basis than the roster's; see `fedmosaic.client.model.acceptance`.
-    """
+    """A base model with a fresh adapter of the agreed shape; ModelError if they do not fit together."""
     _check_basis(settings, adapter)
     bare, tokenizer = base or load_model(settings)
     model = adapt(bare, adapter_config(settings, adapter))

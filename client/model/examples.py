@@ -75,8 +75,7 @@ def _encode(
     room = max_length - len(supervised)
     if room < 1:
         raise ConfigurationError(
-            f"the answer of example {index} leaves no room for its prompt within {setting} {max_length}; "
-            f"raise {setting} or shorten the answer"
+            f"the answer of example {index} leaves no room within {setting} {max_length}: raise or shorten it"
         )
     ids = [token for tokens, _ in context for token in tokens]
     labels = [token if learned else IGNORED for tokens, learned in context for token in tokens]
@@ -231,11 +230,7 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> lis
 
 
 def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: int = 1) -> list[Piece]:
-    """An example, of this number, as tokens without any cut: context and what is learned, the answer last.
-
-    ConfigurationError if the template refuses the conversation; ModelError if there is none for it, or what
-    it makes of earlier turns changes with later ones.
-    """
+    """An example as uncut tokens: context and what is learned, the answer last; numbered in errors."""
     end = int(tokenizer.eos_token_id)
     if not example.turns:
         answer = [*answer_tokens(tokenizer, example.answer), end]

@@ -134,11 +134,7 @@ def load_base_model(
 
 
 def accept_model(model: Any, tokenizer: Any) -> LoadedModel:
-    """Try a model and tokenizer that a caller in Python has loaded, as `load_base_model` tries what it loads.
-
-    Of the model only the ids for padding are set, if they are not; the tokenizer given back is a copy.
-    ModelError as of `load_base_model`, or if the model carries adapters or is none of transformers.
-    """
+    """Try a loaded model and tokenizer as `load_base_model` does; ModelError if it carries adapters."""
     if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
             f"model is a {type(model).__name__} and tokenizer a {type(tokenizer).__name__}; hand over a "
@@ -188,10 +184,7 @@ def without_rename_notice() -> Iterator[None]:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Save the adapter and what of it is in the forward pass, in PEFT's form; the folder is made if absent.
-
-    The files hold every branch and the gate: treat them as private unless all was trained privately.
-    """
+    """Save all branches and the gate in PEFT's form, and which are in use: private unless all is by DP."""
     record_switches(model)
     model.save_pretrained(str(folder))
     # PEFT's own card is empty but for the place of the base model on this machine.
@@ -219,8 +212,7 @@ def _weight_options(
         return {"use_safetensors": True} | ({} if device.type == "cpu" else {"device_map": {"": device}})
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], "
-            "or leave quantization out"
+            f"quantization is {quantization!r}; install fedmosaic[quantization] for it, or leave it out"
         )
     four_bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=True,

@@ -20,11 +20,7 @@ from fedmosaic.protos.errors import ModelError
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, hexadecimal, of a model's own weights, so that a federation can agree on a probe.
-
-    Weights count with their value in bfloat16, so that a checkpoint has one fingerprint in float32,
-    float16 and bfloat16. Adapters and the wrappers round adapted layers are left out.
-    """
+    """SHA-256 of a model's own weights by their bfloat16 value, adapters and wrappers left out."""
     base = base_model(model)
     adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
     digest = hashlib.sha256(b"fedmosaic probe 1\n")

@@ -140,12 +140,7 @@ def choice_scores(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
     max_length: int,
 ) -> list[list[float]]:  # fmt: skip
-    """Scores of every example's choices: log-likelihoods up to a constant of the example.
-
-    A prompt and a choice have at most `max_length` tokens, the prompt cut from the left. ConfigurationError
-    if an example has fewer than two choices, or its answer is not among them; ModelError if a score is not
-    finite.
-    """
+    """Log-likelihoods of each example's choices up to a constant; ConfigurationError for unscorable ones."""
     questions = [_question(tokenizer, example, n, max_length) for n, example in enumerate(examples, start=1)]
     tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
     check_ids(model, tokens, "the examples to score", "model.path")
@@ -158,9 +153,7 @@ def choice_scores(
             values = score(model, padding_token(tokenizer), [questions[i] for i in chosen], batch_size)
             scores.update(zip(chosen, values, strict=True))
     if not all(math.isfinite(score) for row in scores.values() for score in row):
-        raise ModelError(
-            "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
-        )
+        raise ModelError("a choice's score is not finite; weights are damaged or their dtype is narrow")
     return [row for _, row in sorted(scores.items())]
 
 
@@ -176,8 +169,7 @@ def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, 
     left = room - max(len(choice) for choice in choices)
     if left < 1:
         raise ConfigurationError(
-            f"a choice of example {index} leaves no room for the prompt within max_length {room}; "
-            "raise max_length or shorten the choice"
+            f"a choice of example {index} leaves no room within max_length {room}; raise it or shorten that"
         )
     return _Question(cut_prompt(tokenizer, question_tokens(tokenizer, example), left), choices)
 

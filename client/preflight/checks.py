@@ -15,10 +15,9 @@ from typing import Any, Final
 
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import DataLedger, ledger_parameters
+from fedmosaic.client.ledger import AdapterPlan, DataLedger, ledger_parameters, plan_adapter
 from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenizer
-from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
 from fedmosaic.client.profile.probe import client_probe, public_map, read_as_text
@@ -181,8 +180,7 @@ class Preflight:
             return f"{directory} will be made" if place != directory else f"{directory} is fresh"
         if (record.federation, record.client) != (roster.federation, self.kit.member_id()):
             raise StateError(
-                f"{directory} belongs to client {record.client!r} of federation {record.federation!r}; give "
-                "each client its own state_dir"
+                f"{directory} is of {record.client!r} of {record.federation!r}; give each its own state_dir"
             )
         return f"{directory} is at round {record.completed_round} of {roster.terms.schedule.rounds}"
 
@@ -194,8 +192,7 @@ class Preflight:
         free = shutil.disk_usage(place).free
         if free < needed:
             raise StateError(
-                f"{place} has {_size(free)} free, and a round needs about {_size(needed)}; make room, or "
-                "give a state_dir on another disk"
+                f"{place} has {_size(free)} free, a round needs {_size(needed)}; make room, or move state_dir"
             )
         return f"{_size(free)} free, about {_size(needed)} needed"
 

@@ -38,11 +38,7 @@ def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a set's examples are in tokens, for one tokenizer, answer and end of text included.
-
-    `longest` counts no images; `learned` is the most tokens that carry loss in one example; `cut` counts
-    examples that are longer than what is read, which `warning` tells in one line.
-    """
+    """A set's lengths in tokens: longest, most with loss, how many are cut, and a `warning` of those."""
 
     longest: int
     learned: int

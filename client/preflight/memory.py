@@ -41,12 +41,7 @@ _SMALL: Final = 500
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a client needs on its device at most, by what for, and bytes that the device has.
-
-    `weights` are the frozen model's; `training` is optimizer, gradients and activations at the most crowded
-    moment of a step; `probe` its weights and pass over one example, 0 if on another device; `context` what
-    the device's driver takes; `remedies` would make it less, by setting.
-    """
+    """Bytes needed by what for, training or probe at their most crowded, what is there, and remedies."""
 
     device: str
     weights: int
@@ -99,12 +94,7 @@ def check_memory(
 def memory_need(
     settings: ClientSettings, adapter: AdapterTerms, *, longest: int = 0, supervised: int = 0
 ) -> MemoryNeed:
-    """Work out what a client needs. No weight is read, and nothing is put on the device.
-
-    The longest example has `longest` tokens, by default all that are allowed; a batch has at most
-    `supervised` answer tokens, by default a quarter of that. ModelError if a configuration cannot be read,
-    the model cannot carry the adapter, or the device is not there.
-    """
+    """What a client needs, by `longest` and `supervised` tokens; nothing is loaded. ModelError if unfit."""
     device = choose_device(settings.model.device)
     training = settings.training
     model = adapt(empty_model(settings.model), adapter_config(settings.model, adapter))

@@ -54,11 +54,7 @@ _HALF_TOLERANCE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The parts of a causal language model that the closed form needs; build it with `open_probe`.
-
-    They are the whole model; the stack of blocks with the final norm; the last block's down projection, which
-    an adapter may be wrapped round; the final RMSNorm; the output embedding, tied or not; and ε of the norm.
-    """
+    """The parts of a causal language model that the closed form needs; build it with `open_probe`."""
 
     base: nn.Module
     decoder: nn.Module

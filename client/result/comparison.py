@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.result.card import guarantees
+from fedmosaic.client.result.export import guarantees
 from fedmosaic.privacy.configuration import Frozen, read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.models import PrivacyStatement
@@ -45,13 +45,7 @@ class Difference(Frozen):
 
 
 def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
-    """Compare two models, right or wrong on each of the same rows, by a paired bootstrap.
-
-    A row's difference is -1, 0 or 1, so resampling rows is resampling the counts of these three.
-
-    Reference: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, §13.3 (percentile
-    interval).
-    """
+    """Compare on the same rows by a paired bootstrap of counts (Efron and Tibshirani 1993, §13.3)."""
     rows = len(one)
     better = sum(a and not b for a, b in zip(one, other, strict=True))
     worse = sum(b and not a for a, b in zip(one, other, strict=True))

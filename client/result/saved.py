@@ -74,9 +74,7 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
     if config is not None and not file.exists():
         settings = read_configuration(config, ClientSettings).located(config.parent)
         if settings.state_dir.resolve() != state.resolve():
-            raise ConfigurationError(
-                f"{config} has state_dir {settings.state_dir}, not {state}; give its own"
-            )
+            raise ConfigurationError(f"{config} has state_dir {settings.state_dir}, not {state}")
         kit = open_kit(settings.kit)
         SavedModel.of(settings, kit.roster, kit.member_id()).write(state)
     if not file.exists():
@@ -90,9 +88,8 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
     try:
         return read_configuration(file, SavedModel)
     except ConfigurationError as error:
-        raise StateError(
-            f"{error}; delete that file and give --config with the client's client.toml"
-        ) from None
+        words = f"{error}; delete that file and give --config with the client's client.toml"
+        raise StateError(words) from None
 
 
 @dataclass(frozen=True)

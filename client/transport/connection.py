@@ -39,7 +39,8 @@ _CREDENTIALS: Final = re.compile(r"(?<=://)[^/@\s]*@|^[^/@\s]*@")
 _FINAL: Final = {
     "certificate has expired": "the server's certificate has expired (if this machine's clock is right); "
     "have the consortium approve its request again (`fedmosaic keys approve`)",
-    "certificate is not yet valid": "the server's certificate is not valid yet; compare the machines' clocks",
+    "certificate is not yet valid": "the server's certificate is not valid yet; compare the clocks of both "
+    "machines",
     "unsupported certificate purpose": "what listens there shows a certificate that is not a server's; "
     "the server has to be started from federation/server",
     "CERTIFICATE_VERIFY_FAILED": "what listens there has no certificate of this federation's authority; "
@@ -54,8 +55,8 @@ _PASSING: Final = {
     "No route to host": "there is no way to this machine; check the address, the network and firewalls",
     "Network is unreachable": "there is no way to this network; check this machine's connection",
     "Handshake read failed": "the connection was closed before TLS was agreed; check address and port",
-    "Socket closed": "the server closed the connection; if this repeats, it refuses this client's certificate, and "
-    "its log says why if it is started with GRPC_VERBOSITY=INFO",
+    "Socket closed": "the server closed the connection; if this repeats, it refuses this client's "
+    "certificate, and its log says why if it is started with GRPC_VERBOSITY=INFO",
     "DEADLINE_EXCEEDED": "no answer in time; check the address, the network and firewalls",
 }
 

@@ -120,11 +120,7 @@ class GrpcTransport:
         retry_seconds: float = 300.0, wait_seconds: float = 25.0, traffic: Traffic | None = None,
         connect: Connect = open_channel,
     ) -> None:  # fmt: skip
-        """Prepare a connection with PEM files of a kit; it is opened by the first call.
-
-        One call waits `wait_seconds` at the server, at most 60; without any progress for `retry_seconds` the
-        transport gives up. IdentityError if a file is not acceptable.
-        """
+        """Prepare; a call waits at most 60 s at the server, and patience ends after `retry_seconds`."""
         self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)
         self._connect = connect

@@ -174,11 +174,7 @@ def put_images(model: nn.Module, source: ImageSource, each: int) -> None:
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """Where images come from, and what reads them.
-
-    The model's folder or hub id, the folder of the images that prompts name, that of a language model's
-    projector, whether to leave every image out, and where features of images are kept (`image_features`).
-    """
+    """Model, folder of images, projector, whether images are left out, and where features are kept."""
 
     model: str
     images: Path | None = None

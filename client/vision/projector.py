@@ -67,12 +67,7 @@ class ProjectedFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class ProjectorRecord:
-    """What a projector was trained for and how.
-
-    Fingerprint and width of the language model; channels of the features, places of a side that they are
-    averaged to, pixels of a side; its data, steps, seconds without the encoder, first and last losses in nats
-    per token.
-    """
+    """What a projector was trained for: model, channels, width, pixels, places, data, steps and losses."""
 
     model_sha256: str
     channels: int
@@ -100,16 +95,14 @@ def load_projector(folder: Path) -> tuple[Projector, ProjectorRecord]:
         record = ProjectorRecord(**parse_json((folder / _RECORD).read_bytes()))
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ConfigurationError(
-            f"{folder} holds no projector that can be read ({error}); `fedmosaic tasks projector` trains one"
-        ) from None
+        words = f"{folder} holds no projector that can be read ({error})"
+        raise ConfigurationError(f"{words}; `fedmosaic tasks projector` trains one") from None
     projector = Projector(record.channels, record.width)
     try:
         projector.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ModelError(
-            f"the projector in {folder} is of another shape than its record says: {error}"
-        ) from None
+        words = f"the projector in {folder} is of another shape than its record says: {error}"
+        raise ModelError(words) from None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise ModelError(f"the projector in {folder} has values that are not finite; train it again")
     return projector.eval().requires_grad_(False), record

@@ -32,13 +32,9 @@ def make_wheel(path: Path, members: dict[str, bytes]) -> Asset:
             archive.writestr(name, content)
     content = path.read_bytes()
     return Asset(
-        project="tinycorpus",
-        version="1.0",
-        filename="tinycorpus-1.0-py3-none-any.whl",
-        sha256=hashlib.sha256(content).hexdigest(),
-        size=len(content),
-        licence="MIT",
-    )
+        project="tinycorpus", version="1.0", filename="tinycorpus-1.0-py3-none-any.whl",
+        sha256=hashlib.sha256(content).hexdigest(), size=len(content), licence="MIT",
+    )  # fmt: skip
 
 
 class Index:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.planning import AdapterPlan
+from fedmosaic.client.ledger import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.records import ClippingRecord
 from fedmosaic.client.releases import Releases

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.ledger import budgeted_channels
-from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
+from fedmosaic.client.ledger import AdapterPlan, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
@@ -76,12 +75,9 @@ class Client:
 
     @contextmanager
     def opened(
-        self,
-        ids: tuple[str, ...] = IDS,
-        summed: Callable[[], ClippedSum] | None = None,
-        *,
+        self, ids: tuple[str, ...] = IDS, summed: Callable[[], ClippedSum] | None = None, *,
         disjoint_epochs: bool = False,
-    ) -> Iterator[Releases]:
+    ) -> Iterator[Releases]:  # fmt: skip
         state = ClientState(self.place, "f", "ada")
         path, channels = self.books / LEDGER, budgeted_channels(self.terms)
         ledger = Ledger.open(path, "ada", DELTA, self.target, accountant="rdp", budgeted_channels=channels)

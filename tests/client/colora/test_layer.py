@@ -16,12 +16,9 @@ KINDS = [CoLoraLinear, BranchedLoraLinear]
 
 
 def make(
-    kind: type[CoLoraLayer] = CoLoraLinear,
-    *,
-    bias: bool = True,
-    dtype: torch.dtype = torch.float32,
+    kind: type[CoLoraLayer] = CoLoraLinear, *, bias: bool = True, dtype: torch.dtype = torch.float32,
     fill: bool = True,
-) -> CoLoraLayer:
+) -> CoLoraLayer:  # fmt: skip
     """An adapted linear module with three branches, all filled with numbers unless fill=False."""
     torch.manual_seed(1)
     config = CoLoraConfig(r=RANK, alpha=ALPHA, personal_branch=True, basis_seed=3)

@@ -7,8 +7,8 @@ import pytest
 
 from builders import tiny_mechanism
 from fedmosaic.client.dp.training import group_share
+from fedmosaic.client.ledger import AdapterPlan, group_grid
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.records import ClippingRecord
 from fedmosaic.privacy.accounting.events import GaussianEvent

@@ -62,14 +62,9 @@ def receive(model: nn.Module, bound: float) -> None:
 
 
 SETTINGS = PrivateTrainingSettings(
-    learning_rate=1.0,
-    optimizer="sgd",
-    steps=3,
-    sampling_rate=0.5,
-    expected_batch_size=7,
-    max_grad_norm=0.05,
+    learning_rate=1.0, optimizer="sgd", steps=3, sampling_rate=0.5, expected_batch_size=7, max_grad_norm=0.05,
     noise_multiplier=1.5,
-)
+)  # fmt: skip
 
 
 def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> PrivateTrainingSettings:
@@ -77,14 +72,10 @@ def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> Pr
 
 
 def train(
-    model: nn.Module,
-    examples: list[EncodedExample],
-    settings: PrivateTrainingSettings = SETTINGS,
-    randomness: Randomness | None = None,
-    losses: ExampleLosses = example_losses,
-    active: set[str] | None = None,
-    **options: Any,
-) -> ClippedSum:
+    model: nn.Module, examples: list[EncodedExample], settings: PrivateTrainingSettings = SETTINGS,
+    randomness: Randomness | None = None, losses: ExampleLosses = example_losses,
+    active: set[str] | None = None, **options: Any,
+) -> ClippedSum:  # fmt: skip
     """Train beside a received branch; with `active` branches left in, no private tensor is declared."""
     with only_shared_branch(model, global_weight=0.5) as cores:
         if active is not None:

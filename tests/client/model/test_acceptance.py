@@ -71,7 +71,6 @@ VISION = {
     "patch_size": 4,
 }
 GEMMA = {**COMMON, **HEADS}
-
 ACCEPTED: dict[str, dict[str, Any]] = {
     "llama": COMMON,
     "mistral": {**COMMON, **WINDOW},

@@ -19,7 +19,6 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 SPECIAL = {"bos_token": "<s>", "eos_token": "</e>", "pad_token": "<pad>", "unk_token": "<unk>"}
 LETTERS = "abcdefghijklmnopqrstuvwxyzSUB:\n "
 UNKNOWN = {"unk_token": "<unk>"}
-
 CHATML = (
     "{% for m in messages %}{{ {'system': 'S:', 'user': 'U:', 'assistant': 'B:'}[m.role] }}"
     "{{ m.content }}</e>\n{% endfor %}{% if add_generation_prompt %}B:{% endif %}"

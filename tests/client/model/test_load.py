@@ -36,8 +36,6 @@ SMALL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 32,
 }
-
-
 EOS = {"eos_token": "</s>"}
 
 

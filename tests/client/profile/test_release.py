@@ -21,8 +21,6 @@ from fedmosaic.protos.errors import MechanismError, PrivacyError
 from tiny import random_texts, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
 SIZES = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

@@ -68,13 +68,9 @@ SERVERS: dict[str, tuple[Callable[[Authority, Authority], builders.TlsIdentity |
 
 @pytest.mark.parametrize(("make", "words"), SERVERS.values(), ids=SERVERS.keys())
 def test_what_is_final_is_not_tried_again(
-    make: Callable[[Authority, Authority], builders.TlsIdentity | None],
-    words: str,
-    fails: Any,
-    serving: Any,
-    authority: Authority,
-    foreign: Authority,
-) -> None:
+    make: Callable[[Authority, Authority], builders.TlsIdentity | None], words: str, fails: Any, serving: Any,
+    authority: Authority, foreign: Authority,
+) -> None:  # fmt: skip
     error = fails(f"127.0.0.1:{serving(make(authority, foreign))}", LONG)
     assert isinstance(error, IdentityError)
     assert re.search(words, str(error))
