@@ -9,6 +9,7 @@ The first round has no sum: its profiles decide who adds up with whom.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,10 @@ class GroupSession(Session):
         self._pull(enrolled.rounds + 1)
         self._receive_sums(enrolled.rounds + 1)
         self._group_learner.train_personal(enrolled.rounds)
-        self._state.replace_adapter(enrolled.rounds, self._learner.save)
+        # A crash in between leaves no adapter of the round, to be made anew.
+        if (place := self._state.adapter_path(enrolled.rounds)).exists():
+            shutil.rmtree(place)
+        self._state.save_adapter(enrolled.rounds, self._learner.save)
         write_atomically(done, b"")
 
     def _receive_sums(self, round_number: int) -> None:

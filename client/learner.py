@@ -215,7 +215,12 @@ class ModelLearner:
                     "%d of %d steps are left",
                     round_number, error, steps - done, steps,
                 )  # fmt: skip
-                self._go_back(before)
+                with torch.no_grad():
+                    for name, parameter in self._model.named_parameters():
+                        if name in before:
+                            parameter.copy_(before[name])
+                for section in self.sections():
+                    self.keep_own(section)
                 give_up()
 
     def _blend_received(self) -> None:
@@ -223,14 +228,6 @@ class ModelLearner:
         if share := self._settings.training.blend_received:
             for section in sorted(self._received):
                 copy_branch(self._model, "global", "local", share=share, layers=section)
-
-    @torch.no_grad()
-    def _go_back(self, before: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._model.named_parameters():
-            if name in before:
-                parameter.copy_(before[name])
-        for section in self.sections():
-            self.keep_own(section)
 
     def evaluate(self) -> dict[str, Score]:
         """Score the client's own test set ("self") and the others', by name. Stays local."""

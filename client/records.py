@@ -131,11 +131,9 @@ def read_average(path: Path, dimensions: int) -> ReleasedProfile | None:
     try:
         with path.open("rb") as file, _ONE_READER, np.load(file, allow_pickle=False) as stored:
             average = ReleasedProfile(
-                stored["vector"],
-                float(stored["noise_variance"]),
-                int(stored["releases"]),
+                stored["vector"], float(stored["noise_variance"]), int(stored["releases"]),
                 stored["last"].tobytes().hex(),
-            )
+            )  # fmt: skip
         if average.vector.shape != (dimensions,) or average.releases < 1:
             raise ValueError("it is of another shape")
         return average

@@ -62,16 +62,12 @@ class ModelSettings(Located):
     """Rank of this client's adapter on an aligned basis; at most the federation's, which is the default."""
 
     @model_validator(mode="after")
-    def _quantised_once(self) -> "ModelSettings":
+    def _consistent(self) -> "ModelSettings":
         if self.quantization is not None and self.gguf_file is not None:
             raise ValueError(
                 f"quantization is {self.quantization!r} and gguf_file {self.gguf_file!r}: a GGUF file is "
                 "quantised already and would be quantised twice; leave one of them out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rank_needs_a_basis(self) -> "ModelSettings":
         if self.rank is not None and self.aligned is None:
             raise ValueError(
                 f"rank is {self.rank} without an aligned checkpoint: bases drawn from a seed have no leading "
@@ -189,11 +185,6 @@ class DataSettings(Located):
     """At most this many examples are scored per set in `others`; 0 takes all."""
     pictures: Path | None = None
     """Folder of the images that prompts name."""
-
-    @property
-    def test_sets(self) -> dict[str, DataSource]:
-        """Every test set by name, the client's own as "self"."""
-        return ({"self": self.test} if self.test else {}) | self.others
 
     def scored(self, name: str) -> int:
         """How many examples of a test set are scored; 0 for all."""

@@ -222,13 +222,6 @@ class ClientState:
         temporary.rename(place)
         files.sync_directory(place.parent)
 
-    def replace_adapter(self, round_number: int, save: Callable[[Path], None]) -> None:
-        """Store the adapter of a round that has one; a crash in between leaves none, to be made anew."""
-        place = self.adapter_path(round_number)
-        if place.exists():
-            shutil.rmtree(place)
-        self.save_adapter(round_number, save)
-
     def adapter_path(self, round_number: int) -> Path:
         """Where the adapter after `round_number` is stored."""
         return self.directory / "adapter" / f"round-{round_number:04d}"

@@ -164,19 +164,15 @@ def _candidates(architecture: Any, config: PretrainedConfig) -> Iterator[tuple[A
     flagged = copy.deepcopy(config)
     _set_flags(flagged)
     yield architecture, flagged
-    if config.model_type not in _LLAMAS or _slides(config):
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    # Whether any layer attends to a window, which Llama's do not.
+    slides = kinds is not None and {*kinds} != {"full_attention"}
+    slides |= kinds is None and window is not None and window < config.max_position_embeddings
+    if config.model_type not in _LLAMAS or slides:
         return
     known, given = LlamaConfig().to_dict(), config.to_dict()
     kept = {name: given[name] for name in known if name in given and name not in ("model_type", *_FLAGS)}
     yield LlamaForCausalLM, LlamaConfig(**kept, attention_bias=True, mlp_bias=True)
-
-
-def _slides(config: PretrainedConfig) -> bool:
-    """Whether any layer attends to a window, which Llama's do not."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    by_kind = kinds is not None and {*kinds} != {"full_attention"}
-    return by_kind or (kinds is None and window is not None and window < config.max_position_embeddings)
 
 
 def _set_flags(config: PretrainedConfig) -> None:

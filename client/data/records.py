@@ -303,7 +303,7 @@ def read_sets(
     source = settings.train if train is None else train
     if source is None:
         raise ConfigurationError("data.train: missing; name the training examples")
-    tests = {name: read_set(place, settings.columns) for name, place in settings.test_sets.items()}
-    if test is not None:
-        tests = {"self": read_set(test, settings.columns)} | tests
+    own = settings.test if test is None else test
+    sets = ({} if own is None else {"self": own}) | settings.others
+    tests = {name: read_set(place, settings.columns) for name, place in sets.items()}
     return ClientData(read_set(source, settings.columns), tests)

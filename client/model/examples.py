@@ -276,11 +276,9 @@ def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
         return []
     render: Any = render_jinja_template
     rendered = render(
-        conversations=[_messages(turns, _wants_parts(tokenizer))],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+        conversations=[_messages(turns, _wants_parts(tokenizer))], chat_template=template,
+        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+    )  # fmt: skip
     return [(int(start), int(end)) for start, end in rendered[1][0]]
 
 

@@ -144,18 +144,6 @@ class ResultFile:
 _COLUMNS = 80
 
 
-def epsilon_line(statement: PrivacyStatement) -> str:
-    """The member's ε over all that it sent, towards the server and towards colluding recipients."""
-    found = guarantees(statement, "joint")
-    server, recipients = found["server_honest_but_curious"].epsilon, found["colluding_recipients"].epsilon
-    client = statement.clients[0]
-    return (
-        f"{trust(client)} ε = {epsilon_text(server)} towards the server, {epsilon_text(recipients)} towards "
-        f"recipients who work together (one {client.unit}, δ {delta_text(client.delta)}; what ε means: "
-        "docs/privacy.md)"
-    )
-
-
 def last_lines(
     state: Path, adapter: Path | None, comparison: Comparison | None, statement: PrivacyStatement
 ) -> str:
@@ -170,7 +158,15 @@ def last_lines(
         words = " ".join(filter(None, (comparison.verdict(), comparison.warning())))
         lines += textwrap.wrap(words, _COLUMNS, break_long_words=False)
     lines.append(f"Adapter        {adapter or 'none was trained'}")
-    lines += textwrap.wrap(f"Privacy        {epsilon_line(statement)}", _COLUMNS, subsequent_indent=" " * 15)
+    # Over all that was sent, towards the server and towards colluding recipients.
+    found, client = guarantees(statement, "joint"), statement.clients[0]
+    server, recipients = found["server_honest_but_curious"].epsilon, found["colluding_recipients"].epsilon
+    told = (
+        f"Privacy        {trust(client)} ε = {epsilon_text(server)} towards the server, "
+        f"{epsilon_text(recipients)} towards recipients who work together (one {client.unit}, δ "
+        f"{delta_text(client.delta)}; what ε means: docs/privacy.md)"
+    )
+    lines += textwrap.wrap(told, _COLUMNS, subsequent_indent=" " * 15)
     place = shlex.quote(str(state))
     lines += ["Next", f"  fedmosaic report {place}"]
     if adapter is not None:

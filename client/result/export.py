@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedmosaic import __version__
+from fedmosaic.client.colora.state import find_adapter, shared_modules
 from fedmosaic.client.model.load import load_base_model, save_adapter, without_rename_notice
 from fedmosaic.client.result import plain
 from fedmosaic.client.result.plain import deviation, public_logits
@@ -197,7 +198,10 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
     dtype = str(cast(PreTrainedModel, model.get_base_model()).dtype).removeprefix("torch.")
     left_out = ""
     if arguments.without_bias:
-        plain.clear_biases(model)
+        name_of = find_adapter(model)
+        for layer in shared_modules(model):
+            for branch in layer.settings[name_of].branches:
+                nn.init.zeros_(layer.core(name_of, branch).bias)
         bare = public_logits(model, opened.tokenizer)
         left_out, expected = str(deviation(bare, expected)), bare
     rank = None

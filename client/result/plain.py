@@ -20,7 +20,7 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.colora.layer import MergeDelta
-from fedmosaic.client.colora.state import find_adapter, shared_modules
+from fedmosaic.client.colora.state import find_adapter
 from fedmosaic.client.model.examples import prompt_tokens
 from fedmosaic.client.model.load import adapt
 from fedmosaic.client.model.loss import training_mode
@@ -105,15 +105,6 @@ def only_released(model: PeftModel) -> PeftModel:
     write_shared(made, released, "local")
     made.train(False)
     return made
-
-
-@torch.no_grad()
-def clear_biases(model: nn.Module) -> None:
-    """Set every Q to zero."""
-    name = find_adapter(model)
-    for layer in shared_modules(model):
-        for branch in layer.settings[name].branches:
-            layer.core(name, branch).bias.zero_()
 
 
 @torch.no_grad()

@@ -184,11 +184,9 @@ class GrpcTransport:
 
         def attempt() -> bool:
             request = pb.PullRequest(
-                round=round_number,
-                wait_milliseconds=int(self._wait * 1000),
-                resume_offset=len(download.received),
-                resume_sha256=download.sha256,
-            )
+                round=round_number, wait_milliseconds=int(self._wait * 1000),
+                resume_offset=len(download.received), resume_sha256=download.sha256,
+            )  # fmt: skip
             self._traffic.sent("control", request.ByteSize())
             for part in self._stub.Pull(request, timeout=self._wait + _CALL_SECONDS):
                 download.messages += 1
