@@ -123,11 +123,7 @@ class Keyring:
         return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
-        """Agree on the key of an epoch, whose rounds count from the open one, or return it if that was done.
-
-        KeyExpiredError if the epoch is over by the roster's terms; KeyAgreementError if a member is missing,
-        added, swapped or cheats, and the next epoch may succeed; RefusedError, as for a replaced epoch.
-        """
+        """The agreed key; KeyExpiredError by the terms, KeyAgreementError if a member lacks or cheats."""
         if self.has(epoch):
             if epoch <= self._retired or epoch != self.counter.epoch:
                 # The server, or the counter on this disk, has forgotten something of the agreement.

@@ -1,13 +1,10 @@
 """The privacy ledger of a client's data and what is planned to be charged; `fedmosaic ledger`.
 
-    DATA.jsonl.ledger/             beside the training examples, or the directory that `data.ledger` names, as
-                                   it must for data that are no file or folder here
-        ledger.sqlite              every release from these data, by any run, client and federation
-        ledger.sqlite.head         the last row that was written
-        profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
-    STATE/ledger.json              which ledger a state directory charges, and its last row as seen there
-
-Every run on the data opens the same ledger, also two at once.
+It stands in DATA.jsonl.ledger/ beside the training examples, or in the directory that `data.ledger` names, as
+it must for data that are no file or folder here: `ledger.sqlite` with every release from these data, by any
+run, client and federation, `ledger.sqlite.head`, its last row, and `profile-<data>-<map>.npy`, a noised
+profile, sent again free of charge. STATE/ledger.json tells which ledger a state charges, and its last row as
+seen there. Every run on the data opens the same ledger, also two at once.
 """
 
 import json

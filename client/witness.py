@@ -91,11 +91,10 @@ def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
 
 
 def run(settings: WitnessSettings) -> tuple[int, int]:
-    """Witness a run until its last round; how many aggregates were countersigned, and how many refused.
+    """Witness a run to its last round; how many aggregates were countersigned, and how many refused.
 
-    IdentityError if the kit is not the witness's; StateError if the state is in use or damaged, or the server
-    an older copy of itself; TransportError if it is not reached for `retry_seconds`; WireError if what it
-    sends is no review.
+    IdentityError if the kit is not the witness's; StateError, TransportError, WireError as of state and
+    server.
     """
     kit = _own_kit(settings.kit)
     private_directory(settings.state_dir)

@@ -27,7 +27,9 @@ from fedmosaic.client.colora.state import (
     set_trainable,
 )
 from fedmosaic.client.colora.vectors import (
+    aligned_config,
     copy_branch,
+    load_basis,
     read_family,
     read_shared,
     shared_layout,
@@ -43,7 +45,7 @@ _mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = CoLoraModel  # type: ignore[ind
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = CoLoraModel.prefix  # type: ignore[index]  # keyed by the closed enum
 __all__ = [
     "BranchedLoraLinear", "CoLoraConfig", "CoLoraLayer", "CoLoraLinear", "Placement", "adapted_layers",
-    "copy_branch", "find_decoder_layers", "fix_gate", "get_basis", "read_family", "read_shared",
-    "set_active_branches", "set_basis", "set_trainable", "shared_layout", "target_layers", "write_family",
-    "write_shared",
+    "aligned_config", "copy_branch", "find_decoder_layers", "fix_gate", "get_basis", "load_basis",
+    "read_family", "read_shared", "set_active_branches", "set_basis", "set_trainable", "shared_layout",
+    "target_layers", "write_family", "write_shared",
 ]  # fmt: skip

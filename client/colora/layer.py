@@ -173,10 +173,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         return torch.sigmoid(self.colora_gate[adapter_name]) if fixed is None else fixed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' affine maps to the base module; Q needs a bias, which is made where absent.
-
-        ModelError if the base weights are quantised, or with `safe_merge` that the result is not finite.
-        """
+        """Add the maps to the base, Q as a bias; ModelError if quantised, or unsafe and not finite."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.settings:
                 delta = self.merge_delta(name)

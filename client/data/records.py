@@ -270,11 +270,7 @@ def _check_names(examples: list[Example], places: list[str], *, named: bool) -> 
 
 
 def _named(examples: list[Example]) -> tuple[Example, ...]:
-    """The examples, named by a hash of what they say.
-
-    Who corrects a text makes another example of it. The ledger therefore never takes these names as proof
-    that two states of the data share nobody's record.
-    """
+    """The examples named by hashes of content, which prove no disjointness: a corrected text is another."""
     seen: Counter[str] = Counter()
     found = []
     for example in examples:

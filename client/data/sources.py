@@ -1,14 +1,9 @@
 """Rows of a source, one dictionary each, with the place that messages name.
 
-    X.json                 a list of objects
-    X.csv, X.tsv           with a header
-    X.parquet              read by pyarrow
-    a folder               what `datasets` saved (`save_to_disk`), one split
-    hub:NAME:SPLIT         loaded by `datasets`
-    any other file         JSON lines
-
-Files and folders are read where they lie: no copy goes into the cache that `datasets` keeps in the user's
-home. What is private is in no message: rows are named by number.
+A file of JSON lines, `.json` (a list of objects), `.csv` or `.tsv` (with a header) or `.parquet`, a folder
+that `datasets` saved (one split), or hub:NAME:SPLIT. Files and folders are read where they lie: no copy goes
+into the cache that `datasets` keeps in the user's home. Nothing private is in a message: rows are named by
+number.
 """
 
 import csv

@@ -43,18 +43,10 @@ def assert_only_shared_branch(
 ) -> None:  # fmt: skip
     """Prove that nothing but the cores is trained and that no private tensor reaches the loss.
 
-    The second part follows the data: the private tensors are made differentiable for one forward pass
-    and must not appear in its graph, not even multiplied by zero.
-
-    Args:
-        model: The model as it is about to be trained.
-        cores: Cores of the shared branch.
-        private_parameters: Every tensor that was or will be trained without differential privacy
-            (personal branch, other LoRA tensors, gates), by name.
-        losses: Loss of each example.
-
-    Raises:
-        PrivacyError: Another parameter is trainable, or a private tensor takes part in the forward pass.
+    The second part follows the data: the private tensors, every one that was or will be trained without
+    differential privacy (personal branch, other LoRA tensors, gates), are made differentiable for one forward
+    pass and must not appear in its graph, not even multiplied by zero. PrivacyError if another parameter is
+    trainable, or a private tensor takes part in the forward pass.
     """
     of_cores = {id(parameter) for core in cores.values() for parameter in core.parameters()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in of_cores]
@@ -88,11 +80,8 @@ def check_engine(
 
     To be called once, before anything private or received is in the model. Rows are tried with a received
     branch of zeros and with one whose every entry lies at the bound of what can be received, `clip`, which
-    amplifies the least dependence.
-
-    Raises:
-        ModelError: A core takes no part in the loss, a gradient is zero or not finite, something in the
-            model carries one example to the next, or dropout cannot be switched off.
+    amplifies the least dependence. ModelError if a core takes no part in the loss, a gradient is zero or not
+    finite, something in the model carries one example to the next, or dropout cannot be switched off.
     """
     refuse_state(model)
     device = next(model.parameters()).device
@@ -169,11 +158,9 @@ def _check_moves(
 
 
 def _check_alone(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    examples: Sequence[EncodedExample],
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
     losses: ExampleLosses,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor]:  # fmt: skip
     def row(example: EncodedExample) -> torch.Tensor:
         gradient = example_gradient(model, cores, example, losses)
         # As the clipping has it: what is not finite counts as zero.

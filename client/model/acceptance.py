@@ -1,13 +1,9 @@
 """What a foreign model and its tokenizer must do before anything is trained, scored or probed with them.
 
 Every model comes from somewhere else, so its properties are tried and not assumed, at load, on public tokens:
-a refusal then says nothing about the data and costs neither a round nor budget.
-
-    prompts    two prompts stay two prompts, as text through the chat template and as tokens
-    causal     no logit depends on a later token, or the model reads the answer that it is to predict
-    adapted    every adapted module is called, and its trained part has a gradient
-    lengths    what is read and written fits the model's positions
-    ids        every token has a row of the embedding
+a refusal then says nothing about the data and costs neither a round nor budget. Two prompts stay two prompts;
+no logit depends on a later token; every adapted module is called and its trained part has a gradient; what is
+read and written fits the model's positions; every token has a row of the embedding.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,11 +44,7 @@ FOREIGN_ERRORS: Final = (
 
 
 def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model, named `source` in messages and in evaluation mode, that learns no answer from a prompt.
-
-    ModelError if prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees the
-    tokens that it is to predict.
-    """
+    """ModelError for a `source` that loses prompts, gives no finite logits on tokens, or sees later ones."""
     _check_prompts(source, tokenizer)
     first, second = _public_ids(model, tokenizer)
     # Equal in their first third and different after it.
@@ -141,11 +133,7 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
 def check_ids(
     model: nn.Module, tokens: Iterable[Sequence[int] | torch.Tensor], what: str, setting: str
 ) -> None:
-    """Refuse tokens that the model's embedding has no row for, where they occur: ModelError.
-
-    A tokenizer may know more tokens than its model embeds, as long as no text uses them. `tokens` are ids of
-    each example of `what` in turn, for messages, and `setting` is where the model is named.
-    """
+    """ModelError for tokens of `what` without a row, where they occur: a tokenizer may know unused ones."""
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
     if table is None or getattr(table, "images_above_rows", False):

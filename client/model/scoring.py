@@ -1,10 +1,8 @@
 """Scoring of a test set: the most likely choice where an example has choices, what is written where not.
 
-A choice is scored by its mean log-likelihood per token after the prompt. Where the choices of an example
-already differ in their first token, that token decides and one forward pass over the prompt scores them all;
-for choices of one token each both ways order the choices alike. A written answer counts as right if it has
-the words of the right one, without regard to case and punctuation. Both measures are shares of right
-examples; which of them a score is stands beside it.
+A choice is scored by its mean log-likelihood per token after the prompt; where the choices already differ in
+their first token, that decides, from one pass over the prompt. A written answer counts as right if it has the
+words of the right one, without case and punctuation. Which measure a score is stands beside it.
 """
 
 import math

@@ -54,9 +54,8 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
     means = (counts[:, 2] - counts[:, 0]) / rows
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    return Difference(
-        mean=(better - worse) / rows, low=float(low), high=float(high), p_value=p_value, rows=rows
-    )
+    mean = (better - worse) / rows
+    return Difference(mean=mean, low=float(low), high=float(high), p_value=p_value, rows=rows)
 
 
 class Comparison(Frozen):

@@ -157,11 +157,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Arguments) -> Export:
-    """Write what is asked for.
-
-    ConfigurationError if there is something where it is to be written; PrivacyError if what is in the state
-    is not to be shared; StateError or ModelError if it cannot be loaded, or not be written in that form.
-    """
+    """Write it; ConfigurationError if there is something, PrivacyError if it must not be shared."""
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out} is there already; give a new folder, or move it away")

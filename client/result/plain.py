@@ -42,11 +42,7 @@ _NOTHING: Final = 1e-6
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one model's logits are from another's on public prompts.
-
-    The largest difference of a logit; the largest L2 norm of the difference at a position over that of the
-    logits there; and the share of positions whose likeliest next token is another.
-    """
+    """Distance of logits from another model's: largest, L2 over norm, share of other likeliest tokens."""
 
     absolute: float
     relative: float
@@ -171,11 +167,7 @@ def _shortest(model: PeftModel, deltas: dict[str, MergeDelta]) -> list[str]:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter in its weights, described by its own configuration.
-
-    ModelError if base weights are quantised, or no architecture describes the biases that Q becomes. The
-    model is merged then and not to be used.
-    """
+    """The base model with the adapter in its weights; ModelError if quantised, or Q has no place there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Merging Q gave biases", UserWarning)
         try:

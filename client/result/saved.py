@@ -125,13 +125,7 @@ def open_model(
     state: Path, *, device: str | None = None, base: str | None = None, config: Path | None = None,
     needs: Sequence[Example] = (),
 ) -> OpenedModel:  # fmt: skip
-    """Load the member's own model from its state directory.
-
-    `base` is a folder or hub id, where the base model is not where it was; `needs` are examples whose images
-    it will read. StateError if there is no adapter yet, or it is damaged, or as of `read_saved`; ModelError
-    if the base model cannot be loaded, or is another one; ConfigurationError without such a device, or a
-    place of it.
-    """
+    """The member's own model, ready for `needs`' images; StateError or ModelError if it cannot be opened."""
     saved = read_saved(state, config)
     newest = newest_adapter(state)
     if newest is None:

@@ -141,12 +141,7 @@ _OPTIONS: Final = (
 
 
 def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
-    """Open a channel that shows this client's certificate and accepts only the federation's server.
-
-    The address is as `fedmosaic.privacy.federation.names.address` gives it; all files are PEM. IdentityError
-    if a file is missing or damaged, key and certificate are no pair, or it is expired or not from this
-    authority.
-    """
+    """A channel that shows our certificate and takes only the federation's server; IdentityError by file."""
     certificate_pem, key_pem = check_pair(certificate, private_key)
     check_certificate(certificate, authority)
     authority_pem = read_certificate(authority).public_bytes(serialization.Encoding.PEM)
