@@ -142,9 +142,8 @@ class GroupSession(Session):
             self._receive_sums(aggregate.round)
             self._share(enrolled.run_id, aggregate.round)
         profile, claim = self._releases.profile(aggregate.round), self._releases.anchor.claim()
-        upload = self._protection.seal(
-            enrolled.run_id, aggregate.round, aggregate.upload_key_epoch, {}, profile, claim
-        )
+        number, epoch = aggregate.round, aggregate.upload_key_epoch
+        upload = self._protection.seal(enrolled.run_id, number, epoch, {}, profile, claim)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
 

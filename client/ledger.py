@@ -198,10 +198,9 @@ class DataLedger:
 
     def _seen(self) -> tuple[str, bytes] | None:
         remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
-        seen = read_own(
+        return read_own(
             self.state / SEEN, lambda kept: (str(kept["ledger"]), bytes.fromhex(kept["anchor"])), remedy
         )
-        return seen
 
     def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
         if seen is not None or self.record.run_id:
@@ -232,9 +231,8 @@ def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
 def ledger_parameters(path: Path, client: str, terms: Terms, units: int, target: float) -> LedgerParameters:
     """What a client's ledger of n units is opened with: the δ of `ledger_delta`, and a budget ε."""
     delta = ledger_delta(path, units, terms.adapter_privacy.largest_delta)
-    return LedgerParameters(
-        client, delta, target, budgeted_channels=budgeted_channels(terms), unit=terms.unit
-    )
+    channels = budgeted_channels(terms)
+    return LedgerParameters(client, delta, target, budgeted_channels=channels, unit=terms.unit)
 
 
 def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float) -> Ledger:
@@ -293,10 +291,8 @@ Command = Annotated[Move, tyro.conf.subcommand("move")] | Annotated[Backup, tyro
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic ledger` with its arguments."""
-    about = "Move or back up the privacy ledger of a data set."
-    command: Move | Backup = tyro.cli(
-        Command, args=list(arguments), prog="fedmosaic ledger", description=about
-    )
+    words = "Move or back up the privacy ledger of a data set."
+    command: Move | Backup = tyro.cli(Command, args=[*arguments], prog="fedmosaic ledger", description=words)
     match command:
         case Move(old, new):
             carried = move(old, new)

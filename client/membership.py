@@ -86,12 +86,8 @@ def ask_to_enrol(
     transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, **asked: Any
 ) -> Enrolled:
     """Compare beliefs and enrol unless `check_only`; PolicyError for rounds beyond the terms."""
-    software = f"fedmosaic {__version__}"
-    enrolled = transport.enrol(
-        Enrolment(
-            PROTOCOL_VERSION, roster.federation, roster.hash, adapter_spec_hash, family, software, **asked
-        )
-    )
+    about = PROTOCOL_VERSION, roster.federation, roster.hash, adapter_spec_hash, family
+    enrolled = transport.enrol(Enrolment(*about, f"fedmosaic {__version__}", **asked))
     agreed = roster.terms.schedule.rounds
     if enrolled.rounds != agreed:
         raise PolicyError(

@@ -160,9 +160,7 @@ class ClippingRecord:
 
     def shares(self) -> dict[Channel, float]:
         """Share of clipped examples by channel, of the channels that saw any."""
-        return {
-            channel: clipped / examples for channel, (clipped, examples) in self._read().items() if examples
-        }
+        return {channel: clipped / seen for channel, (clipped, seen) in self._read().items() if seen}
 
     def _read(self) -> dict[Channel, tuple[int, int]]:
         remedy = "delete it, only the share of clipped examples is lost"

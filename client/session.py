@@ -166,9 +166,8 @@ class Session(Membership):
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())
         claim = self._releases.anchor.claim()
-        return self._protection.seal(
-            run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
-        )
+        number, epoch = aggregate.round, aggregate.upload_key_epoch
+        return self._protection.seal(run_id, number, epoch, vectors, profile, claim)
 
     def _push(self, upload: Upload) -> int:
         """Send an upload. Returns the number of the next round to take part in."""

@@ -92,9 +92,8 @@ def person_words(inputs: StatementInputs, examples: int) -> str:
 
 def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
     """The statement for this client's own eyes with one more warning; not for the one handed over."""
-    clients = tuple(
-        client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
-    )
+    (client,) = statement.clients
+    clients = (client.model_copy(update={"warnings": (*client.warnings, warning)}),)
     return statement.model_copy(update={"clients": clients})
 
 

@@ -66,10 +66,8 @@ class CoLoraModel(BaseTuner):
     @staticmethod
     def _check_against_other_adapters(model: nn.Module, plan: Mapping[str, Placement]) -> None:
         for name, placement in plan.items():
-            existing = model.get_submodule(name)
-            if isinstance(existing, CoLoraLayer) and isinstance(existing, CoLoraLinear) != (
-                placement.kind == "shared"
-            ):
+            existing, shared = model.get_submodule(name), placement.kind == "shared"
+            if isinstance(existing, CoLoraLayer) and isinstance(existing, CoLoraLinear) != shared:
                 raise ModelError(
                     f"{name} carries Co-LoRA in one adapter and ordinary LoRA in another. "
                     "Give all adapters of a model the same blocks, layer_rule and shared_layers."

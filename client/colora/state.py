@@ -179,12 +179,10 @@ def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "cus
         config.basis_label = label
 
 
-def _checked(
-    what: str, given: torch.Tensor | np.ndarray, current: torch.Tensor, by_rows: bool
-) -> torch.Tensor:
-    tensor = torch.as_tensor(given).detach().to(device=current.device, dtype=torch.float32)
-    if tensor.shape != current.shape:
-        raise ModelError(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(current.shape)}.")
+def _checked(what: str, given: torch.Tensor | np.ndarray, now: torch.Tensor, by_rows: bool) -> torch.Tensor:
+    tensor = torch.as_tensor(given).detach().to(device=now.device, dtype=torch.float32)
+    if tensor.shape != now.shape:
+        raise ModelError(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(now.shape)}.")
     if not tensor.isfinite().all():
         raise ModelError(f"{what} has values that are not finite.")
     error = orthonormality_error(tensor.T if by_rows else tensor)

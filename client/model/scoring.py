@@ -87,9 +87,8 @@ def answers(
     closed = [example for example in examples if example.choices]
     opened = [example for example in examples if not example.choices]
     chosen = most_likely_choices(model, tokenizer, closed, batch_size, max_length=max_length)
-    written = written_answers(
-        model, tokenizer, opened, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
-    )
+    room = {"max_length": max_length, "max_new_tokens": max_new_tokens}
+    written = written_answers(model, tokenizer, opened, batch_size, **room)
     choice, text = iter(chosen), iter(written)
     return [e.choices[next(choice)] if e.choices else next(text) for e in examples]
 

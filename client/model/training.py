@@ -122,9 +122,8 @@ def train_local(
     order = EpochSampler(len(examples), settings.seed) if sampler is None else sampler
     groups = trainable_by_role(model)
     optimizer = _optimizer(groups, settings)
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup))
-    )
+    rising = max(1, settings.warmup)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rising))
     trained = {name: parameter for group in groups.values() for name, parameter in group.items()}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     loss_of = in_bfloat16(losses) if settings.bf16 else losses

@@ -118,9 +118,8 @@ class Preflight:
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
         target = agreed_epsilon(self.settings, self.kit)
-        return plan_adapter(
-            self.kit.roster.terms, len(self._unit_ids), self._parameters(target).delta, target
-        )
+        delta = self._parameters(target).delta
+        return plan_adapter(self.kit.roster.terms, len(self._unit_ids), delta, target)
 
     @cached_property
     def learner(self) -> ModelLearner:

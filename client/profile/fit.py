@@ -117,15 +117,13 @@ def fit_mechanism(
     return mechanism, fitted.basis if needed else None
 
 
-def _factors_of(
-    probe: Probe, public_examples: Sequence[EncodedExample]
-) -> Callable[[], Iterable[GradientFactors]]:
+def _factors_of(probe: Probe, public: Sequence[EncodedExample]) -> Callable[[], Iterable[GradientFactors]]:
     """Gradients to go through twice: kept if they fit into KEPT_BYTES, probed again otherwise."""
-    tokens = sum(int((example.labels != IGNORED).sum()) for example in public_examples)
+    tokens = sum(int((example.labels != IGNORED).sum()) for example in public)
     width = probe.hidden_size + probe.intermediate_size
 
     def factors() -> Iterator[GradientFactors]:
-        return gradient_factors(probe, public_examples)
+        return gradient_factors(probe, public)
 
     if 4 * tokens * width > KEPT_BYTES:
         return factors

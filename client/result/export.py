@@ -225,9 +225,8 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
         raise ModelError(
             f"what would be written is not the client's model ({found}); give another --format than this"
         )
-    return Export(
-        arguments.format, name, dtype, opened.round, arguments.shareable, rank, str(found), left_out
-    )
+    form, shareable = arguments.format, arguments.shareable
+    return Export(form, name, dtype, opened.round, shareable, rank, str(found), left_out)
 
 
 def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:

@@ -133,9 +133,8 @@ class TowerImages:
             raise ModelError(f"{source} is of type {kind!r}, whose images are not handled; use {_TYPES[0]}")
         try:
             load: Any = AutoImageProcessor.from_pretrained
-            self._processor: Any = load(
-                source, local_files_only=Path(source).is_dir(), trust_remote_code=False
-            )
+            here = Path(source).is_dir()
+            self._processor: Any = load(source, local_files_only=here, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"the image processor of {source} cannot be loaded: {error}") from error
         # An image that cannot be read has to be found before privacy is spent on a step that would read it.

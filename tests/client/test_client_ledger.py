@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import tiny_mechanism
 from fedmosaic.client.ledger import DataLedger, ledger_delta, main
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
@@ -13,7 +14,6 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, data_epoch, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import LedgerError
 
 IDS = [f"e{index}" for index in range(400)]
@@ -22,12 +22,7 @@ TERMS = Terms(
     adapter=AdapterTerms(rank=4, protection="dp"),
     allow_plaintext=True,
     encryption={"backend": "plain"},  # type: ignore[arg-type]  # as a file has it
-    profile=ProfileMechanism(
-        probe="none",
-        probe_sha256="0" * 64,
-        reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-        noise_multiplier=8.0,
-    ),
+    profile=tiny_mechanism(noise_multiplier=8.0),
 )
 PROFILE = GaussianEvent(8.0, 1.0, 1)
 
@@ -60,15 +55,9 @@ def of_before(state: Path) -> Ledger:
 
 def spend(ledger: Ledger, run: str) -> None:
     ledger.reserve(
-        "adapter",
-        1,
-        PROFILE,
-        data_epoch=EPOCH,
-        secure_noise=True,
-        clipping_norm=1.0,
-        dimensions=8,
+        "adapter", 1, PROFILE, data_epoch=EPOCH, secure_noise=True, clipping_norm=1.0, dimensions=8,
         context=run,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture

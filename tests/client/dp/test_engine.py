@@ -27,6 +27,7 @@ from fedmosaic.privacy.mechanism.gaussian import GRID
 from fedmosaic.protos.errors import ModelError
 from tiny import random_texts, tiny_colora
 
+Cores = Mapping[str, nn.Linear]
 pytestmark = pytest.mark.usefixtures("device")
 
 
@@ -40,15 +41,11 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def rows_of(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
-) -> torch.Tensor:
+def rows_of(model: nn.Module, cores: Cores, examples: Sequence[EncodedExample]) -> torch.Tensor:
     return torch.stack([example_gradient(model, cores, example) for example in examples])
 
 
-def rows_of_opacus(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
-) -> torch.Tensor:
+def rows_of_opacus(model: nn.Module, cores: Cores, examples: Sequence[EncodedExample]) -> torch.Tensor:
     """The oracle: Opacus's hooks on one padded batch, an independent implementation of the same rows."""
     wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
     model.enable_input_require_grads()  # Opacus's hooks want a gradient of every core's input
@@ -132,9 +129,7 @@ def test_a_row_has_the_same_bits_in_any_company_and_order(dtype: torch.dtype, bo
     assert torch.equal(together[1::2], fewer)
 
 
-def test_a_core_that_takes_no_part_has_a_row_of_zeros_and_a_loss_is_one_number_per_example(
-    model: nn.Module,
-) -> None:
+def test_a_core_without_part_has_a_row_of_zeros_and_a_loss_is_one_number(model: nn.Module) -> None:
     (example,) = random_texts([5])
     assert not example_gradient(model, {"spare": nn.Linear(4, 4)}, example).any()
     with only_shared_branch(model) as cores, pytest.raises(ModelError, match="one loss per example"):

@@ -141,9 +141,7 @@ def test_an_empty_sample_releases_noise_and_is_charged() -> None:
     assert script.log == full.log, "a full sample asks for the same randomness"
 
 
-def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_training_that_moves_nothing_is_told_and_ends_as_any_other(caplog: pytest.LogCaptureFixture) -> None:
     released(make_examples(9), change(learning_rate=1e-45), Script(everyone=False, level=0.1))
     assert "moved no weight" in caplog.text
 

@@ -20,11 +20,8 @@ HIDDEN, INNER = 8, 12
 
 def reduction(kind: str = "kronecker", dimensions: int = 6, **changes: object) -> Reduction:
     fields: dict[str, object] = {
-        "kind": kind,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "projection_dimensions": dimensions,
-    }
+        "kind": kind, "hidden_size": HIDDEN, "intermediate_size": INNER, "projection_dimensions": dimensions,
+    }  # fmt: skip
     return Reduction.model_validate(fields | changes)
 
 
@@ -152,9 +149,7 @@ def tiny_probe() -> tuple[Probe, list[EncodedExample]]:
     return probe, examples
 
 
-def test_the_probe_sees_every_public_example_once_if_gradients_fit_into_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_probe_sees_an_example_once_if_gradients_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     probe, examples = tiny_probe()
     settings = BasisSettings(kronecker_shape=(2, 3))
     passes: list[int] = []

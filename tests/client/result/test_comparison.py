@@ -11,6 +11,8 @@ from peft import get_peft_model_state_dict
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.result.comparison import compare, last_lines, paired_difference
 
+Leave = Callable[..., Any]
+
 
 def score(right: list[bool], commonest: float | None = 0.5) -> Score:
     return Score(tuple(right), "most likely choice", commonest)
@@ -63,9 +65,7 @@ def test_the_verdict_says_what_helps_what_hurts_and_what_cannot_be_told() -> Non
 
 
 @pytest.mark.parametrize("protection", ["none", "dp"])
-def test_training_alone_repeats_and_leaves_the_client_as_it_was(
-    leave: Callable[..., Any], protection: str
-) -> None:
+def test_training_alone_repeats_and_leaves_the_client_as_it_was(leave: Leave, protection: str) -> None:
     left = leave("llama", protection)
     learner = left.learner
     before = {k: v.clone() for k, v in get_peft_model_state_dict(left.model).items()}
@@ -81,7 +81,7 @@ def test_training_alone_repeats_and_leaves_the_client_as_it_was(
 
 
 def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
-    leave: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    leave: Leave, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = leave("llama", "dp")
     learner, seen = left.learner, []
@@ -99,7 +99,7 @@ def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
     assert any(last.values())
 
 
-def test_the_last_lines_fit_80_columns_and_name_the_next_commands(leave: Callable[..., Any]) -> None:
+def test_the_last_lines_fit_80_columns_and_name_the_next_commands(leave: Leave) -> None:
     from fedmosaic.privacy.statement.models import PrivacyStatement
 
     left = leave("llama", "encrypted")

@@ -91,9 +91,7 @@ def test_what_time_may_cure_is_tried_and_told(fails: Any, listening: Any) -> Non
     assert "the name cannot be found" in str(error)
 
 
-def test_a_server_that_refuses_this_certificate_is_suspected(
-    fails: Any, serving: Any, foreign: Authority
-) -> None:
+def test_a_server_that_refuses_us_is_suspected(fails: Any, serving: Any, foreign: Authority) -> None:
     error = fails(f"127.0.0.1:{serving(trusted=foreign)}", 0.5)
     assert isinstance(error, TransportError)
     assert "refuses this client's certificate" in str(error)
