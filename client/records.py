@@ -18,7 +18,6 @@ from typing import Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from pydantic import TypeAdapter
 
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
@@ -30,7 +29,6 @@ from fedmosaic.protos.v1 import federation_pb2
 from fedmosaic.protos.wire import decode_upload_header, encode_upload_header
 
 CLIPPING: Final = "clipping.json"
-_COUNTS: Final = TypeAdapter(dict[Channel, tuple[int, int]])
 # NumPy reads headers by `ast`, in which threads of CPython 3.11 disturb each other (cpython issue 106905).
 _ONE_READER: Final = threading.Lock()
 _LENGTH: Final = struct.Struct("<Q")
@@ -164,4 +162,7 @@ class ClippingRecord:
 
     def _read(self) -> dict[Channel, tuple[int, int]]:
         remedy = "delete it, only the share of clipped examples is lost"
-        return read_own(self._path, _COUNTS.validate_python, remedy) or {}
+        return (
+            read_own(self._path, lambda kept: {k: (int(a), int(b)) for k, (a, b) in kept.items()}, remedy)
+            or {}
+        )

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedmosaic.privacy import files
 from fedmosaic.privacy.audit import AuditLog
@@ -38,7 +38,6 @@ OLDER_COPY: Final = (
 """What to say of a state directory that does not know what this client has sent."""
 _VERSION: Final = 1
 _SESSION: Final = "session.json"
-_ROWS: Final = TypeAdapter(dict[str, tuple[str, int]])
 
 
 class SessionRecord(BaseModel):
@@ -263,7 +262,8 @@ class ClientState:
             "it may be of a version before: restore it from a backup, or delete it: a second weight row of "
             "the rounds so far would then not be told from the first"
         )
-        return read_own(self._rows, _ROWS.validate_python, remedy) or {}
+        found = read_own(self._rows, lambda kept: {k: (str(d), int(n)) for k, (d, n) in kept.items()}, remedy)
+        return found or {}
 
     def give_up(self, round_number: int) -> None:
         """Remember that a round's aggregate is not to be loaded again: training failed with it."""
