@@ -66,13 +66,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mixtral": {**COMMON, **EXPERTS},
     "gpt_oss": {**COMMON, **HEADS, **EXPERTS, **WINDOW},
     "gpt_neox": COMMON,
-    "gpt_neo": {
-        **COMMON,
-        "num_layers": 2,
-        "num_heads": 2,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 4,
-    },
+    "gpt_neo": COMMON
+    | {"num_layers": 2, "num_heads": 2, "window_size": 4}
+    | {"attention_types": [[["global", "local"], 1]]},
     "gptj": {**GPT, "rotary_dim": 4},
     "bloom": {"vocab_size": ROWS, "hidden_size": 16, "n_layer": 2, "n_head": 2},
     "falcon": {**COMMON, "new_decoder_architecture": False},
@@ -80,14 +76,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "gemma2": {**GEMMA, **WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**GEMMA, **WINDOW, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
     "modernbert-decoder": {**COMMON, "local_attention": 8, "global_attn_every_n_layers": 2},
-    "falcon_h1": {
-        **GEMMA,
-        "mamba_d_ssm": 16,
-        "mamba_n_heads": 2,
-        "mamba_d_head": 8,
-        "mamba_d_state": 4,
-        "mamba_n_groups": 1,
-    },
+    "falcon_h1": GEMMA
+    | {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8}
+    | {"mamba_d_state": 4, "mamba_n_groups": 1},
 }
 NOT_CAUSAL: dict[str, dict[str, Any]] = {
     "bert": COMMON,
@@ -189,14 +180,8 @@ def test_a_module_whose_output_is_thrown_away_is_refused() -> None:
 
 
 def test_layers_that_differ_are_refused_with_what_they_have_in_common() -> None:
-    hybrid = {
-        **GEMMA,
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-    }
+    hybrid = GEMMA | {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    hybrid |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
     with pytest.raises(ModelError, match=r"all 2 layers have mlp\.down_proj, mlp\.gate_proj, mlp\.up_proj"):
         adapt(make_model("qwen3_5_text", hybrid), CoLoraConfig(r=2, blocks=2))
 
@@ -241,10 +226,7 @@ def test_both_forms_of_templates_carry_the_prompt_alike() -> None:
     ("template", "reason"),
     [
         ("{% for m in messages %}{{ m.role }}: {% endfor %}bot", "the text is lost"),
-        (
-            "{% if add_generation_prompt %}bot {% endif %}{{ messages[0].content }}",
-            "stands before it",
-        ),
+        ("{% if add_generation_prompt %}bot {% endif %}{{ messages[0].content }}", "stands before it"),
         ("{{ raise_exception('a system turn is needed') }}", "a system turn is needed"),
         ("{{ messages[7].content.upper() }}", "as text"),
     ],

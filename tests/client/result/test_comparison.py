@@ -46,22 +46,17 @@ def test_three_rows_decide_nothing_however_they_fall() -> None:
 
 def test_the_verdict_says_what_helps_what_hurts_and_what_cannot_be_told() -> None:
     base, good, bad = score([False] * 40), score([True] * 40), score([False] * 39 + [True])
-    assert (
-        "cannot tell sharing from training alone"
-        in compare({"base": base, "alone": bad, "federated": bad}).verdict()
-    )
+    same = compare({"base": base, "alone": bad, "federated": bad})
+    assert "cannot tell sharing from training alone" in same.verdict()
     helped = compare({"base": base, "alone": bad, "federated": good})
     assert helped.verdict().startswith("Sharing helps you: +0.97 (95 % interval")
-    assert (
-        compare({"base": base, "alone": good, "federated": bad}).verdict().startswith("Sharing hurts you: -")
-    )
+    hurt = compare({"base": base, "alone": good, "federated": bad})
+    assert hurt.verdict().startswith("Sharing hurts you: -")
     without = compare({"base": base, "federated": good})
     assert "compare_alone = true" in without.verdict()
     assert without.warning() == ""
-    assert (
-        "always giving the commonest answer, which scores 0.50"
-        in compare({"base": base, "federated": bad}).warning()
-    )
+    warned = compare({"base": base, "federated": bad}).warning()
+    assert "always giving the commonest answer, which scores 0.50" in warned
 
 
 @pytest.mark.parametrize("protection", ["none", "dp"])
@@ -71,7 +66,6 @@ def test_training_alone_repeats_and_leaves_the_client_as_it_was(leave: Leave, pr
     before = {k: v.clone() for k, v in get_peft_model_state_dict(left.model).items()}
     order = learner._sampler.state_dict()
     alone = learner.score_alone(2)
-    assert alone is not None
     assert len(alone.right) == 9
     assert alone.commonest == pytest.approx(6 / 9)
     assert learner.score_alone(2) == alone
