@@ -123,7 +123,7 @@ class Keyring:
         return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
-        """The agreed key; KeyExpiredError by the terms, KeyAgreementError if a member lacks or cheats."""
+        """Agree, or return what was agreed; KeyAgreementError if a member is missing, added or cheats."""
         if self.has(epoch):
             if epoch <= self._retired or epoch != self.counter.epoch:
                 # The server, or the counter on this disk, has forgotten something of the agreement.

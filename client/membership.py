@@ -85,7 +85,7 @@ class Learner(Protocol):
 def ask_to_enrol(
     transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, **asked: Any
 ) -> Enrolled:
-    """Compare beliefs and enrol unless `check_only`; PolicyError for rounds beyond the terms."""
+    """Compare what both sides believe, and enrol unless `check_only`; PolicyError for other rounds."""
     about = PROTOCOL_VERSION, roster.federation, roster.hash, adapter_spec_hash, family
     enrolled = transport.enrol(Enrolment(*about, f"fedmosaic {__version__}", **asked))
     agreed = roster.terms.schedule.rounds

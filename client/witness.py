@@ -68,7 +68,7 @@ class Review:
 
 
 def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
-    """Read no more of an answer than the terms and its announcement allow; WireError and its kin."""
+    """Read no more of an answer than the terms and its announcement allow; WireError if it is more."""
     review, payload, size = Review(), bytearray(), 0
     for part in parts:
         if part.HasField("waiting"):

@@ -270,7 +270,8 @@ def _check_names(examples: list[Example], places: list[str], *, named: bool) -> 
 
 
 def _named(examples: list[Example]) -> tuple[Example, ...]:
-    """The examples named by hashes of content, which prove no disjointness: a corrected text is another."""
+    """The examples, named by a hash of what they say."""
+    # A corrected text is another example: the ledger takes no such names as proof that data share nobody.
     seen: Counter[str] = Counter()
     found = []
     for example in examples:

@@ -17,7 +17,7 @@ from fedmosaic.protos.errors import ConfigurationError
 
 
 def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") -> list[str]:
-    """Warnings, one line each; ConfigurationError for what cannot be scored, trained apart, or protected."""
+    """Warnings, one line each; ConfigurationError for unscorable tests, missing images or persons."""
     by_unit(data.train.examples, unit)
     for found in (data.train, *data.tests.values()):
         for number, example in enumerate(found.examples, start=1):
