@@ -173,7 +173,7 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
     _, config = _checkpoint(folder)
     chosen = config.r if rank is None else rank
     if not 1 <= chosen <= config.r:
-        raise ModelError(f"The rank is {chosen}; that of {folder} is {config.r}, choose 1 to that")
+        raise ModelError(f"The rank is {chosen}; {folder} has rank {config.r}, choose 1 to that")
     names = "blocks layer_rule shared_layers basis_seed target_modules model_depth task_type".split()
     kept = {name: getattr(config, name) for name in names}
     return CoLoraConfig(r=chosen, **(kept | {"alpha": config.alpha * chosen / config.r} | changes))
