@@ -132,9 +132,8 @@ class Client:
         if (model is None) != (tokenizer is None):
             raise ConfigurationError("hand over model and tokenizer together, or name both in [model] path")
         if ledger is not None:
-            settings = settings.model_copy(
-                update={"data": settings.data.model_copy(update={"ledger": Path(ledger)})}
-            )
+            data = settings.data.model_copy(update={"ledger": Path(ledger)})
+            settings = settings.model_copy(update={"data": data})
         self._given = Given(None if model is None else (model, tokenizer), examples, test, connect)
         self.settings = settings
         settings.check_complete(model=model is not None, train=examples is not None, test=test is not None)

@@ -24,7 +24,7 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import FedMosaicError
 
 _COLUMNS: Final = 80
-_SERVER_PATIENCE_SECONDS: Final = 5.0
+_SECONDS: Final = 5.0
 _PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
 _INDENT: Final = " " * 20
 
@@ -60,9 +60,7 @@ def _diagnose(path: Path) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
-        preflight = Preflight(
-            settings, Progress(), server_patience_seconds=_SERVER_PATIENCE_SECONDS, scratch=Path(scratch)
-        )
+        preflight = Preflight(settings, Progress(), server_patience_seconds=_SECONDS, scratch=Path(scratch))
         with closing(preflight):
             return 0 if _examine(preflight) else 1
 
