@@ -10,7 +10,7 @@ import tyro
 from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.client.client import Client
-from fedmosaic.client.result.comparison import last_lines
+from fedmosaic.client.result.ending import last_lines
 from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import NOTHING_EXCHANGED
 

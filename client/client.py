@@ -30,7 +30,8 @@ from fedmosaic.client.profile.probe import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress, Tracker
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, ResultFile, compare
+from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
+from fedmosaic.client.result.ending import ResultFile
 from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings

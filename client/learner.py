@@ -239,7 +239,8 @@ class ModelLearner:
         return scores
 
     def _score(self, name: str, examples: Sequence[Example]) -> Score:
-        limit = self._settings.data.scored(name) or len(examples)
+        data = self._settings.data
+        limit = (data.evaluation_examples if name == "self" else data.others_examples) or len(examples)
         return score_examples(
             self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
             max_length=self._settings.training.max_length,

@@ -1,9 +1,4 @@
-"""Small files that a client writes between two steps of a round, so that a restart goes on from them.
-
-An upload until its round is closed, re-sent byte for byte; the average of all released profiles; counts of
-clipped examples, for the own statement; and, in the ledger's directory, a noised profile, sent again for
-free.
-"""
+"""Small files that a client writes between two steps of a round, so that a restart goes on from them."""
 
 import hashlib
 import io

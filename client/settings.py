@@ -186,10 +186,6 @@ class DataSettings(Located):
     pictures: Path | None = None
     """Folder of the images that prompts name."""
 
-    def scored(self, name: str) -> int:
-        """How many examples of a test set are scored; 0 for all."""
-        return self.evaluation_examples if name == "self" else self.others_examples
-
 
 class TrainingSettings(Frozen):
     """How a client trains locally; names as in ``transformers.TrainingArguments``.

@@ -285,11 +285,7 @@ def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _keep_way_back(model: nn.Module) -> None:
-    """Let gradients through weights in 4 bits on a processor.
-
-    There bitsandbytes repacks weights when they are first evaluated, for products that have no way back:
-    training afterwards would lose, without a word, all gradients through these layers.
-    """
+    """Let gradients through 4 bits on a processor, where bitsandbytes repacks weights and loses them."""
     linear: Any
     for linear in model.modules():
         if hasattr(linear, "support_avx512bf16_for_cpu"):

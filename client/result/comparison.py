@@ -1,25 +1,16 @@
-"""Does sharing help me? Three models on a client's own test rows, what is kept of it, and the last lines.
+"""Does sharing help me? Three models on a client's own test rows, compared pair by pair, in words.
 
 Nothing of it leaves the client: scores on private rows are releases that no ledger has charged.
 """
 
-import json
-import shlex
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from scipy.stats import binomtest
 
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.result.export import guarantees
-from fedmosaic.privacy.configuration import Frozen, read_own
-from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.statement.models import PrivacyStatement
-from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, trust
+from fedmosaic.privacy.configuration import Frozen
 
 _RESAMPLES: Final = 10_000
 _LEVEL: Final = 0.95
@@ -27,7 +18,10 @@ BASE, ALONE, FEDERATED = "base", "alone", "federated"
 
 
 class Difference(Frozen):
-    """How much better a model is on the same rows, with 95 % interval and p-value (exact McNemar test)."""
+    """How much better one model is than another on the same rows, with its 95 % interval.
+
+    The p-value is that of the exact sign test on the rows that only one of both has right (McNemar).
+    """
 
     mean: float
     low: float
@@ -45,7 +39,13 @@ class Difference(Frozen):
 
 
 def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
-    """Compare on the same rows by a paired bootstrap of counts (Efron and Tibshirani 1993, §13.3)."""
+    """Compare two models, right or wrong on each of the same rows, by a paired bootstrap.
+
+    A row's difference is -1, 0 or 1, so resampling rows is resampling the counts of these three.
+
+    Reference:
+        B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, §13.3 (percentile interval).
+    """
     rows = len(one)
     better = sum(a and not b for a, b in zip(one, other, strict=True))
     worse = sum(b and not a for a, b in zip(one, other, strict=True))
@@ -54,12 +54,17 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
     means = (counts[:, 2] - counts[:, 0]) / rows
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    mean = (better - worse) / rows
-    return Difference(mean=mean, low=float(low), high=float(high), p_value=p_value, rows=rows)
+    return Difference(
+        mean=(better - worse) / rows, low=float(low), high=float(high), p_value=p_value, rows=rows
+    )
 
 
 class Comparison(Frozen):
-    """Shares of right answers; `commonest` is None without choices, `over_alone` without a model alone."""
+    """Shares of right answers of base, alone and federated on the client's own test rows.
+
+    `commonest` is what the commonest answer alone would score, None where rows have no choices; `over_alone`
+    is None where no model was trained alone.
+    """
 
     measure: str
     commonest: float | None
@@ -98,76 +103,3 @@ def compare(scores: Mapping[str, Score]) -> Comparison:
         over_base=paired_difference(federated.right, scores[BASE].right),
         over_alone=None if alone is None else paired_difference(federated.right, alone.right),
     )
-
-
-class ResultFile:
-    """`result.json`: what a client's own people read afterwards; it stays in the state directory."""
-
-    def __init__(self, path: Path) -> None:
-        """Read what an earlier process wrote; StateError if that is damaged."""
-        self._path = path
-        remedy = "delete it: only the scores before training are lost"
-        self._content: dict[str, Any] = read_own(path, dict, remedy) or {}
-
-    def has(self, key: str) -> bool:
-        """Whether something was put under this key."""
-        return key in self._content
-
-    def put(self, key: str, value: object) -> None:
-        """Write a value, durably."""
-        self._content[key] = value
-        write_atomically(self._path, json.dumps(self._content, indent=2).encode())
-
-    def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
-        """Write scores, what they measure, and which rows are right."""
-        self.put(when, {name: score.value for name, score in scores.items()})
-        if scores:
-            self.put("measures", {name: score.measure for name, score in scores.items()})
-        rows = {name: asdict(score) for name, score in scores.items()}
-        self.put("rows", self._part("rows") | {when: rows})
-
-    def score(self, when: str, name: str) -> Score | None:
-        """A score row by row, as it was put; None if it was not, or by a version before."""
-        found = self._part("rows").get(when, {}).get(name)
-        return None if found is None else Score(**found | {"right": tuple(found["right"])})
-
-    def _part(self, key: str) -> dict[str, Any]:
-        found = self._content.get(key)
-        return dict(found) if isinstance(found, dict) else {}
-
-    def scores(self, when: str) -> dict[str, float]:
-        """The scores that were put, by test set."""
-        return self._part(when)
-
-
-_COLUMNS = 80
-
-
-def last_lines(
-    state: Path, adapter: Path | None, comparison: Comparison | None, statement: PrivacyStatement
-) -> str:
-    """What a client says at its end, in 80 columns where no path is longer."""
-    lines = [""]
-    if comparison is not None:
-        rows = comparison.over_base.rows
-        lines.append(f"Own test rows  {rows}, right by {comparison.measure}")
-        lines += [f"  {name:<12} {score:.2f}" for name, score in comparison.scores.items()]
-        if comparison.commonest is not None:
-            lines.append(f"  {'one answer':<12} {comparison.commonest:.2f}  (always the commonest)")
-        words = " ".join(filter(None, (comparison.verdict(), comparison.warning())))
-        lines += textwrap.wrap(words, _COLUMNS, break_long_words=False)
-    lines.append(f"Adapter        {adapter or 'none was trained'}")
-    # Over all that was sent, towards the server and towards colluding recipients.
-    found, client = guarantees(statement, "joint"), statement.clients[0]
-    server, recipients = found["server_honest_but_curious"].epsilon, found["colluding_recipients"].epsilon
-    told = (
-        f"Privacy        {trust(client)} ε = {epsilon_text(server)} towards the server, "
-        f"{epsilon_text(recipients)} towards recipients who work together (one {client.unit}, δ "
-        f"{delta_text(client.delta)}; what ε means: docs/privacy.md)"
-    )
-    lines += textwrap.wrap(told, _COLUMNS, subsequent_indent=" " * 15)
-    place = shlex.quote(str(state))
-    lines += ["Next", f"  fedmosaic report {place}"]
-    if adapter is not None:
-        lines += [f"  fedmosaic export {place} --out my-model", f"  fedmosaic chat {place}"]
-    return "\n".join(lines)

@@ -16,7 +16,7 @@ from fedmosaic.client.ledger import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.records import ClippingRecord, read_average, read_profile
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.result.comparison import ResultFile
+from fedmosaic.client.result.ending import ResultFile
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.privacy import files

@@ -9,7 +9,8 @@ import torch
 from peft import get_peft_model_state_dict
 
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.result.comparison import compare, last_lines, paired_difference
+from fedmosaic.client.result.comparison import compare, paired_difference
+from fedmosaic.client.result.ending import last_lines
 
 Leave = Callable[..., Any]
 
