@@ -59,9 +59,7 @@ def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: fl
         return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
     sums = terms.group_sums
     if sums.noise_multiplier is None:
-        raise AccountingError(
-            "the roster does not say the noise of its group sums; found the federation again"
-        )
+        raise AccountingError("the roster does not say the noise of its sums; found the federation again")
     if examples < sums.least_examples:
         raise AccountingError(
             f"{examples:.0f} examples are fewer than the {sums.least_examples} that a member needs for the "

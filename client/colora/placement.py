@@ -133,9 +133,7 @@ def plan_placements(
     if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):
         raise ModelError(f"shared_layers {list(shared_layers)} should be strictly increasing and not empty.")
     if shared_layers[0] < 0 or shared_layers[-1] >= len(layers):
-        raise ModelError(
-            f"shared_layers {list(shared_layers)} lie outside the model, of layers 0 to {len(layers) - 1}"
-        )
+        raise ModelError(f"shared_layers {list(shared_layers)} lie outside layers 0 to {len(layers) - 1}")
     present = [set(linear_names(layer)) for layer in layers]
     chosen = select_modules(tuple({name for names in present for name in names}), target_modules)
     plan: dict[str, Placement] = {}

@@ -222,9 +222,7 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
             again = PeftModel.from_pretrained(cast(PreTrainedModel, model.unload()), str(folder))
     found = deviation(public_logits(again, opened.tokenizer), expected)
     if found.relative > _TOLERANCE and next(again.parameters()).dtype == torch.float32:
-        raise ModelError(
-            f"what would be written is not the client's model ({found}); give another --format than this"
-        )
+        raise ModelError(f"what would be written is not the client's model ({found}); give another --format")
     form, shareable = arguments.format, arguments.shareable
     return Export(form, name, dtype, opened.round, shareable, rank, str(found), left_out)
 
