@@ -10,6 +10,7 @@
     STATE/model.json               base model and terms, with which the result is loaded again
     STATE/traffic.json             bytes sent and received so far
     STATE/audit.jsonl              what mattered to security (see `fedmosaic.privacy.audit`)
+    STATE/roster.json, authority.pem, consortium.pub   what the statement's roster is checked with
     STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves

@@ -2,7 +2,8 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from sqlalchemy import make_url
@@ -47,8 +48,18 @@ def _store_url(text: str) -> str:
     return text
 
 
+def _collector(text: str) -> str:
+    found = urlsplit(text)
+    if found.scheme != "https" and (found.scheme, found.hostname) not in _LOCAL_COLLECTORS:
+        raise ValueError("write https://collector.example.org:4318/v1/traces; http:// only on this machine")
+    return text
+
+
+_LOCAL_COLLECTORS: Final = {("http", host) for host in ("localhost", "127.0.0.1", "::1")}
 StoreUrl = Annotated[str, AfterValidator(_store_url)]
 """SQLAlchemy URL of a SQLite or PostgreSQL database."""
+CollectorUrl = Annotated[str, AfterValidator(_collector)]
+"""Where an OpenTelemetry collector takes traces."""
 
 
 class TlsFiles(Frozen):
@@ -91,6 +102,7 @@ class ServerSettings(Frozen):
             their statement.
         state_dir: folder of everything that must survive a restart.
         store_url: SQLAlchemy URL; SQLite in `state_dir` by default.
+        traces_url: OpenTelemetry collector that is told of every round's stages; None for nobody.
         listen: address and port; port 0 takes a free one.
         tls: certificates; without them only in-process use is possible.
         upload_limit_bytes: largest upload that may be announced.
@@ -125,6 +137,7 @@ class ServerSettings(Frozen):
     grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
     state_dir: Path
     store_url: StoreUrl | None = None
+    traces_url: CollectorUrl | None = None
     listen: ListenAddress = "127.0.0.1:7443"
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
@@ -181,6 +194,8 @@ class OperatorSettings(Frozen):
     """Directory of all that must survive a restart."""
     store_url: StoreUrl | None = None
     """SQLAlchemy URL of the database; SQLite in `state_dir` by default."""
+    traces_url: CollectorUrl | None = None
+    """OpenTelemetry collector (OTLP over HTTP) that is told of every round's stages; nobody by default."""
     grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
     """After the last round, how long the server stays for members that have not handed over a statement."""
 

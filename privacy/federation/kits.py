@@ -21,6 +21,7 @@ from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
 from fedmosaic.privacy.federation.roster import Roster, check_distinct
 from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError
 
@@ -189,6 +190,13 @@ class Kit:
                 f"{self.roster.federation!r}; take both from one kit"
             )
         return client
+
+
+def keep_signed(kit: Path, roster: Roster, place: Path) -> None:
+    """Write into a state directory what its statement is checked with: the roster, and what the kit pins."""
+    for name in (AUTHORITY_CERTIFICATE, CONSORTIUM_KEY):
+        write_atomically(place / name, (kit / name).read_bytes())
+    roster.write(place / ROSTER)
 
 
 def open_kit(directory: Path) -> Kit:

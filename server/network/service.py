@@ -21,7 +21,14 @@ from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
-from fedmosaic.server.network.peers import Context, identify, malformed, refuse
+from fedmosaic.server.network.peers import (
+    Context,
+    identify,
+    malformed,
+    next_message,
+    nothing_came,
+    refuse,
+)
 from fedmosaic.server.network.waiting import Changes
 from fedmosaic.server.storage.blobs import MissingBlobError
 from fedmosaic.server.uploads import Ticket
@@ -33,8 +40,6 @@ _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
 _SMALL_BYTES: Final = 1 << 16
 """Aggregates that are read and hashed in less time than a thread takes to begin."""
-_CHUNK_SECONDS: Final = 30.0
-"""How long the server waits for the next message of an upload."""
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
@@ -143,9 +148,10 @@ class FederationService(rpc.FederationServicer):
                 await self.guarded(context, "pull", client, arriving)
             download = await self.guarded(context, "pull", client, self._open(client, request.round))
             if download is not None:
-                for message in _download_messages(request, download):
-                    sent += message.ByteSize()
-                    yield message
+                with self._coordinator.traces.span("pull", request.round, client):
+                    for message in _download_messages(request, download):
+                        sent += message.ByteSize()
+                        yield message
                 break
             while not (opened() or self._changes.stopping) and time.monotonic() < deadline:
                 if self._coordinator.settings is not settings:
@@ -215,8 +221,9 @@ class FederationService(rpc.FederationServicer):
                 f"the upload is resumed at byte {offset}, {ticket.received} bytes are here",
                 "ask for the upload status and resume from there",
             )
-        received = first.ByteSize() + await self._append(ticket, offset, requests)
-        return await self._finish(client, header, ticket, received)
+        with self._coordinator.traces.span("push", header.round, client):
+            received = first.ByteSize() + await self._append(ticket, offset, requests)
+            return await self._finish(client, header, ticket, received)
 
     async def _append(self, ticket: Ticket, offset: int, requests: "_Reading") -> int:
         """Append chunks until the announced size is reached; returns the bytes of their messages."""
@@ -275,8 +282,7 @@ class FederationService(rpc.FederationServicer):
         except _SupersededError:
             raise
         except TimeoutError:
-            log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
+            await nothing_came(context, call, client)
         except (FedMosaicError, OSError) as error:
             log.error("%s of %s failed: %s", call, client, error)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has a fault of its own; try again")
@@ -290,11 +296,7 @@ class _SupersededError(Exception):
 
 
 class _Reading:
-    """The messages of a push, until a newer one of the client begins.
-
-    A read that gRPC has begun is never cancelled, since it would forget to free what it reads into, some
-    hundred bytes each time; it ends with its call.
-    """
+    """The messages of a push, until a newer one of the client begins."""
 
     def __init__(self, requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]") -> None:
         self._requests = requests
@@ -304,15 +306,10 @@ class _Reading:
         """The next message; None after the last, TimeoutError if none comes."""
         if self._newer.done():
             raise _SupersededError
-        reading = asyncio.ensure_future(anext(self._requests, None))
-        reading.add_done_callback(lambda read: read.cancelled() or read.exception())
-        either = asyncio.FIRST_COMPLETED
-        await asyncio.wait((reading, self._newer), timeout=_CHUNK_SECONDS, return_when=either)
+        message = await next_message(self._requests, self._newer)
         if self._newer.done():
             raise _SupersededError
-        if not reading.done():
-            raise TimeoutError
-        return reading.result()
+        return message
 
 
 def wait_seconds(milliseconds: int) -> float:

@@ -27,7 +27,7 @@ from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.network import service
+from fedmosaic.server.network import peers, service
 from fedmosaic.server.network.service import _Reading, _SupersededError
 from fedmosaic.server.network.serving import SERVICE
 
@@ -331,7 +331,7 @@ def test_a_second_push_replaces_one_that_hangs(
     large: Any, connect: Any, dial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The server would wait, and the second push with it.
-    monkeypatch.setattr(service, "_CHUNK_SECONDS", 600.0)
+    monkeypatch.setattr(peers, "MESSAGE_SECONDS", 600.0)
     federation, server = large
     transport = connect(server, "clinic-a")
     upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
