@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 import grpc
@@ -34,7 +35,7 @@ from fedmosaic.server.storage.blobs import MissingBlobError
 from fedmosaic.server.uploads import Ticket
 
 log = logging.getLogger(__name__)
-_STATUS_SECONDS: Final = 2.0
+STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
@@ -42,6 +43,7 @@ _SMALL_BYTES: Final = 1 << 16
 """Aggregates that are read and hashed in less time than a thread takes to begin."""
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
+_Requests = Callable[[], Awaitable[pb.PushRequest | None]]
 
 
 class FederationService(rpc.FederationServicer):
@@ -160,7 +162,7 @@ class FederationService(rpc.FederationServicer):
                 sent += waiting.ByteSize()
                 yield waiting
                 left = deadline - time.monotonic()
-                await self._changes.until("round", opened, min(_STATUS_SECONDS, left))
+                await self._changes.until("round", opened, min(STATUS_SECONDS, left))
             if not opened() and self._coordinator.settings is settings:
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
@@ -196,7 +198,7 @@ class FederationService(rpc.FederationServicer):
             earlier.set_result(None)
         try:
             async with self._locks.setdefault(client, asyncio.Lock()):
-                receiving = self._receive(client, _Reading(request_iterator, newest))
+                receiving = self._receive(client, partial(_next, request_iterator, newest))
                 receipt = await self.guarded(context, "push", client, receiving)
         except _SupersededError:
             await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
@@ -205,8 +207,8 @@ class FederationService(rpc.FederationServicer):
                 del self._pushing[client]
         return wire.encode(receipt, pb.PushResponse)
 
-    async def _receive(self, client: str, requests: "_Reading") -> Receipt:
-        first = await requests.next()
+    async def _receive(self, client: str, next_request: _Requests) -> Receipt:
+        first = await next_request()
         if first is None or not first.HasField("header"):
             raise WireError("an upload must begin with its header")
         header = await asyncio.to_thread(wire.decode_upload_header, first.header)
@@ -222,10 +224,10 @@ class FederationService(rpc.FederationServicer):
                 "ask for the upload status and resume from there",
             )
         with self._coordinator.traces.span("push", header.round, client):
-            received = first.ByteSize() + await self._append(ticket, offset, requests)
+            received = first.ByteSize() + await self._append(ticket, offset, next_request)
             return await self._finish(client, header, ticket, received)
 
-    async def _append(self, ticket: Ticket, offset: int, requests: "_Reading") -> int:
+    async def _append(self, ticket: Ticket, offset: int, next_request: _Requests) -> int:
         """Append chunks until the announced size is reached; returns the bytes of their messages."""
         position, counted = offset, 0
         if ticket.size == 0:
@@ -234,7 +236,7 @@ class FederationService(rpc.FederationServicer):
             spool.truncate(offset)
             spool.seek(offset)
             while position < ticket.size:
-                message = await requests.next()
+                message = await next_request()
                 if message is None:
                     raise WireError(f"the upload ended after {position} of {ticket.size} bytes")
                 wire.check_chunk(message.chunk, position, ticket.size)
@@ -295,21 +297,14 @@ class _SupersededError(Exception):
     """A newer push of the client has begun."""
 
 
-class _Reading:
-    """The messages of a push, until a newer one of the client begins."""
-
-    def __init__(self, requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]") -> None:
-        self._requests = requests
-        self._newer = newer
-
-    async def next(self) -> pb.PushRequest | None:
-        """The next message; None after the last, TimeoutError if none comes."""
-        if self._newer.done():
-            raise _SupersededError
-        message = await next_message(self._requests, self._newer)
-        if self._newer.done():
-            raise _SupersededError
-        return message
+async def _next(
+    requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]"
+) -> pb.PushRequest | None:
+    """The next message of a push, None after the last, until a newer push of the client begins."""
+    message = None if newer.done() else await next_message(requests, newer)
+    if newer.done():
+        raise _SupersededError
+    return message
 
 
 def wait_seconds(milliseconds: int) -> float:
