@@ -109,19 +109,23 @@ class Gate(aio.ServerInterceptor):
         if handler is None:
             return None
         kind = next(name for name in _KINDS if getattr(handler, name) is not None)
-        read = _read_stream if handler.request_streaming else _read_one
-        method = self._guarded(getattr(handler, kind), handler.request_deserializer, read)
+        parts = getattr(handler, kind), handler.request_deserializer
+        method = self._guarded(*parts, streamed=handler.request_streaming)
         streaming = f"stream_{kind.partition('_')[2]}"
         changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
         return handler._replace(**changes)
 
     def _guarded(
-        self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], read: Callable[..., Any]
+        self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], *, streamed: bool
     ) -> Callable[[Any, Context], Any]:
         async def admitted(request: Any, context: Context) -> Any:
             who = await self._admit(context)
+            messages = _parsed(request, parse)
             try:
-                return method(await read(request, parse), context)
+                first = None if streamed else await next_message(messages)
+                if not streamed and first is None:
+                    raise WireError("the call ended without a request")
+                return method(messages if streamed else first, context)
             except WireError as error:
                 self._audit.refused(who, "a call", "MALFORMED")
                 await refuse(context, "a call", who, malformed(str(error)))
@@ -165,26 +169,13 @@ class Gate(aio.ServerInterceptor):
         return peer
 
 
-async def _read_one(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
-    content = await next_message(aiter(contents))
-    if content is None:
-        raise WireError("the call ended without a request")
-    return _parsed(content, parse)
-
-
-async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    async def messages() -> AsyncIterator[Any]:
-        async for content in contents:
-            yield _parsed(content, parse)
-
-    return messages()
-
-
-def _parsed(content: bytes, parse: Callable[[bytes], Any]) -> Any:
-    try:
-        return parse(content)
-    except DecodeError:
-        raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
+async def _parsed(contents: AsyncIterator[bytes], parse: Callable[[bytes], T]) -> AsyncIterator[T]:
+    async for content in contents:
+        try:
+            message = parse(content)
+        except DecodeError:
+            raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
+        yield message
 
 
 def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:
