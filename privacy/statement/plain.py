@@ -136,7 +136,7 @@ def coalition_words(rows: Sequence[models.CoalitionRows]) -> tuple[str, ...]:
 
 def keys(statement: PrivacyStatement) -> tuple[tuple[str, str, str], ...]:
     """Who holds which key: its name, what it does, who has it."""
-    made = "the member, who made it (`fedmosaic keys request`); after `keys init --for-demo` the founder too"
+    made = "the member, who made it (fedmosaic keys request); after keys init --for-demo the founder too"
     found = [
         ("identity key, one per member", "signs uploads and key agreement", made),
         ("TLS key, one per member", "opens the connection to the server", made),
