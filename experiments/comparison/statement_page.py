@@ -54,11 +54,7 @@ PYRAMID: Final = (
     ("middle", "bias", "not measured: accuracy is not told by group of persons"),
     ("bottom", "access control and security", "Who holds which key; Who keeps what"),
     ("bottom", "trust model", "Verdict: whom you trust; What has to be true"),
-    (
-        "bottom",
-        "side channels",
-        "Not covered: times, sizes, taking part; What has to be true: noise, arithmetic",
-    ),
+    ("bottom", "side channels", "Not covered: times, sizes, taking part; What has to be true: noise"),
     ("bottom", "data collection exposure", "examples stay at the client; nothing is collected for the run"),
 )
 """Components of the pyramid of NIST SP 800-226, as a summary of it names them, and where they are here."""
@@ -68,10 +64,7 @@ REGISTRY: Final = (
     ("privacy_loss", "Verdict: unit and ε with the worst; What ε and δ mean"),
     ("deployment_model", "federated; its actors are the Verdict's, with whom you trust"),
     ("accounting", "How it was computed"),
-    (
-        "implementation",
-        "How it was computed; What has to be true; Evidence. The justification is left to fill in",
-    ),
+    ("implementation", "How it was computed; What has to be true; Evidence. No justification is here"),
     ("administrative", "Signature"),
 )
 """Parts of a record of the deployment registry, and where they are here."""

@@ -140,11 +140,7 @@ def keys(statement: PrivacyStatement) -> tuple[tuple[str, str, str], ...]:
     found = [
         ("identity key, one per member", "signs uploads and key agreement", made),
         ("TLS key, one per member", "opens the connection to the server", made),
-        (
-            "consortium keys",
-            "sign the roster (members and terms) and certificates",
-            "the consortium, who founds",
-        ),
+        ("consortium keys", "sign the roster and all certificates", "the consortium, who founds"),
         ("the server's TLS key", "proves the server to the members", "the server's operator"),
         ("ledger's salt", "hides the ledger's rows from who keeps its anchor", "the member alone"),
     ]
