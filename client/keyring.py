@@ -50,11 +50,12 @@ class _Agreed:
 
 
 class Keyring:
-    """Agrees on one key per epoch and remembers the two newest, on this client's disk (mode 0600).
+    """Agrees on one key per epoch and remembers the two newest.
 
-    So a restarted process can go on in its epoch: a key is there before this client confirms that it holds
-    it, and is used once all members have confirmed. Older ones are deleted, and all at the end of the run
-    (`forget`).
+    Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch: a key
+    is there before this client confirms that it holds it, and is used once all members have confirmed. A
+    key older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
+    could read is not needed any more.
     """
 
     def __init__(
@@ -76,7 +77,12 @@ class Keyring:
         return self._agreed(epoch).key
 
     def encryption_key(self, epoch: int, round_number: int) -> GroupKey:
-        """The key to encrypt a round's upload; KeyExpiredError by the terms, whatever the server says."""
+        """The key of an epoch that the server announced, to encrypt the upload of a round.
+
+        Raises:
+            KeyExpiredError: the roster's terms ask for a new key first, whatever the server says.
+            KeyAgreementError: there is no such key here.
+        """
         agreed = self._agreed(epoch)
         if (reason := self._expired(agreed, round_number)) is not None:
             raise KeyExpiredError(
@@ -90,7 +96,11 @@ class Keyring:
         self._retired = max(self._retired, epoch)
 
     def forget(self) -> None:
-        """Delete every key, right once the last upload is acknowledged; the counter stays."""
+        """Delete every key, also half-written ones. The counter stays: no epoch is ever opened again.
+
+        Right once the last round's upload is acknowledged: the aggregate of the round before was opened
+        before that upload was made, and of the last round none is made. Doing it again does nothing.
+        """
         self._keys.clear()
         kept = list(self._directory.glob("epoch-*"))
         for path in kept:
@@ -123,7 +133,15 @@ class Keyring:
         return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
-        """Agree, or return what was agreed; KeyAgreementError if a member is missing, added or cheats."""
+        """Agree on the key of an epoch with the other members, or return it if that was done.
+
+        The epoch's rounds are counted from `round_number`, the open one.
+
+        Raises:
+            KeyExpiredError: the epoch is over by the roster's terms.
+            KeyAgreementError: a member is missing, added, swapped or cheats; the next epoch may succeed.
+            RefusedError: the server refuses, for example because the epoch was replaced.
+        """
         if self.has(epoch):
             if epoch <= self._retired or epoch != self.counter.epoch:
                 # The server, or the counter on this disk, has forgotten something of the agreement.

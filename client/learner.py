@@ -43,10 +43,16 @@ class ModelLearner:
     """One client's model with its adapter, and its examples."""
 
     def __init__(
-        self, settings: ClientSettings, terms: Terms, family: str, progress: Progress, *,
-        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None, base: LoadedModel | None = None,
+        self,
+        settings: ClientSettings,
+        terms: Terms,
+        family: str,
+        progress: Progress,
+        *,
+        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
+        base: LoadedModel | None = None,
         data: ClientData | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Load model and data and put a fresh adapter on.
 
         `loaded` is a model of `load_adapted` where several clients take turns on one, `base` an accepted

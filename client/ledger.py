@@ -39,7 +39,11 @@ from fedmosaic.protos.messages import LedgerHead
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """σ, noise over clipping norm, 0 without privacy; and the rate q, expected batch size over examples."""
+    """DP-SGD parameters of this client, planned once for the whole run.
+
+    σ is noise over clipping norm, 0 where the adapter is not trained privately; the sampling rate q is the
+    expected batch size over the number of examples.
+    """
 
     noise_multiplier: float
     sampling_rate: float
@@ -51,7 +55,12 @@ def sampling_rate(terms: Terms, examples: float) -> float:
 
 
 def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
-    """σ for all rounds of n examples, within what the profile leaves of (ε, δ); AccountingError if none."""
+    """Find σ for all rounds of n examples, from the budget (ε, δ) that the profile leaves.
+
+    Raises:
+        AccountingError: the profile alone passes the target, no noise suffices, or the client has too few
+            examples for the noise that the members of a group sum have agreed on.
+    """
     if not terms.adapter.private:
         return AdapterPlan(0.0, sampling_rate(terms, examples))
     if not terms.adapter.in_group_sums:
@@ -135,7 +144,11 @@ def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow
 
 @dataclass(frozen=True)
 class DataLedger:
-    """A data set's one ledger, in `place`, `named` by `data.ledger` or beside it, as one client sees it."""
+    """The one ledger of a data set, as one client of one federation sees it.
+
+    `place` is its directory, `named` tells whether `data.ledger` names it; `state` and `record` are the
+    client's.
+    """
 
     place: Path
     named: bool
@@ -144,7 +157,11 @@ class DataLedger:
 
     @classmethod
     def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data or as configured; LedgerError if one in the state is to be moved."""
+        """The ledger beside the data, or where the configuration says.
+
+        ConfigurationError if nothing here is beside the data; LedgerError if one in the state directory has
+        to be moved first.
+        """
         train, named = settings.train, settings.ledger
         if named is not None:
             place = named.resolve()
@@ -163,7 +180,10 @@ class DataLedger:
         return cls(place, named is not None, state, record)
 
     def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
-        """Open the ledger of n units; LedgerError if it is behind, or a fresh one would forget."""
+        """Open the ledger of n units with a budget ε, or make the first of data with no release.
+
+        LedgerError if it cannot be used, is behind what this state has seen, or a fresh one would forget.
+        """
         path = self.place / LEDGER
         seen = self._seen()
         if not has_begun(path):
@@ -241,7 +261,10 @@ def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
-    """δ of the ledger, or of a new one of n examples; LedgerError if above 1/n or `largest`."""
+    """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
+
+    LedgerError if its δ is above 1/n or above the bound, or it is damaged.
+    """
     if not has_begun(path):
         return default_delta(examples, largest)
     delta = parameters_of(read_ledger(path)).delta

@@ -85,7 +85,15 @@ class Learner(Protocol):
 def ask_to_enrol(
     transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, **asked: Any
 ) -> Enrolled:
-    """Compare what both sides believe, and enrol unless `check_only`; PolicyError for other rounds."""
+    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
+
+    The ledger's head, for the server to keep, is signed over `fedmosaic.protos.signing.ledger_digest`.
+
+    Raises:
+        RefusedError: the server refuses this client; the reason and the remedy are in the message.
+        PolicyError: the server wants another number of rounds than the roster's terms.
+        TransportError: the server cannot be reached for longer than the transport's patience.
+    """
     about = PROTOCOL_VERSION, roster.federation, roster.hash, adapter_spec_hash, family
     enrolled = transport.enrol(Enrolment(*about, f"fedmosaic {__version__}", **asked))
     agreed = roster.terms.schedule.rounds
@@ -128,16 +136,24 @@ class Membership:
         head, me, learner = self._releases.anchor.head(), self._identity, self._learner
         signed = ledger_digest(federation=self.roster.federation, client_id=me.client_id, head=head)
         enrolled = ask_to_enrol(
-            self._transport, self.roster, learner.adapter_spec_hash, learner.family, ledger_head=head,
+            self._transport,
+            self.roster,
+            learner.adapter_spec_hash,
+            learner.family,
+            ledger_head=head,
             ledger_signature=me.signing_key.sign(signed),
-        )  # fmt: skip
+        )
         self._releases.anchor.check(enrolled.ledger_head)
         where = {"run": enrolled.run_id, "round": enrolled.round}
         self._state.audit.add("enrolled", client=me.client_id, **where)
         return enrolled
 
     def _renewed(self, refusal: Refusal) -> Enrolled:
-        """Wait, for a round's time at most, until kit and server have one roster; enrol under it."""
+        """Wait until kit and server have the same roster again, take it up, and enrol under it.
+
+        RefusedError if they had not, for as long as a round lasts; IdentityError if the new roster cannot
+        follow on the present one, or does not name this client.
+        """
         patience = self.roster.terms.schedule.round_deadline_seconds
         deadline = time.monotonic() + patience
         log.warning("%s; waiting for it, %.0f s at most", refusal, patience)
@@ -180,7 +196,10 @@ class Membership:
         return aggregate
 
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
-        """Agree on the group key of this round; KeyExpiredError if the terms have ended the one in use."""
+        """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
+
+        KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
+        """
         patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
         told = ""
         while aggregate.round <= rounds:
@@ -213,7 +232,11 @@ class Membership:
         return again
 
     def _waiting(self, status: RoundStatus) -> None:
-        """Told what is waited for; StateError if the server is an older copy, SealAnewError without key."""
+        """Told now and then what the server waits for: sees whether it is still the server we know.
+
+        StateError if it is an older copy, or one with another past; SealAnewError if it has lost an upload,
+        and the key epoch of its bytes as well.
+        """
         self._progress.waiting(status)
         if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
             # It may have waited in a buffer since before another answer, so it alone proves nothing.
@@ -248,7 +271,14 @@ class Membership:
                 raise self._retired(upload) from None
 
     def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
-        """A refused upload, as taken after all, and its receipt; SealAnewError if its epoch is over."""
+        """What can still be done about an upload that was refused: as it was taken, and the receipt.
+
+        Raises:
+            SealAnewError: its key epoch is over.
+            LedgerError: our ledger does not hold what the server keeps of it.
+            StateError: this client's state, or the server's, is an older copy.
+            RefusedError: nothing can be done.
+        """
         self._state.audit.refused(self._identity.client_id, "push", refusal.reason)
         if refusal.reason == "LEDGER_BEHIND":
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.

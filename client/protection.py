@@ -68,7 +68,10 @@ class Protection:
             self._keyring.renew(identity.signing_key, roster)
 
     def ready(self, key_epoch: int, round_number: int) -> tuple[str, ...]:
-        """Make ready to seal; sorted members of the epoch, none without encryption; see `Keyring.agree`."""
+        """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors.
+
+        Returns the members of the epoch, sorted; none where nothing is encrypted.
+        """
         if self._keyring is None:
             return ()
         return tuple(sorted(self._keyring.agree(key_epoch, round_number).members))
@@ -84,19 +87,36 @@ class Protection:
             self._keyring.forget()
 
     def open(
-        self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int,
+        self,
+        section: AggregateSection,
+        row: WeightRow,
+        key_epoch: int,
+        round_number: int,
         size: int,
-    ) -> np.ndarray:  # fmt: skip
-        """Check and decrypt a section, (size,) float64, which under `ckks` must stay in this process."""
+    ) -> np.ndarray:
+        """Check and decrypt one section of an aggregate of the uploads of a key epoch and round.
+
+        Returns (size,) float64, which under `ckks` must stay in this process; errors as of
+        `ClientCipher.decrypt`.
+        """
         key = None if self._keyring is None else self._keyring.key(key_epoch)
         context = self._context(section.name, key_epoch, round_number, size)
         return self._cipher.decrypt(section.payload, key, context, row)
 
     def seal(
-        self, run_id: str, round_number: int, key_epoch: int, vectors: Mapping[str, np.ndarray],
-        profile: Profile | None, ledger: LedgerHead | None = None,
-    ) -> Upload:  # fmt: skip
-        """Encrypt and sign vectors by name, or none; KeyExpiredError, nothing encrypted, after the epoch."""
+        self,
+        run_id: str,
+        round_number: int,
+        key_epoch: int,
+        vectors: Mapping[str, np.ndarray],
+        profile: Profile | None,
+        ledger: LedgerHead | None = None,
+    ) -> Upload:
+        """Encrypt and sign one upload of finite vectors by section name, or of none to abstain.
+
+        What is sealed once is stored and re-sent, never sealed again. KeyExpiredError if the epoch is over by
+        the roster's terms; nothing was encrypted then.
+        """
         key, nonce, sections, limit = None, bytes(NONCE_BYTES), [], self._roster.terms.encryption.clip
         if vectors and self._keyring is not None:
             key = self._keyring.encryption_key(key_epoch, round_number)
@@ -120,10 +140,17 @@ class Protection:
     def signed(self, run_id: str, upload: Upload, ledger: LedgerHead | None) -> Upload:
         """The sealed bytes of an upload, signed with a head of the privacy ledger; nothing is encrypted."""
         return sign_upload(
-            self._identity.signing_key, federation=self._roster.federation, run_id=run_id,
-            round_number=upload.round, client_id=self._identity.client_id, key_epoch=upload.key_epoch,
-            sections=upload.sections, profile=upload.profile, ledger=ledger, attempt_id=upload.attempt_id,
-        )  # fmt: skip
+            self._identity.signing_key,
+            federation=self._roster.federation,
+            run_id=run_id,
+            round_number=upload.round,
+            client_id=self._identity.client_id,
+            key_epoch=upload.key_epoch,
+            sections=upload.sections,
+            profile=upload.profile,
+            ledger=ledger,
+            attempt_id=upload.attempt_id,
+        )
 
     def label(self, section: str) -> str:
         """What a section is called in a record and under a countersignature: a family's names the family."""
@@ -134,10 +161,22 @@ class Protection:
 
 
 def check_countersigned(
-    roster: Roster, run_id: str, recipient: str, label: str, section: AggregateSection, row: WeightRow,
-    key_epoch: int, round_number: int,
-) -> None:  # fmt: skip
-    """WitnessError for a section that the witness has not countersigned for just these uploads and row."""
+    roster: Roster,
+    run_id: str,
+    recipient: str,
+    label: str,
+    section: AggregateSection,
+    row: WeightRow,
+    key_epoch: int,
+    round_number: int,
+) -> None:
+    """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
+
+    Key epoch and round are those of the uploads; `label` is the section's name, or names its family.
+
+    Raises:
+        WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
+    """
     witness = roster.witness
     if witness is None:
         return
@@ -148,10 +187,16 @@ def check_countersigned(
         )
     aggregate = hashlib.sha256(section.payload).digest()
     digest = witnessing.countersigned_digest(
-        federation=roster.federation, run_id=run_id, round_number=round_number, key_epoch=key_epoch,
-        section=label, recipient=recipient, row=row, aggregate_sha256=aggregate,
+        federation=roster.federation,
+        run_id=run_id,
+        round_number=round_number,
+        key_epoch=key_epoch,
+        section=label,
+        recipient=recipient,
+        row=row,
+        aggregate_sha256=aggregate,
         uploads_sha256=section.uploads_sha256,
-    )  # fmt: skip
+    )
     if not verifies(bytes.fromhex(witness.identity_key), section.countersignature, digest):
         raise WitnessError(
             f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "

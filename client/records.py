@@ -89,7 +89,10 @@ def write_profile(path: Path, vector: Float32Array) -> str:
 
 
 def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Float32Array:
-    """A stored profile; StateError if unreadable, or not of the digest that the ledger has, if any."""
+    """A stored profile of some length, with the digest that the ledger has of it, if it has one.
+
+    StateError if it cannot be read, or is not the one that was released.
+    """
     try:
         with path.open("rb") as file, _ONE_READER:
             vector: Float32Array = np.load(file, allow_pickle=False)
@@ -111,9 +114,12 @@ def write_average(path: Path, average: ReleasedProfile) -> None:
     """Store the average of all released profiles."""
     buffer = io.BytesIO()
     np.savez(
-        buffer, vector=average.vector, noise_variance=average.noise_variance, releases=average.releases,
+        buffer,
+        vector=average.vector,
+        noise_variance=average.noise_variance,
+        releases=average.releases,
         last=np.frombuffer(bytes.fromhex(average.last_release_sha256), dtype=np.uint8),
-    )  # fmt: skip
+    )
     write_atomically(path, buffer.getvalue())
 
 
@@ -124,9 +130,11 @@ def read_average(path: Path, dimensions: int) -> ReleasedProfile | None:
     try:
         with path.open("rb") as file, _ONE_READER, np.load(file, allow_pickle=False) as stored:
             average = ReleasedProfile(
-                stored["vector"], float(stored["noise_variance"]), int(stored["releases"]),
+                stored["vector"],
+                float(stored["noise_variance"]),
+                int(stored["releases"]),
                 stored["last"].tobytes().hex(),
-            )  # fmt: skip
+            )
         if average.vector.shape != (dimensions,) or average.releases < 1:
             raise ValueError("it is of another shape")
         return average

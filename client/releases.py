@@ -43,15 +43,22 @@ class Releases:
     """
 
     def __init__(
-        self, ledger: Ledger, terms: Terms, state: ClientState, example_ids: tuple[str, ...],
-        profile_sum: ProfileSum, randomness: Randomness, adapter_plan: AdapterPlan, *,
+        self,
+        ledger: Ledger,
+        terms: Terms,
+        state: ClientState,
+        example_ids: tuple[str, ...],
+        profile_sum: ProfileSum,
+        randomness: Randomness,
+        adapter_plan: AdapterPlan,
+        *,
         disjoint_epochs: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Begin, or go on with what the ledger and the state directory hold.
 
-        `disjoint_epochs` composes this data epoch in parallel with others that share no example, which the
-        ledger proves or refuses. Right only where an example's epoch does not depend on others, as if they
-        arrive.
+        `disjoint_epochs` composes this data epoch in parallel with others that share no example with it,
+        which the ledger proves or refuses. Right only where the epoch of an example does not depend on other
+        examples, as with examples that arrive over time.
         """
         self.receive_only = False
         self.clipping = records.ClippingRecord(state.directory / records.CLIPPING)
@@ -76,9 +83,15 @@ class Releases:
         return self._plan
 
     def _release(
-        self, channel: Channel, round_number: int, event: GaussianEvent, total: Callable[[], S],
-        noise: Callable[[S], R], store: Callable[[R], str] | None, **about: Any,
-    ) -> R:  # fmt: skip
+        self,
+        channel: Channel,
+        round_number: int,
+        event: GaussianEvent,
+        total: Callable[[], S],
+        noise: Callable[[S], R],
+        store: Callable[[R], str] | None,
+        **about: Any,
+    ) -> R:
         """Sum, charge, noise, store: the order of every release under differential privacy.
 
         `event` is all noise that `noise` will draw. `total` finishes or checks the private sum: all that may
@@ -87,19 +100,31 @@ class Releases:
         """
         summed = total()
         sequence = self._ledger.reserve(
-            channel, round_number, event, data_epoch=self._data_epoch,
-            secure_noise=not self.randomness.is_test, example_ids=self._evidence, **about,
-        )  # fmt: skip
+            channel,
+            round_number,
+            event,
+            data_epoch=self._data_epoch,
+            secure_noise=not self.randomness.is_test,
+            example_ids=self._evidence,
+            **about,
+        )
         released = noise(summed)
         if store is not None:
             self._ledger.released(sequence, store(released))
         return released
 
     def release_adapter(
-        self, round_number: int, event: GaussianEvent, total: Callable[[], S], noise: Callable[[S], R],
+        self,
+        round_number: int,
+        event: GaussianEvent,
+        total: Callable[[], S],
+        noise: Callable[[S], R],
         store: Callable[[R], str] | None = None,
-    ) -> R | None:  # fmt: skip
-        """A round's release of P and Q, by `_release`; None in receive-only mode, new or not."""
+    ) -> R | None:
+        """A round's release of the shared branch, by `_release`; None in receive-only mode, new or not.
+
+        What DP-SGD trains is stored with the rest of the adapter, and booked by `adapter`.
+        """
         if self.receive_only:
             return None
         terms, privacy = self._terms, self._terms.adapter_privacy
@@ -129,7 +154,11 @@ class Releases:
         return channel, round_number, self._data_epoch, self._state.record.run_id
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Book sections about to leave and give them; nothing in receive-only mode or after a refusal."""
+        """Book the adapter sections that are about to leave, by name, and return what may leave.
+
+        That is nothing in receive-only mode, or where an earlier process was refused this round's training
+        and ended before it sent.
+        """
         private = self._terms.adapter.private
         if self.receive_only or (private and self._ledger.refused(*self._key("adapter", round_number))):
             return {}
@@ -152,13 +181,22 @@ class Releases:
             raise PrivacyError(f"round {round_number}: the adapter was not charged, so it may not leave")
         coverage: Coverage = "cryptography" if self._terms.adapter.encrypted else "nothing"
         sequence = ledger.reserve(
-            channel, round_number, UNPROTECTED, data_epoch=self._data_epoch, secure_noise=True,
-            covered_by=coverage, context=self._state.record.run_id,
-        )  # fmt: skip
+            channel,
+            round_number,
+            UNPROTECTED,
+            data_epoch=self._data_epoch,
+            secure_noise=True,
+            covered_by=coverage,
+            context=self._state.record.run_id,
+        )
         ledger.released(sequence, digest)
 
     def profile(self, round_number: int) -> Profile | None:
-        """The task profile to send, released once per data epoch and mechanism; None to keep the last."""
+        """The task profile to send, or None to let the server go on with the last one.
+
+        Released once per data epoch and mechanism; while both are unchanged, later rounds and later runs
+        re-use it.
+        """
         mechanism = self._terms.profile
         if self._examples < mechanism.minimum_examples:
             words = "fewer than %d examples: no task profile is released, the server uses uniform weights"

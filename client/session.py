@@ -31,9 +31,13 @@ class Session(Membership):
     def run(self) -> None:
         """Take part until the run is finished.
 
-        RefusedError if the server refuses; IdentityError for an older roster or other terms; LedgerError if
-        the ledger is behind the server's note of it; PolicyError for other rounds than the terms'; StateError
-        for another run or an older copy; TransportError if the patience ends.
+        Raises:
+            RefusedError: the server refuses this client; the reason and the remedy are in the message.
+            IdentityError: the roster, at the start or a new one, is older or has other terms than before.
+            LedgerError: the privacy ledger is behind what the server has kept of it.
+            PolicyError: the server wants another number of rounds than the roster's terms.
+            StateError: the state here is of another run, or the server's is an older copy.
+            TransportError: the server cannot be reached for longer than the transport's patience.
         """
         try:
             self._run()
@@ -65,7 +69,11 @@ class Session(Membership):
         """What is left to do once all rounds are over."""
 
     def _resume(self, enrolled: Enrolled) -> int:
-        """Go on from disk, at an unacknowledged upload: only the server's answer tells if it has it."""
+        """Go on from disk. Returns the round to take part in.
+
+        That is the round of an upload that nobody acknowledged, if there is one, even if it is over: the
+        server may have taken it, and only its answer tells.
+        """
         self._state.see(enrolled.round, enrolled.head)
         newest = self._state.latest_adapter()
         if newest is not None:

@@ -279,7 +279,10 @@ class ClientSettings(Located):
     """Number of tokens per example that the task profile reads."""
 
     def check_complete(self, *, model: bool = False, train: bool = False, test: bool = False) -> None:
-        """ConfigurationError for what is missing, both named and handed over, or a tracker not installed."""
+        """Refuse settings that leave something out, or name what is handed over as well.
+
+        ConfigurationError names what is missing, or there twice; or a tracker that is not installed.
+        """
         if not model and self.model == IN_MEMORY:
             raise ConfigurationError(
                 "model: missing; name the model's folder or hub id in [model] path, or hand one over, "

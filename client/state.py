@@ -42,11 +42,18 @@ _SESSION: Final = "session.json"
 
 
 class SessionRecord(BaseModel):
-    """Which run this state belongs to and how far it got: no run before the first enrolment, rounds from 0.
+    """Which run this state belongs to and how far it got.
 
-    `completed_round` is the last acknowledged, `received_round` the last that began with an aggregate of the
-    others, `server_round` the newest that the server said was open, `server_head` (hexadecimal) what it said
-    of all before; a later roster is judged by `roster`, a `RosterMark`.
+    Attributes:
+        federation: name of the federation.
+        client: this client's id.
+        run_id: the server's run; empty before the first enrolment.
+        completed_round: last round whose upload the server acknowledged; 0 before any.
+        received_round: last round that began with an aggregate of the others; 0 before any.
+        received_rounds: how many rounds did.
+        server_round: newest round that the server said was open; 0 before any.
+        server_head: hexadecimal, what the server said of all rounds before that one.
+        roster: what a later roster is judged by, a `RosterMark`; None before the first enrolment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -101,7 +108,10 @@ class ClientState:
     """The state directory of one client in one federation; `record` says how far the client got."""
 
     def __init__(self, directory: Path, federation: str, client: str) -> None:
-        """Open or make a state closed to other users; StateError if it is another's, in use, or damaged."""
+        """Open or create the state; the directory is closed to other users.
+
+        StateError if it belongs to another federation or client, is in use, or is damaged.
+        """
         self.directory = directory
         files.private_directory(directory)
         self._lock = files.hold_directory(directory / "lock", "give each client its own state_dir")
@@ -223,7 +233,11 @@ class ClientState:
         return self.directory / "adapter" / f"round-{round_number:04d}"
 
     def latest_adapter(self) -> tuple[int, Path] | None:
-        """The newest adapter, acknowledged or not, and its round: what was charged is never dropped."""
+        """The newest adapter and its round, or None before any.
+
+        It is of the last completed round or of a later one, trained but not acknowledged: what was released
+        or charged is gone on from, never dropped.
+        """
         return newest_adapter(self.directory)
 
     def unacknowledged_round(self) -> int | None:

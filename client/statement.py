@@ -26,7 +26,11 @@ _PLANNING_MARGIN = 0.98
 def statement_inputs(
     roster: Roster, state: ClientState, ledger: Ledger, plan: AdapterPlan
 ) -> StatementInputs:
-    """What the own statement is made from; the plan tells what DP would cost. Clipped shares stay here."""
+    """What a client's own statement is made from and, after `for_handing_over`, the shared one.
+
+    The plan tells what DP would have cost where there is none. Shares of clipped examples are for this
+    client's own eyes.
+    """
     smallest_row = state.smallest_row()
     terms, parameters = roster.terms, roster.terms.encryption
     named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"

@@ -44,8 +44,25 @@ for _name in (PEFT_TYPE, SPOKEN_TYPE):
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = CoLoraModel  # type: ignore[index]  # keyed by the closed enum
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = CoLoraModel.prefix  # type: ignore[index]  # keyed by the closed enum
 __all__ = [
-    "BranchedLoraLinear", "CoLoraConfig", "CoLoraLayer", "CoLoraLinear", "Placement", "adapted_layers",
-    "aligned_config", "copy_branch", "find_decoder_layers", "fix_gate", "get_basis", "load_basis",
-    "read_family", "read_shared", "set_active_branches", "set_basis", "set_trainable", "shared_layout",
-    "target_layers", "write_family", "write_shared",
-]  # fmt: skip
+    "BranchedLoraLinear",
+    "CoLoraConfig",
+    "CoLoraLayer",
+    "CoLoraLinear",
+    "Placement",
+    "adapted_layers",
+    "aligned_config",
+    "copy_branch",
+    "find_decoder_layers",
+    "fix_gate",
+    "get_basis",
+    "load_basis",
+    "read_family",
+    "read_shared",
+    "set_active_branches",
+    "set_basis",
+    "set_trainable",
+    "shared_layout",
+    "target_layers",
+    "write_family",
+    "write_shared",
+]

@@ -115,11 +115,14 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         """Add an adapter to this module."""
         branches = BRANCHES if config.personal_branch else BRANCHES[:2]
         self.settings[adapter_name] = AdapterSettings(
-            placement=placement, rank=config.r, alpha=config.alpha,
-            basis_label=config.basis_label or f"seed:{config.basis_seed}", branches=branches,
+            placement=placement,
+            rank=config.r,
+            alpha=config.alpha,
+            basis_label=config.basis_label or f"seed:{config.basis_seed}",
+            branches=branches,
             active=frozenset((config.active_branches or {}).get(placement.kind, branches)) & {*branches},
             fixed_gate=(config.fixed_gate or {}).get(placement.kind),
-        )  # fmt: skip
+        )
         self._create_tensors(adapter_name, config, placement)
         self.colora_gate[adapter_name] = nn.Parameter(torch.zeros(1))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -173,7 +176,11 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         return torch.sigmoid(self.colora_gate[adapter_name]) if fixed is None else fixed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the maps to the base, Q as a bias; ModelError if quantised, or unsafe and not finite."""
+        """Add the adapters' affine maps to the base module; Q needs a bias, which is made where absent.
+
+        A ModelError says that the base weights are quantised, or with `safe_merge` that the result is not
+        finite.
+        """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.settings:
                 delta = self.merge_delta(name)

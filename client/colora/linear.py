@@ -24,7 +24,12 @@ def derive_seed(basis_seed: int, *labels: str | int) -> int:
 
 
 def draw_orthonormal(dimension: int, rank: int, seed: int) -> torch.Tensor:
-    """Draw (dimension, rank) orthonormal columns by Haar measure from a seed (Mezzadri 2007, §5)."""
+    """Draw (dimension, rank) float32 orthonormal columns uniformly (Haar measure) from a seed.
+
+    Reference:
+        F. Mezzadri, "How to generate random matrices from the classical compact groups", 2007, §5: the
+        QR factor is Haar distributed, and unique, once the diagonal of R is made positive.
+    """
     if rank > dimension:
         raise ModelError(
             f"Rank {rank} is above the width {dimension} of a module to adapt, so no orthonormal basis "

@@ -29,16 +29,25 @@ from fedmosaic.protos.errors import ModelError
 
 
 class CoLoraModel(BaseTuner):
-    """Puts Co-LoRA on shared and LoRA on other layers; what it resolved is written into the configuration."""
+    """Puts Co-LoRA on the shared layers of a base model and two-branch LoRA on the others.
+
+    Created by `peft.get_peft_model(model, CoLoraConfig(...))`. The configuration is copied, and what was
+    resolved on injection (layers, modules, depth, name of the basis) is written into the copy, so that
+    it is saved with the adapter and checked when the adapter is loaded.
+    """
 
     prefix = "colora_"
     tuner_layer_cls = CoLoraLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared by PEFT
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False, state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Adapt the modules that the configuration names; ModelError if it does not fit the model."""
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -78,9 +87,15 @@ class CoLoraModel(BaseTuner):
         return key in self._plan
 
     def _create_and_replace(
-        self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, target_name: str,
-        parent: nn.Module, current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
         config, placement = _as_colora(peft_config), self._plan[current_key]
         if isinstance(target, CoLoraLayer):
             target.update_layer(adapter_name, config, placement)
@@ -137,7 +152,11 @@ _LLAMAS: Final = frozenset({"qwen2", "mistral"})
 
 
 def with_described_biases(model: nn.Module) -> nn.Module | None:
-    """The model, or a Llama of its tensors, whose configuration describes every bias, or None."""
+    """A model of the same weights whose configuration describes every bias that it has.
+
+    The merged model itself, its configuration changed, or a `LlamaForCausalLM` that its tensors are handed
+    on to; None, and nothing was changed, where no architecture is known that describes these biases.
+    """
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         return None

@@ -23,7 +23,14 @@ _NOT_LANGUAGE = frozenset(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one adapted linear module sits, layer and block 0-based; the block is None on family layers."""
+    """Where one adapted linear module sits.
+
+    Attributes:
+        name: Full module name in the base model, such as `model.layers.3.self_attn.q_proj`.
+        module: Name within the decoder layer, such as `self_attn.q_proj`; equal across widths.
+        layer: Index of the decoder layer, 0-based.
+        block: Index of the relative-depth block of a Co-LoRA layer, 0-based; None on family layers.
+    """
 
     name: str
     module: str
@@ -63,7 +70,11 @@ def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tupl
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and stack of decoder layers of a language part; a ModelError lists what is there if unclear."""
+    """Full name and stack of decoder layers of a language model or of a LLaVA-style model's language part.
+
+    The model is one of transformers, or any module with one list of layers named `layers`, `h` or `blocks`
+    outside vision and audio towers; a ModelError lists what is there if none or more than one fits.
+    """
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = getattr(text_config, "num_hidden_layers", None)
@@ -126,9 +137,18 @@ def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tu
 
 
 def plan_placements(
-    model: nn.Module, shared_layers: Sequence[int], target_modules: Sequence[str] | None, *, family: bool,
-) -> Mapping[str, Placement]:  # fmt: skip
-    """Where each adapted module sits by full name: `shared_layers` one per block; ModelError if nowhere."""
+    model: nn.Module,
+    shared_layers: Sequence[int],
+    target_modules: Sequence[str] | None,
+    *,
+    family: bool,
+) -> Mapping[str, Placement]:
+    """Say where every adapted module sits, by full module name; ModelError if that is nowhere.
+
+    `shared_layers` are the Co-LoRA layers, strictly increasing, one per block; `target_modules` are names
+    within a layer, None for all; `family` is whether the other layers carry ordinary LoRA. The model may
+    already carry other adapters.
+    """
     prefix, layers = find_decoder_layers(model)
     if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):
         raise ModelError(f"shared_layers {list(shared_layers)} should be strictly increasing and not empty.")

@@ -71,7 +71,11 @@ def shared_modules(model: nn.Module) -> list[CoLoraLinear]:
 
 
 def set_trainable(model: nn.Module, groups: Collection[str], *, layers: str = "all") -> None:
-    """Choose which of `local`, `global`, `personal`, `gate` are trained; ModelError if one does not exist."""
+    """Choose what is trained, any of `local`, `global`, `personal`, `gate`; freeze the rest of the adapter.
+
+    The choice survives `disable_adapter()` and `set_adapter()`; while the adapter is inactive, nothing of
+    it is trained. A group that does not exist is a ModelError.
+    """
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     for layer in chosen:
         _check_groups("groups", groups, {*layer.settings[name].branches, GATE})
@@ -80,7 +84,12 @@ def set_trainable(model: nn.Module, groups: Collection[str], *, layers: str = "a
 
 
 def set_active_branches(model: nn.Module, branches: Collection[str], *, layers: str = "all") -> None:
-    """Choose which branches are computed; the gate weighs `local` against `global`. ModelError as for all."""
+    """Choose which of `local`, `global`, `personal` take part; the others are not computed at all.
+
+    The gate weighs `local` against `global` while both are active; one of them alone has weight 1. `personal`
+    is always added ungated. Without any branch the layers are those of the base model. A branch that does not
+    exist, or a merged adapter, is a ModelError.
+    """
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     check_not_merged(chosen)
     for layer in chosen:

@@ -47,7 +47,11 @@ Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class SharedLayout:
-    """What the numbers of a shared vector mean; those of equal layouts may be averaged."""
+    """What the numbers of a shared vector mean; equal layouts may be averaged.
+
+    Rank r, α of the scale α/r, number of relative-depth blocks, module names within a layer, sorted, and the
+    name of the frozen basis.
+    """
 
     rank: int
     alpha: float
@@ -101,7 +105,12 @@ def read_shared(model: nn.Module, branch: str = "local") -> Vector:
 
 
 def write_shared(model: nn.Module, vector: np.ndarray, branch: str = "global") -> None:
-    """Write a branch from (d,) finite floats; ModelError, nothing changed, if they do not fit it."""
+    """Write a branch of the Co-LoRA layers from (d,) floating point numbers, finite in float32.
+
+    Raises:
+        ModelError: Wrong shape or type, values that are not finite, a missing branch, or a merged adapter.
+            Nothing was changed then.
+    """
     _write(model, vector, branch, "shared")
 
 

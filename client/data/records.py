@@ -33,11 +33,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One supervised example, as text, with a name that is unique within its data set.
+    """One supervised example, as text.
 
-    Of a conversation, in `turns`, the prompt is the texts before its last turn, and the answer that; neither
-    is empty. `choices` are the closed set of answers, if any; `person` is whose record it is, if that is
-    told.
+    Attributes:
+        id: Name of the example, unique within its data set.
+        prompt: What the model reads; not empty. Of a conversation, the texts before its last turn.
+        answer: What the model should reply; not empty. Of a conversation, its last turn.
+        choices: The closed set of answers to choose from, `answer` among them; empty for open answers.
+        turns: The conversation, which ends with the assistant's turn; empty for a prompt and its answer.
+        person: Whose record it is; empty if that is not told.
     """
 
     id: str
@@ -75,7 +79,10 @@ R = TypeVar("R", bound=Record)
 
 
 def by_unit(examples: Sequence[R], unit: Unit) -> list[tuple[R, ...]]:
-    """The units of a guarantee, by first example; ConfigurationError if a person is wanted and not told."""
+    """The units that a guarantee is for, in the order of their first examples: each alone, or by person.
+
+    ConfigurationError if the unit is a person and an example says none.
+    """
     if unit == "example":
         return [(example,) for example in examples]
     grouped: dict[str, list[R]] = {}
@@ -98,7 +105,11 @@ def unit_ids(examples: Sequence[Record], unit: Unit) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """A source's examples, at least one, and how they were read; `named` by a column, or by content."""
+    """The examples of one source, at least one, and how they were read.
+
+    `label` and `columns` are for people; `named` tells whether a column names the examples, else their names
+    are made from what they say.
+    """
 
     label: str
     examples: tuple[Example, ...] = field(repr=False)
@@ -137,11 +148,19 @@ def read_public_examples(path: Path) -> tuple[Example, ...]:
 def read_set(
     source: DataSource | Iterable[Any], columns: ColumnSettings | None = None, *, public: bool = False
 ) -> ExampleSet:
-    """Read a file, a folder, a split on a hub, or rows that a caller in Python holds.
+    """Read a source of any kind.
 
-    `columns` name what is read, others being left out; by default the parts' own names, others refused.
-    `public` names the nameless by place. Else all have a name, or names follow from what examples say, in any
-    order, `-2` and so on added to repetitions. ConfigurationError names the row at fault, never its contents.
+    Args:
+        source: File, folder, split on a hub, or rows that a caller in Python holds.
+        columns: Names of the columns to read, other columns being left out; by default the parts' own names,
+            and other columns are refused.
+        public: Name examples that have no name by their place in the file. Otherwise either all have one or
+            names are made from what the examples say: the same whatever their order, `-2` and so on added to
+            repetitions.
+
+    Raises:
+        ConfigurationError: The source cannot be read or holds nothing, a row is no example, or a name occurs
+            twice. The message names the row, never its contents.
     """
     names = columns or ColumnSettings()
     part_of = {getattr(names, part): part for part in _PARTS}
@@ -270,7 +289,11 @@ def _check_names(examples: list[Example], places: list[str], *, named: bool) -> 
 
 
 def _named(examples: list[Example]) -> tuple[Example, ...]:
-    """The examples, named by a hash of what they say."""
+    """The examples, named by a hash of what they say.
+
+    Who corrects a text makes another example of it. The ledger therefore never takes these names as proof
+    that two states of the data share nobody's record.
+    """
     # A corrected text is another example: the ledger takes no such names as proof that data share nobody.
     seen: Counter[str] = Counter()
     found = []

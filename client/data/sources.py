@@ -28,7 +28,10 @@ _HUB_ERRORS: Final = (OSError, ValueError, LookupError, RuntimeError, TypeError)
 
 
 def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows of a source in order; ConfigurationError if unreadable."""
+    """The rows of a source in order; ConfigurationError if it cannot be read.
+
+    Where `wanted` names columns, others need not be read.
+    """
     if isinstance(source, HubData):
         return _dataset_rows(_from_hub(source), str(source), wanted)
     if not isinstance(source, Path):

@@ -38,9 +38,12 @@ def public_examples(model: nn.Module, lengths: Sequence[int]) -> list[EncodedExa
 
 
 def assert_only_shared_branch(
-    model: nn.Module, cores: Mapping[str, nn.Linear], private_parameters: Mapping[str, nn.Parameter], *,
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    private_parameters: Mapping[str, nn.Parameter],
+    *,
     losses: ExampleLosses = example_losses,
-) -> None:  # fmt: skip
+) -> None:
     """Prove that nothing but the cores is trained and that no private tensor reaches the loss.
 
     The second part follows the data: the private tensors, every one that was or will be trained without
@@ -74,8 +77,12 @@ def assert_only_shared_branch(
 
 
 def check_engine(
-    model: nn.Module, cores: Mapping[str, nn.Linear], *, clip: float, losses: ExampleLosses = example_losses,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    *,
+    clip: float,
+    losses: ExampleLosses = example_losses,
+) -> None:
     """Try on public texts of several lengths that every core learns, and that no example moves another's row.
 
     To be called once, before anything private or received is in the model. Rows are tried with a received
@@ -158,9 +165,11 @@ def _check_moves(
 
 
 def _check_alone(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    examples: Sequence[EncodedExample],
     losses: ExampleLosses,
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     def row(example: EncodedExample) -> torch.Tensor:
         gradient = example_gradient(model, cores, example, losses)
         # As the clipping has it: what is not finite counts as zero.

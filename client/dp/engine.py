@@ -118,10 +118,15 @@ def public_branches(model: nn.Module, bound: float = 0.0) -> Iterator[None]:
 
 
 def example_gradient(
-    model: nn.Module, cores: Mapping[str, nn.Linear], example: EncodedExample,
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    example: EncodedExample,
     losses: ExampleLosses = example_losses,
-) -> torch.Tensor:  # fmt: skip
-    """Gradient (D,) float32 of one example's loss alone: of each core P by rows, then Q; zero if unused."""
+) -> torch.Tensor:
+    """Gradient (D,) float32 of one example's loss, of that example alone, with respect to all cores.
+
+    The cores are in order, P row by row, then Q; zero where a core takes no part in the loss.
+    """
     loss = losses(model, on_device_of(model, collate([example], pad_token_id=0)))
     if loss.shape != (1,):
         raise ModelError(

@@ -65,9 +65,13 @@ log = logging.getLogger(__name__)
 class PrivateTrainingSettings(Frozen):
     """How the shared branch is trained privately; all of it public and fixed before the run.
 
-    Each of `steps` is charged, whatever its sample holds: an example takes part with probability q,
-    `sampling_rate`, its gradient over all cores is clipped to C, `max_grad_norm`, from public data, and σ,
-    `noise_multiplier`, is the noise's deviation over C. bf16 leaves core gradients, clipping and noise exact.
+    Attributes:
+        steps: Noisy steps of one round; each is charged, whatever its sample holds.
+        sampling_rate: Probability q that an example takes part in a step.
+        expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
+        max_grad_norm: Clipping norm C of one example's gradient over all cores, from public data.
+        noise_multiplier: σ, the noise's standard deviation over C.
+        bf16: Wide products in bfloat16; gradients of the cores, clipping and noise are exact as ever.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
@@ -86,11 +90,16 @@ class PrivateTrainingSettings(Frozen):
 
 
 def private_steps(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
-    settings: PrivateTrainingSettings, *, private_parameters: Mapping[str, nn.Parameter],
-    randomness: Randomness, losses: ExampleLosses = example_losses,
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings,
+    *,
+    private_parameters: Mapping[str, nn.Parameter],
+    randomness: Randomness,
+    losses: ExampleLosses = example_losses,
     progress: Callable[[int, int], None] | None = None,
-) -> Callable[[], ClippedSum]:  # fmt: skip
+) -> Callable[[], ClippedSum]:
     """DP-SGD on the cores, checked and not yet begun; the new values in them will be one release.
 
     What takes part is checked on public tokens, with public values in the place of what was received; no data
@@ -135,10 +144,14 @@ def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> Non
 
 
 def _steps(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
-    settings: PrivateTrainingSettings, randomness: Randomness, losses: ExampleLosses,
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings,
+    randomness: Randomness,
+    losses: ExampleLosses,
     progress: Callable[[int, int], None] | None,
-) -> ClippedSum:  # fmt: skip
+) -> ClippedSum:
     parameters = core_parameters(cores)
     kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.Adam
     optimizer = kind(parameters, lr=settings.learning_rate)
@@ -180,27 +193,41 @@ def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> N
 
 
 def train_shared(
-    model: nn.Module, examples: Sequence[EncodedExample], terms: Terms, training: TrainingSettings,
-    releases: Releases, round_number: int, progress: Progress,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    terms: Terms,
+    training: TrainingSettings,
+    releases: Releases,
+    round_number: int,
+    progress: Progress,
+) -> None:
     """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow it."""
     plan, privacy = releases.adapter_plan, terms.adapter_privacy
     settings = PrivateTrainingSettings(
-        learning_rate=training.private_learning_rate, steps=privacy.steps_per_round,
-        sampling_rate=plan.sampling_rate, expected_batch_size=privacy.expected_batch_size,
-        max_grad_norm=privacy.clipping_norm, noise_multiplier=plan.noise_multiplier, bf16=training.bf16,
-    )  # fmt: skip
+        learning_rate=training.private_learning_rate,
+        steps=privacy.steps_per_round,
+        sampling_rate=plan.sampling_rate,
+        expected_batch_size=privacy.expected_batch_size,
+        max_grad_norm=privacy.clipping_norm,
+        noise_multiplier=plan.noise_multiplier,
+        bf16=training.bf16,
+    )
     progress.stage(round_number, "private training", settings.steps)
     with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
         counts = releases.release_adapter(
             round_number,
             settings.event,
             lambda: private_steps(
-                model, cores, examples, settings, private_parameters=private_parameters(model),
-                randomness=releases.randomness, progress=lambda step, _total: progress.advance(step),
+                model,
+                cores,
+                examples,
+                settings,
+                private_parameters=private_parameters(model),
+                randomness=releases.randomness,
+                progress=lambda step, _total: progress.advance(step),
             ),
             lambda steps: steps(),
-        )  # fmt: skip
+        )
     if counts is None:
         return
     releases.clipping.add("adapter", counts.clipped, counts.rows)
@@ -210,9 +237,15 @@ def train_shared(
 
 
 def group_share(
-    model: nn.Module, examples: Sequence[EncodedExample], terms: Terms, training: TrainingSettings,
-    releases: Releases, round_number: int, progress: Progress, members: int,
-) -> IntArray | None:  # fmt: skip
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    terms: Terms,
+    training: TrainingSettings,
+    releases: Releases,
+    round_number: int,
+    progress: Progress,
+    members: int,
+) -> IntArray | None:
     """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
 
     Gives (D,) integers for the secure sum alone; None where the budget allows no more. MechanismError if the

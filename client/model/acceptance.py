@@ -38,13 +38,24 @@ _GRADIENT_LEAK: Final = 1e-6
 """Most gradient of earlier logits with respect to later tokens, relative to earlier ones: 0 if causal."""
 _WORDS_TRIED: Final = 400
 FOREIGN_ERRORS: Final = (
-    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError
-)  # fmt: skip
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
 """What the code of a model raises when it is called in a way that it does not expect."""
 
 
 def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ModelError for a `source` that loses prompts, gives no finite logits on tokens, or sees later ones."""
+    """Refuse a model, named `source` in messages and in evaluation mode, that learns no answer from a prompt.
+
+    Raises:
+        ModelError: Prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees
+            the tokens that it is to predict.
+    """
     _check_prompts(source, tokenizer)
     first, second = _public_ids(model, tokenizer)
     # Equal in their first third and different after it.
@@ -133,7 +144,11 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
 def check_ids(
     model: nn.Module, tokens: Iterable[Sequence[int] | torch.Tensor], what: str, setting: str
 ) -> None:
-    """ModelError for tokens of `what` without a row, where they occur: a tokenizer may know unused ones."""
+    """Refuse tokens that the model's embedding has no row for, where they occur: ModelError.
+
+    A tokenizer may know more tokens than its model embeds, as long as no text uses them. `tokens` are ids of
+    each example of `what` in turn, for messages, and `setting` is where the model is named.
+    """
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
     if table is None or getattr(table, "images_above_rows", False):
@@ -186,7 +201,11 @@ def _logits(model: nn.Module, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
-    """Largest gradient of `kept` logits by a later token over that by an earlier one; 0 if causal."""
+    """Largest gradient of the first `kept` positions' logits with respect to a later token's embedding.
+
+    Relative to the largest with respect to an earlier one; exactly 0 for a causal model in any dtype. 0 also
+    where the embedding is not called as a module.
+    """
     table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
     with cut_at(table) as seen, torch.enable_grad():
         total = _logits(model, ids, kept).logsumexp(dim=-1).sum()

@@ -36,7 +36,14 @@ Piece = tuple[list[int], bool]
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """One example as (T,) int64 tokens; labels are ``IGNORED`` outside the answer and its end of sequence."""
+    """One example as tokens.
+
+    Attributes:
+        id: Name of the example.
+        input_ids: (T,) int64, prompt tokens, then answer tokens, then end of sequence.
+        labels: (T,) int64, ``input_ids`` on the answer and the end of sequence, ``IGNORED`` on the prompt.
+        person: Whose record it is; empty if that is not told.
+    """
 
     id: str
     input_ids: torch.Tensor = field(repr=False)
@@ -45,9 +52,12 @@ class EncodedExample:
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    *,
     setting: str = "max_length",
-) -> list[EncodedExample]:  # fmt: skip
+) -> list[EncodedExample]:
     """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
     The tokenizer's chat template is used if it has one. An example has at most ``max_length`` tokens, answer
@@ -125,9 +135,12 @@ def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, open_turn: bool = False,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    *,
+    open_turn: bool = False,
     parts: bool | None = None,
-) -> str:  # fmt: skip
+) -> str:
     if not tokenizer.chat_template:
         raise ModelError(
             "the data hold conversations (messages), and the model's tokenizer has no chat template; choose "
@@ -195,7 +208,14 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad B ≥ 1 examples on the right: ``input_ids``, ``attention_mask``, ``labels``, each (B, T) int64."""
+    """Pad B ≥ 1 examples on the right to one length T; padding is masked and carries no loss.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64.
+
+    Raises:
+        ModelError: The batch is empty.
+    """
     if not batch:
         raise ModelError("an empty batch cannot be padded; give at least one example")
 
@@ -227,7 +247,13 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> lis
 
 
 def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: int = 1) -> list[Piece]:
-    """An example as uncut tokens: context and what is learned, the answer last; numbered in errors."""
+    """An example, of this number, as tokens without any cut: context and what is learned, the answer last.
+
+    Raises:
+        ConfigurationError: The template refuses the conversation.
+        ModelError: There is no template for a conversation, or what it makes of earlier turns changes with
+            later ones.
+    """
     end = int(tokenizer.eos_token_id)
     if not example.turns:
         answer = [*answer_tokens(tokenizer, example.answer), end]
@@ -273,9 +299,11 @@ def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
         return []
     render: Any = render_jinja_template
     rendered = render(
-        conversations=[_messages(turns, _wants_parts(tokenizer))], chat_template=template,
-        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
-    )  # fmt: skip
+        conversations=[_messages(turns, _wants_parts(tokenizer))],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
     return [(int(start), int(end)) for start, end in rendered[1][0]]
 
 

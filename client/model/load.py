@@ -62,13 +62,20 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """Load what the settings name, where and in which type they ask for; see `load_base_model` for errors."""
     device = choose_device(settings.device)
     return load_base_model(
-        settings.path, choose_dtype(settings.dtype, device), gguf_file=settings.gguf_file,
-        keep_layers=settings.keep_layers, device=device, quantization=settings.quantization,
-    )  # fmt: skip
+        settings.path,
+        choose_dtype(settings.dtype, device),
+        gguf_file=settings.gguf_file,
+        keep_layers=settings.keep_layers,
+        device=device,
+        quantization=settings.quantization,
+    )
 
 
 def empty_model(settings: ModelSettings) -> PreTrainedModel:
-    """The model that the settings name, in shapes and types alone (on `meta`), dense if quantised."""
+    """The model that the settings name, with shapes and types but no weights (on the device `meta`).
+
+    Weights are in the type that `load_model` would give them, dense whatever the quantisation.
+    """
     options = _options(settings.path, settings.gguf_file)
     try:
         config = AutoConfig.from_pretrained(settings.path, **options)
@@ -83,9 +90,14 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
 
 
 def load_base_model(
-    path_or_hub_id: str | Path, dtype: torch.dtype | str = torch.float32, *, gguf_file: str | None = None,
-    keep_layers: int | None = None, device: torch.device | str = "cpu", quantization: str | None = None,
-) -> LoadedModel:  # fmt: skip
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    gguf_file: str | None = None,
+    keep_layers: int | None = None,
+    device: torch.device | str = "cpu",
+    quantization: str | None = None,
+) -> LoadedModel:
     """Load a causal language model, or a LLaVA-style vision-language model, and its tokenizer.
 
     A folder that exists is read without network. Weights are read from safetensors (or GGUF, dequantised)
@@ -110,9 +122,13 @@ def load_base_model(
         _cut_config(config, keep_layers)
         with _unused_weights_untold() if keep_layers is not None else nullcontext():
             loaded = _model_class(config).from_pretrained(
-                source, config=config, dtype=precision, output_loading_info=True,
-                **_weight_options(gguf_file, quantization, precision, place), **options,
-            )  # fmt: skip
+                source,
+                config=config,
+                dtype=precision,
+                output_loading_info=True,
+                **_weight_options(gguf_file, quantization, precision, place),
+                **options,
+            )
     except _LOADING_ERRORS as error:
         raise _cannot_load(source, error) from error
     # With output_loading_info a pair comes back, which the annotations of transformers leave out.
@@ -134,7 +150,14 @@ def load_base_model(
 
 
 def accept_model(model: Any, tokenizer: Any) -> LoadedModel:
-    """Try a loaded model and tokenizer as `load_base_model` does; ModelError if it carries adapters."""
+    """Try a model and tokenizer that a caller in Python has loaded, as `load_base_model` tries what it loads.
+
+    Of the model only the ids for padding are set, if they are not; the tokenizer that is given back is a
+    copy.
+
+    Raises:
+        ModelError: as `load_base_model`; or the model carries adapters, or is none of transformers.
+    """
     if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
             f"model is a {type(model).__name__} and tokenizer a {type(tokenizer).__name__}; hand over a "
@@ -177,14 +200,20 @@ def adapt(model: PreTrainedModel, config: CoLoraConfig) -> PeftModel:
 
 @contextmanager
 def without_rename_notice() -> Iterator[None]:
-    """Keep PEFT's notice of an old name from users: 0.21.2 is its newest version, and all logs have it."""
+    """Keep from users that PEFT reads a property of transformers by its old name.
+
+    They can do nothing about it: 0.21.2 is PEFT's newest version, and every log would begin with the notice.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Save all branches and the gate in PEFT's form, and which are in use: private unless all is by DP."""
+    """Save the adapter and what of it is in the forward pass, in PEFT's form; the folder is made if absent.
+
+    The files hold every branch and the gate: treat them as private unless all was trained privately.
+    """
     record_switches(model)
     model.save_pretrained(str(folder))
     # PEFT's own card is empty but for the place of the base model on this machine.
@@ -283,7 +312,11 @@ def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _keep_way_back(model: nn.Module) -> None:
-    """Let gradients through 4 bits on a processor, where bitsandbytes repacks weights and loses them."""
+    """Let gradients through weights in 4 bits on a processor.
+
+    There bitsandbytes repacks weights when they are first evaluated, for products that have no way back:
+    training afterwards would lose, without a word, all gradients through these layers.
+    """
     linear: Any
     for linear in model.modules():
         if hasattr(linear, "support_avx512bf16_for_cpu"):

@@ -20,7 +20,11 @@ from fedmosaic.protos.errors import ModelError
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's own weights by their bfloat16 value, adapters and wrappers left out."""
+    """SHA-256, hexadecimal, of a model's own weights, so that a federation can agree on a probe.
+
+    Weights count with their value in bfloat16, so that a checkpoint has one fingerprint in float32,
+    float16 and bfloat16. Adapters and the wrappers round adapted layers are left out.
+    """
     base = base_model(model)
     adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
     digest = hashlib.sha256(b"fedmosaic probe 1\n")
@@ -67,7 +71,10 @@ def example_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def logits_at(model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype."""
+    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype.
+
+    `batch` are inputs (B, T) of the model's forward; ``labels`` are left out.
+    """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # The vocabulary is the widest axis by far: positions that carry no loss are worth leaving out.
     if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:

@@ -40,7 +40,13 @@ BY_WRITING: Final = "written answer, same words"
 
 @dataclass(frozen=True)
 class Score:
-    """Right or not, by example, which is private; what counts as right; the share of the commonest answer."""
+    """How much of a test set is right.
+
+    Attributes:
+        right: Whether each example is, in order. Private.
+        measure: What counts as right.
+        commonest: Share of examples that the commonest answer alone gets right; None without choices.
+    """
 
     right: tuple[bool, ...] = field(repr=False)
     measure: str
@@ -53,9 +59,13 @@ class Score:
 
 
 def score_examples(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
     max_length: int,
-) -> Score:  # fmt: skip
+) -> Score:
     """Score each example by its choices, or by what the model writes if it has none.
 
     A prompt and its answer have at most `max_length` tokens, prompts cut from the left. ConfigurationError if
@@ -80,9 +90,14 @@ def score_examples(
 
 
 def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
-    max_length: int, max_new_tokens: int,
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+) -> list[str]:
     """The most likely choice of every example that has some, and what the model writes for the others."""
     closed = [example for example in examples if example.choices]
     opened = [example for example in examples if not example.choices]
@@ -94,10 +109,18 @@ def answers(
 
 
 def check_scorable(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
     what: str,
-) -> None:  # fmt: skip
-    """Refuse, without scoring, what `score_examples` would; `what` names the set in messages."""
+) -> None:
+    """Refuse what `score_examples` could not score, without scoring it; `what` names it in messages.
+
+    Raises:
+        ConfigurationError: An answer is too long for the model's positions.
+        ModelError: A token has no row in the embedding, or the model cannot write and would have to.
+    """
     texts = (
         [*question_tokens(tokenizer, e), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
         for e in examples
@@ -125,19 +148,34 @@ class _Question(NamedTuple):
 
 
 def most_likely_choices(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
     max_length: int,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Index of the most likely choice of every example, the first of several; see `choice_scores`."""
     rows = choice_scores(model, tokenizer, examples, batch_size, max_length=max_length)
     return [max(range(len(row)), key=row.__getitem__) for row in rows]
 
 
 def choice_scores(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
     max_length: int,
-) -> list[list[float]]:  # fmt: skip
-    """Log-likelihoods of each example's choices up to a constant; ConfigurationError for unscorable ones."""
+) -> list[list[float]]:
+    """Scores of every example's choices: log-likelihoods up to a constant of the example.
+
+    A prompt and a choice have at most `max_length` tokens, the prompt cut from the left.
+
+    Raises:
+        ConfigurationError: An example cannot be scored: fewer than two choices, or its answer not among them.
+        ModelError: A score is not finite.
+    """
     questions = [_question(tokenizer, example, n, max_length) for n, example in enumerate(examples, start=1)]
     tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
     check_ids(model, tokens, "the examples to score", "model.path")
@@ -232,9 +270,15 @@ def same_words(written: str, answer: str) -> bool:
 
 
 def written_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
-    max_length: int, max_new_tokens: int = 16, streamer: Any = None,
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    max_length: int,
+    max_new_tokens: int = 16,
+    streamer: Any = None,
+) -> list[str]:
     """Let the model answer, greedily, with at most `max_new_tokens`, without regard to choices.
 
     Prompts are cut from the left to `max_length` tokens, or fewer where the model's positions end before the
@@ -260,9 +304,14 @@ def written_answers(
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
             try:
                 out: torch.Tensor = generator.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                    pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, streamer=streamer,
-                )  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                    eos_token_id=tokenizer.eos_token_id,
+                    streamer=streamer,
+                )
             except (ValueError, TypeError, AttributeError, LookupError) as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the "

@@ -80,7 +80,13 @@ _AVERAGED_STEPS: Final = 10
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """Mean losses (nats per token) of first and last steps, private; tensors that did not move."""
+    """What one call of `train_local` did. Losses and counts depend on private data and stay here.
+
+    Attributes:
+        first_loss: Mean loss (nats per token) of the first steps, at most ten and at most half of all.
+        last_loss: Mean loss of as many last steps.
+        weights_unmoved: Names of the trainable tensors that did not change.
+    """
 
     first_loss: float = field(repr=False)
     last_loss: float = field(repr=False)
@@ -88,7 +94,10 @@ class TrainingReport:
 
 
 def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
-    """Trainable tensors by learning rate and name; a ``gate_proj`` is no gate. ModelError if none."""
+    """Sort every trainable tensor, by name, into one group of learning rate; ModelError if there is none.
+
+    The groups follow the tensors themselves, not their names: a module named ``gate_proj`` is no gate.
+    """
     roles: dict[int, Role] = {}
     for module in model.modules():
         if isinstance(module, CoLoraLayer):
@@ -106,10 +115,15 @@ def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def train_local(
-    model: nn.Module, examples: Sequence[EncodedExample], settings: TrainingSettings, *, pad_token_id: int,
-    sampler: EpochSampler | None = None, losses: ExampleLosses = example_losses,
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    settings: TrainingSettings,
+    *,
+    pad_token_id: int,
+    sampler: EpochSampler | None = None,
+    losses: ExampleLosses = example_losses,
     progress: Progress | None = None,
-) -> TrainingReport:  # fmt: skip
+) -> TrainingReport:
     """Fine-tune whatever is trainable in the model with AdamW; deterministic by seed.
 
     The tensors are changed in place, the training mode is restored. The examples come in the order of the

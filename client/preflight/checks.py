@@ -42,7 +42,10 @@ _SPARE_BYTES: Final = 1 << 28
 
 @dataclass(frozen=True)
 class Check:
-    """One check: the checks, by name, whose success it needs; `run` gives what was found, or raises."""
+    """One thing that is checked.
+
+    It needs the success of other checks, by name; `run` returns what was found in a few words, or raises.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -51,7 +54,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller hands over instead of naming it: model and tokenizer, examples, the channel."""
+    """What a caller in Python hands over instead of naming it in the settings.
+
+    A loaded causal language model of transformers with its tokenizer, examples to train on and to score, and
+    what opens the channel to the server.
+    """
 
     model: tuple[Any, Any] | None = None
     train: Iterable[Any] | None = None
@@ -60,13 +67,25 @@ class Given:
 
 
 class Preflight:
-    """A client's checks, what they read and loaded; `warnings` stop nobody, `reading` has a line per set."""
+    """The checks of one client, and what they have read and loaded on the way.
+
+    `warnings` has what was found that stops nobody, one line each; `reading` what was read, one line per set.
+    """
 
     def __init__(
-        self, settings: ClientSettings, progress: Progress, *, server_patience_seconds: float = 300.0,
-        scratch: Path | None = None, traffic: Traffic | None = None, given: Given | None = None,
-    ) -> None:  # fmt: skip
-        """Prepare; nothing is read yet. The model's side may write in `scratch` instead of the state."""
+        self,
+        settings: ClientSettings,
+        progress: Progress,
+        *,
+        server_patience_seconds: float = 300.0,
+        scratch: Path | None = None,
+        traffic: Traffic | None = None,
+        given: Given | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet. ConfigurationError as of `ClientSettings.check_complete`.
+
+        `scratch` is where the model's side may write instead of the state directory.
+        """
         self._given = given or Given()
         model, train, test = (x is not None for x in (self._given.model, self._given.train, self._given.test))
         settings.check_complete(model=model, train=train, test=test)
@@ -80,15 +99,18 @@ class Preflight:
     def checks(self) -> tuple[Check, ...]:
         """All checks, in order."""
         return (
-            Check("kit", (), self._check_kit), Check("certificate", ("kit",), self._check_certificate),
-            Check("state", ("kit",), self._check_state), Check("disk", ("kit",), self._check_disk),
-            Check("data", (), self._check_data), Check("texts", ("data",), self._check_texts),
+            Check("kit", (), self._check_kit),
+            Check("certificate", ("kit",), self._check_certificate),
+            Check("state", ("kit",), self._check_state),
+            Check("disk", ("kit",), self._check_disk),
+            Check("data", (), self._check_data),
+            Check("texts", ("data",), self._check_texts),
             Check("server", ("kit", "certificate", "state"), self._check_server),
             Check("budget", ("kit", "data"), self._check_budget),
             Check("memory", ("kit",), self._check_memory),
             Check("probe", ("kit", "data", "texts"), self._check_probe),
             Check("model", ("kit", "data", "texts"), self._check_model),
-        )  # fmt: skip
+        )
 
     def require(self, warn: Callable[[str], None]) -> None:
         """Make every check and `warn` of each warning; the first that fails raises."""
@@ -136,10 +158,14 @@ class Preflight:
         """The way to the server; whoever asks for it closes it."""
         kit = self.kit
         return GrpcTransport(
-            self.settings.server, authority=kit.authority, certificate=kit.tls_certificate,
-            private_key=kit.tls_key, retry_seconds=self._patience, traffic=self._traffic,
+            self.settings.server,
+            authority=kit.authority,
+            certificate=kit.tls_certificate,
+            private_key=kit.tls_key,
+            retry_seconds=self._patience,
+            traffic=self._traffic,
             connect=self._given.connect,
-        )  # fmt: skip
+        )
 
     @cached_property
     def record(self) -> SessionRecord | None:

@@ -17,7 +17,12 @@ from fedmosaic.protos.errors import ConfigurationError
 
 
 def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") -> list[str]:
-    """Warnings, one line each; ConfigurationError for unscorable tests, missing images or persons."""
+    """Check what needs no model; returns warnings, one line each.
+
+    Raises:
+        ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
+            but training examples; or persons are protected and a training example names none.
+    """
     by_unit(data.train.examples, unit)
     for found in (data.train, *data.tests.values()):
         for number, example in enumerate(found.examples, start=1):
@@ -38,7 +43,11 @@ def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") 
 
 @dataclass(frozen=True)
 class Lengths:
-    """A set's lengths in tokens: longest, most with loss, how many are cut, and a `warning` of those."""
+    """How long a set's examples are in tokens, for one tokenizer, answer and end of text included.
+
+    `longest` counts no images; `learned` is the most tokens that carry loss in one example; `cut` counts
+    examples that are longer than what is read, which `warning` tells in one line.
+    """
 
     longest: int
     learned: int
@@ -49,7 +58,13 @@ class Lengths:
 def read_lengths(
     tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, setting: str
 ) -> Lengths:
-    """How much is read within `max_length`; ConfigurationError, numbered, if an answer leaves no room."""
+    """How much of a set is read within `max_length` tokens, answer and end of text included.
+
+    Raises:
+        ConfigurationError: an answer or choice leaves no room for its prompt, or the chat template refuses a
+            conversation; the example is numbered.
+        ModelError: conversations cannot be given to this model.
+    """
     cut = lost = total = longest = learned = 0
     for number, example in enumerate(map(without_images, found.examples), start=1):
         *context, (written, _) = example_pieces(tokenizer, example, number)

@@ -101,9 +101,11 @@ def _on_this_machine() -> Iterator[None]:
     """Ask no hub, and be quiet: a model that is not here is named, where a client would download it."""
     ours = logging.getLogger("fedmosaic")
     before = (
-        huggingface_hub.constants.HF_HUB_OFFLINE, transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(), ours.level,
-    )  # fmt: skip
+        huggingface_hub.constants.HF_HUB_OFFLINE,
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        ours.level,
+    )
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers

@@ -41,7 +41,12 @@ _SMALL: Final = 500
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes needed by what for, training or probe at their most crowded, what is there, and remedies."""
+    """Bytes that a client needs on its device at most, by what for, and bytes that the device has.
+
+    `weights` are the frozen model's; `training` is optimizer, gradients and activations at the most crowded
+    moment of a step; `probe` its weights and pass over one example, 0 if on another device; `context` what
+    the device's driver takes; `remedies` would make it less, by setting.
+    """
 
     device: str
     weights: int
@@ -77,7 +82,11 @@ class MemoryNeed:
 def check_memory(
     settings: ClientSettings, adapter: AdapterTerms, lengths: Lengths | None = None
 ) -> tuple[str, bool]:
-    """Need against what the device has, in words, and whether it fits; ModelError if weights alone do not."""
+    """What a client needs against what its device has, in words, and whether it fits now.
+
+    Without the lengths of the examples, the longest that the settings allow are assumed, a quarter of it
+    learned. ModelError if the weights alone are more than the device has, or as of `memory_need`.
+    """
     device = choose_device(settings.model.device)
     free, _ = free_memory(device)
     weights = weight_bytes(empty_model(settings.model), settings.model)
@@ -94,7 +103,12 @@ def check_memory(
 def memory_need(
     settings: ClientSettings, adapter: AdapterTerms, *, longest: int = 0, supervised: int = 0
 ) -> MemoryNeed:
-    """What a client needs, by `longest` and `supervised` tokens; nothing is loaded. ModelError if unfit."""
+    """Work out what a client needs. No weight is read, and nothing is put on the device.
+
+    The longest example has `longest` tokens, by default all that are allowed; a batch has at most
+    `supervised` answer tokens, by default a quarter of that. ModelError if a configuration cannot be read,
+    the model cannot carry the adapter, or the device is not there.
+    """
     device = choose_device(settings.model.device)
     training = settings.training
     model = adapt(empty_model(settings.model), adapter_config(settings.model, adapter))
@@ -113,12 +127,16 @@ def memory_need(
         probe = weight_bytes(bare, settings.probe) + _peak(_ProbePass(bare, settings.profile_max_length))
     free, total = free_memory(device)
     return MemoryNeed(
-        device=str(device), weights=weight_bytes(model, settings.model),
+        device=str(device),
+        weights=weight_bytes(model, settings.model),
         adapter=sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" in name),
-        training=_KEPT_PER_TRAINED * trained + step, probe=probe,
-        context=_CUDA_CONTEXT if device.type == "cuda" else 0, free=free, total=total,
+        training=_KEPT_PER_TRAINED * trained + step,
+        probe=probe,
+        context=_CUDA_CONTEXT if device.type == "cuda" else 0,
+        free=free,
+        total=total,
         remedies=_remedies(settings),
-    )  # fmt: skip
+    )
 
 
 def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:

@@ -103,17 +103,25 @@ def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSett
 
 
 def fit_mechanism(
-    probe: Probe, probe_name: str, public_examples: Sequence[EncodedExample], reduction: Reduction,
-    settings: BasisSettings, noise_multiplier: float,
-) -> tuple[ProfileMechanism, PublicBasis | None]:  # fmt: skip
+    probe: Probe,
+    probe_name: str,
+    public_examples: Sequence[EncodedExample],
+    reduction: Reduction,
+    settings: BasisSettings,
+    noise_multiplier: float,
+) -> tuple[ProfileMechanism, PublicBasis | None]:
     """Probe public examples, better a thousand than a hundred, for a mechanism and its basis if any."""
     fitted = fit_basis(_factors_of(probe, public_examples), reduction, settings)
     needed = reduction.kind == "kronecker" or settings.standardise != "none"
     mechanism = ProfileMechanism(
-        probe=probe_name, probe_sha256=probe.sha256, reduction=reduction, standardise=settings.standardise,
-        basis_sha256=fitted.basis.sha256 if needed else None, clipping_norm=fitted.clipping_norm,
+        probe=probe_name,
+        probe_sha256=probe.sha256,
+        reduction=reduction,
+        standardise=settings.standardise,
+        basis_sha256=fitted.basis.sha256 if needed else None,
+        clipping_norm=fitted.clipping_norm,
         noise_multiplier=noise_multiplier,
-    )  # fmt: skip
+    )
     return mechanism, fitted.basis if needed else None
 
 

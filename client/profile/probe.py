@@ -54,7 +54,11 @@ _HALF_TOLERANCE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The parts of a causal language model that the closed form needs; build it with `open_probe`."""
+    """The parts of a causal language model that the closed form needs; build it with `open_probe`.
+
+    They are the whole model; the stack of blocks with the final norm; the last block's down projection, which
+    an adapter may be wrapped round; the final RMSNorm; the output embedding, tied or not; and ε of the norm.
+    """
 
     base: nn.Module
     decoder: nn.Module
@@ -247,9 +251,13 @@ def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
 
 
 def clipped_profile(
-    probe: Probe, examples: Sequence[EncodedExample], public_map: PublicMap, randomness: BitSource,
-    advance: Callable[[int], None] = lambda _: None, unit: Unit = "example",
-) -> ClippedSum:  # fmt: skip
+    probe: Probe,
+    examples: Sequence[EncodedExample],
+    public_map: PublicMap,
+    randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None,
+    unit: Unit = "example",
+) -> ClippedSum:
     """Probe a Poisson sample of the units and sum their clipped gradients. Private, not a release.
 
     What one person's examples add up to is clipped as one. `advance` is told how much is done, in per cent:
@@ -307,7 +315,11 @@ def _check_data(examples: Sequence[EncodedExample], mechanism: ProfileMechanism,
 
 @dataclass(frozen=True)
 class ProfileProbe:
-    """Makes the private sum of a client's profile; `load` gives the probe once per sum, not before."""
+    """Makes the private sum of one client's task profile; see `clipped_profile`.
+
+    `load` gives the probe once per sum, and nothing before; `max_length` tokens of an example are read, and
+    `setting` is where that is set, for messages.
+    """
 
     load: Callable[[], LoadedProbe]
     public_map: PublicMap
@@ -339,13 +351,21 @@ class ProfileProbe:
 
 
 def client_probe(
-    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: BitSource,
+    settings: ClientSettings,
+    kit: Kit,
+    examples: Sequence[Example],
+    randomness: BitSource,
     advance: Callable[[int], None] = lambda _: None,
-) -> ProfileProbe:  # fmt: skip
+) -> ProfileProbe:
     """The probe of a client with a process of its own: loaded when a profile is due, then let go."""
     length = settings.profile_max_length
     terms = kit.roster.terms
     return ProfileProbe(
         lambda: load_probe(settings.probe, length, "profile_max_length"),
-        public_map(terms.profile, kit.basis), examples, length, randomness, advance=advance, unit=terms.unit,
-    )  # fmt: skip
+        public_map(terms.profile, kit.basis),
+        examples,
+        length,
+        randomness,
+        advance=advance,
+        unit=terms.unit,
+    )

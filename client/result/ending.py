@@ -62,7 +62,10 @@ class ResultFile:
 def last_lines(
     state: Path, adapter: Path | None, comparison: Comparison | None, statement: PrivacyStatement
 ) -> str:
-    """What a client says at its end, in 80 columns where no path is longer."""
+    """What a client says at its end, in 80 columns where no path is longer.
+
+    Without an adapter none was trained, and without a comparison there are no own test rows.
+    """
     lines = [""]
     if comparison is not None:
         rows = comparison.over_base.rows

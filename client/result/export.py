@@ -69,7 +69,10 @@ def guarantees(statement: PrivacyStatement, channel: str) -> dict[str, Guarantee
 
 
 def model_card(export: Export, saved: SavedModel, statement: PrivacyStatement | None) -> str:
-    """The card as Markdown, by the statement of what is shareable, or the member's own."""
+    """The card as Markdown.
+
+    The statement is the member's own, or of what is shareable the one handed over; None before the end.
+    """
     # Markdown, not HTML: nothing is escaped, and all names come from the roster or this member's settings.
     environment = Environment(  # noqa: S701
         loader=PackageLoader("fedmosaic.client.result", "."),
@@ -86,10 +89,16 @@ def model_card(export: Export, saved: SavedModel, statement: PrivacyStatement | 
     )
     names = ["AutoConfig"] * bool(model.keep_layers) + ["AutoModelForCausalLM", "AutoTokenizer"]
     return environment.get_template("card.md.j2").render(
-        **asdict(export), **_figures(statement), saved=saved, private="dp" in saved.protection,
-        encrypted="encrypted" in saved.protection, version=__version__, gguf=gguf, options=options,
+        **asdict(export),
+        **_figures(statement),
+        saved=saved,
+        private="dp" in saved.protection,
+        encrypted="encrypted" in saved.protection,
+        version=__version__,
+        gguf=gguf,
+        options=options,
         names=[*names, *["BitsAndBytesConfig"] * bool(model.quantization)],
-    )  # fmt: skip
+    )
 
 
 def _figures(statement: PrivacyStatement | None) -> dict[str, object]:
@@ -157,7 +166,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Arguments) -> Export:
-    """Write it; ConfigurationError if there is something, PrivacyError if it must not be shared."""
+    """Write what is asked for.
+
+    Raises:
+        ConfigurationError: there is something where it is to be written.
+        PrivacyError: what is in the state is not to be shared.
+        StateError, ModelError: it cannot be loaded, or not be written in that form.
+    """
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out} is there already; give a new folder, or move it away")
@@ -228,7 +243,13 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
 
 
 def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:
-    """PrivacyError for what is no private release or gives a key away; StateError before the run's end."""
+    """Refuse to share what is not a private release, or what gives away a key.
+
+    Raises:
+        PrivacyError: nothing in the state is a private release, the key would not be safe, or no guarantee
+            holds.
+        StateError: the run is not over: no statement was handed over.
+    """
     if "dp" not in saved.protection:
         with_ckks = saved.protection == "encrypted" and saved.backend == "ckks"
         key = f"; and it holds a decrypted aggregate: {_KEY}" if with_ckks else ""

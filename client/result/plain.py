@@ -42,7 +42,11 @@ _NOTHING: Final = 1e-6
 
 @dataclass(frozen=True)
 class Deviation:
-    """Distance of logits from another model's: largest, L2 over norm, share of other likeliest tokens."""
+    """How far one model's logits are from another's on public prompts.
+
+    The largest difference of a logit; the largest L2 norm of the difference at a position over that of the
+    logits there; and the share of positions whose likeliest next token is another.
+    """
 
     absolute: float
     relative: float
@@ -93,9 +97,10 @@ def only_released(model: PeftModel) -> PeftModel:
     bases, released = get_basis(model), read_shared(model, "local")
     kept = "r alpha blocks layer_rule shared_layers target_modules basis_seed task_type".split()
     fresh = CoLoraConfig(
-        **{name: getattr(config, name) for name in kept}, other_layers="none",
+        **{name: getattr(config, name) for name in kept},
+        other_layers="none",
         active_branches={"shared": ["local"]},
-    )  # fmt: skip
+    )
     made = adapt(cast(PreTrainedModel, model.unload()), fresh)
     set_basis(made, bases, label=config.basis_label or "custom")
     write_shared(made, released, "local")
@@ -133,9 +138,14 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
             tensors[f"{prefix}.lora_B.bias"] = zeros if delta.bias is None else delta.bias
     # PEFT scales LoRA and its bias by alpha/r; s is in the factors already.
     LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=_shortest(model, deltas), lora_bias=biased,
-        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
-    ).save_pretrained(str(folder))  # fmt: skip
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_shortest(model, deltas),
+        lora_bias=biased,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
     contiguous = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return rank
@@ -167,7 +177,11 @@ def _shortest(model: PeftModel, deltas: dict[str, MergeDelta]) -> list[str]:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter in its weights; ModelError if quantised, or Q has no place there."""
+    """The base model with the adapter in its weights, described by its own configuration.
+
+    ModelError if base weights are quantised, or no architecture describes the biases that Q becomes. The
+    model is merged then and not to be used.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Merging Q gave biases", UserWarning)
         try:

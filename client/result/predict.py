@@ -60,7 +60,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_questions(path: Path) -> list[Example]:
-    """Rows to answer; ConfigurationError names a row without a prompt, or whose choices are none."""
+    """Read rows to be answered; what they have besides prompt, choices and id is left alone.
+
+    ConfigurationError if a row has no prompt, or choices that are none. The row is named, not its content.
+    """
     rows = []
     for number, (where, row) in enumerate(rows_of(path), 1):
         if not isinstance(row, Mapping):

@@ -69,7 +69,10 @@ class Cause(NamedTuple):
 
 
 def explain(text: str, address: str) -> Cause:
-    """What a failed call to an address means, by gRPC's text; a proxy that may stand between is named."""
+    """Say what a failed call to an address means, by gRPC's text with the status code.
+
+    A proxy is named wherever it may stand in between.
+    """
     if "Hostname Verification Check failed" in text:
         named = ", ".join(_presented_names(address)) or "other names"
         return Cause(
@@ -104,7 +107,10 @@ def _proxy(address: str) -> str:
 
 
 def _presented_names(address: str) -> list[str]:
-    """The names in the certificate that is shown there, only quoted: the connection is refused already."""
+    """The names in the certificate that is shown at an address; empty if it cannot be had.
+
+    The certificate is only quoted: gRPC has refused the connection already.
+    """
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -141,7 +147,14 @@ _OPTIONS: Final = (
 
 
 def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
-    """A channel that shows our certificate and takes only the federation's server; IdentityError by file."""
+    """Open a channel that shows this client's certificate and accepts only the federation's server.
+
+    The address is as `fedmosaic.privacy.federation.names.address` gives it; all files are PEM.
+
+    Raises:
+        IdentityError: a file is missing or damaged, key and certificate are no pair, or the certificate is
+            expired or not from this authority.
+    """
     certificate_pem, key_pem = check_pair(certificate, private_key)
     check_certificate(certificate, authority)
     authority_pem = read_certificate(authority).public_bytes(serialization.Encoding.PEM)

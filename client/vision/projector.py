@@ -67,7 +67,12 @@ class ProjectedFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class ProjectorRecord:
-    """What a projector was trained for: model, channels, width, pixels, places, data, steps and losses."""
+    """What a projector was trained for and how.
+
+    The fingerprint and width of the language model; channels of the features, places of a side that they are
+    averaged to and pixels of a side of images; its data, optimizer steps, seconds without the encoder, and
+    mean loss of the first and last steps in nats per token.
+    """
 
     model_sha256: str
     channels: int
@@ -90,7 +95,12 @@ def save_projector(projector: Projector, record: ProjectorRecord, folder: Path) 
 
 
 def load_projector(folder: Path) -> tuple[Projector, ProjectorRecord]:
-    """Read a projector, frozen; ConfigurationError if missing or damaged, ModelError if it misfits."""
+    """Read what `save_projector` wrote; frozen.
+
+    Raises:
+        ConfigurationError: there is no projector, or its files are damaged.
+        ModelError: its weights are of another shape than its record says, or not finite.
+    """
     try:
         record = ProjectorRecord(**parse_json((folder / _RECORD).read_bytes()))
         tensors = load_file(folder / _WEIGHTS)
