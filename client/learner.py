@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import copy_branch, read_family, set_active_branches, set_trainable, write_family
-from fedmosaic.client.colora.vectors import read_embedded, write_embedded
+from fedmosaic.client.colora.aligned import read_embedded, write_embedded
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.dp import training as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length
@@ -60,7 +60,10 @@ class ModelLearner:
         be adapted, has no row for a token, or cannot be trained as the terms want it; PrivacyError if a
         tensor that sees private data would take part; ConfigurationError for unreadable or too long examples.
         """
-        self._settings, self._terms, self._family, self._progress = settings, terms, family, progress
+        self._settings = settings
+        self._terms = terms
+        self._family = family
+        self._progress = progress
         # Told the loss of every step of a round. It is private: for the client's own people alone.
         self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
         self._data = data or read_sets(settings.data)
@@ -147,8 +150,8 @@ class ModelLearner:
         if private:
             self._blend_received()
             private_round.train_shared(
-                self._model, self._encoded, self._terms, self._settings.training, releases, round_number,
-                self._progress,
+                self._model, self._encoded, self._terms, self._settings.training,
+                releases=releases, round_number=round_number, progress=self._progress,
             )  # fmt: skip
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
@@ -172,8 +175,8 @@ class ModelLearner:
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
         """See `fedmosaic.client.dp.training.group_share`."""
         return private_round.group_share(
-            self._model, self._encoded, self._terms, self._settings.training, releases, round_number,
-            self._progress, members,
+            self._model, self._encoded, self._terms, self._settings.training, members=members,
+            releases=releases, round_number=round_number, progress=self._progress,
         )  # fmt: skip
 
     def train_personal(self, round_number: int) -> None:

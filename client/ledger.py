@@ -1,10 +1,14 @@
-"""The privacy ledger of a client's data and what is planned to be charged; `fedmosaic ledger`.
+"""The privacy ledger of a client's data: where it stands, how it is opened, and `fedmosaic ledger`.
 
-It stands in DATA.jsonl.ledger/ beside the training examples, or in the directory that `data.ledger` names, as
-it must for data that are no file or folder here: `ledger.sqlite` with every release from these data, by any
-run, client and federation, `ledger.sqlite.head`, its last row, and `profile-<data>-<map>.npy`, a noised
-profile, sent again free of charge. STATE/ledger.json tells which ledger a state charges, and its last row as
-seen there. Every run on the data opens the same ledger, also two at once.
+    DATA.jsonl                     the client's training examples (`data.train`)
+    DATA.jsonl.ledger/             or the directory that `data.ledger` names, as it must for data that are no
+                                   file or folder here: of a hub, or handed over in Python
+        ledger.sqlite              every release from these data, by any run, client and federation
+        ledger.sqlite.head         the last row that was written
+        profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
+    STATE/ledger.json              which ledger a state directory charges, and its last row as seen there
+
+Every run on the data opens the same ledger, also two at once.
 """
 
 import json
@@ -18,71 +22,19 @@ import tyro
 
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
-from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
-from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
-from fedmosaic.privacy.federation.terms_checks import plan_inputs
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
 from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
-from fedmosaic.privacy.mechanism.shares import ShareGrid, plan_grid
 from fedmosaic.privacy.statement.rounding import round_up
-from fedmosaic.protos.errors import AccountingError, ConfigurationError, LedgerError
+from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """DP-SGD parameters of this client, planned once for the whole run.
-
-    σ is noise over clipping norm, 0 where the adapter is not trained privately; the sampling rate q is the
-    expected batch size over the number of examples.
-    """
-
-    noise_multiplier: float
-    sampling_rate: float
-
-
-def sampling_rate(terms: Terms, examples: float) -> float:
-    """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
-    return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
-
-
-def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
-    """Find σ for all rounds of n examples, from the budget (ε, δ) that the profile leaves.
-
-    Raises:
-        AccountingError: the profile alone passes the target, no noise suffices, or the client has too few
-            examples for the noise that the members of a group sum have agreed on.
-    """
-    if not terms.adapter.private:
-        return AdapterPlan(0.0, sampling_rate(terms, examples))
-    if not terms.adapter.in_group_sums:
-        settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
-        return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
-    sums = terms.group_sums
-    if sums.noise_multiplier is None:
-        raise AccountingError("the roster does not say the noise of its sums; found the federation again")
-    if examples < sums.least_examples:
-        raise AccountingError(
-            f"{examples:.0f} examples are fewer than the {sums.least_examples} that a member needs for the "
-            "noise which all have agreed on (group_sums.least_examples); add examples or leave"
-        )
-    return AdapterPlan(sums.noise_multiplier, sampling_rate(terms, examples))
-
-
-def group_grid(terms: Terms, members: int) -> ShareGrid:
-    """The integers of a group's sum, a function of the signed terms and the group's size alone."""
-    sums = terms.group_sums
-    noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
-    return plan_grid(members, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
-
 
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"

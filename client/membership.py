@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -38,9 +38,11 @@ from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.signing import ledger_digest
 
 log = logging.getLogger(__name__)
-KEY_REASONS: Final = {"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"}
+KEY_REASONS: Final = frozenset(
+    {"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"}
+)
 """Reasons of refusals that the next key epoch may cure."""
-ROSTER_REASONS: Final = {"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CERTIFICATE"}
+ROSTER_REASONS: Final = frozenset({"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CERTIFICATE"})
 """Reasons of refusals, in the middle of a run, that the newest roster may cure, here or at the server."""
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
 _SECONDS_BETWEEN_EPOCHS: Final = 2.0
@@ -83,7 +85,14 @@ class Learner(Protocol):
 
 
 def ask_to_enrol(
-    transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, **asked: Any
+    transport: Transport,
+    roster: Roster,
+    adapter_spec_hash: bytes,
+    family: str,
+    *,
+    check_only: bool = False,
+    ledger_head: bytes = b"",
+    ledger_signature: bytes = b"",
 ) -> Enrolled:
     """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
 
@@ -94,8 +103,19 @@ def ask_to_enrol(
         PolicyError: the server wants another number of rounds than the roster's terms.
         TransportError: the server cannot be reached for longer than the transport's patience.
     """
-    about = PROTOCOL_VERSION, roster.federation, roster.hash, adapter_spec_hash, family
-    enrolled = transport.enrol(Enrolment(*about, f"fedmosaic {__version__}", **asked))
+    enrolled = transport.enrol(
+        Enrolment(
+            protocol_version=PROTOCOL_VERSION,
+            federation=roster.federation,
+            roster_hash=roster.hash,
+            adapter_spec_hash=adapter_spec_hash,
+            family=family,
+            software=f"fedmosaic {__version__}",
+            check_only=check_only,
+            ledger_head=ledger_head,
+            ledger_signature=ledger_signature,
+        )
+    )
     agreed = roster.terms.schedule.rounds
     if enrolled.rounds != agreed:
         raise PolicyError(
@@ -133,19 +153,19 @@ class Membership:
 
     def _enrol(self) -> Enrolled:
         """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
-        head, me, learner = self._releases.anchor.head(), self._identity, self._learner
-        signed = ledger_digest(federation=self.roster.federation, client_id=me.client_id, head=head)
+        head, client_id = self._releases.anchor.head(), self._identity.client_id
+        signed = ledger_digest(federation=self.roster.federation, client_id=client_id, head=head)
         enrolled = ask_to_enrol(
             self._transport,
             self.roster,
-            learner.adapter_spec_hash,
-            learner.family,
+            self._learner.adapter_spec_hash,
+            self._learner.family,
             ledger_head=head,
-            ledger_signature=me.signing_key.sign(signed),
+            ledger_signature=self._identity.signing_key.sign(signed),
         )
         self._releases.anchor.check(enrolled.ledger_head)
         where = {"run": enrolled.run_id, "round": enrolled.round}
-        self._state.audit.add("enrolled", client=me.client_id, **where)
+        self._state.audit.add("enrolled", client=client_id, **where)
         return enrolled
 
     def _renewed(self, refusal: Refusal) -> Enrolled:

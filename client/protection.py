@@ -17,10 +17,17 @@ from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.protos import messages as wire
 from fedmosaic.protos import witnessing
 from fedmosaic.protos.errors import IdentityError, WitnessError
-from fedmosaic.protos.messages import AggregateSection, LedgerHead, Profile, Upload, WeightRow
+from fedmosaic.protos.messages import (
+    SECTION_NAMES,
+    AggregateSection,
+    LedgerHead,
+    Profile,
+    Section,
+    Upload,
+    WeightRow,
+)
 from fedmosaic.protos.signing import sign_upload, verifies
 
 log = logging.getLogger(__name__)
@@ -120,7 +127,7 @@ class Protection:
         key, nonce, sections, limit = None, bytes(NONCE_BYTES), [], self._roster.terms.encryption.clip
         if vectors and self._keyring is not None:
             key = self._keyring.encryption_key(key_epoch, round_number)
-        for name in wire.SECTION_NAMES:
+        for name in SECTION_NAMES:
             if name not in vectors:
                 continue
             vector = vectors[name]
@@ -133,7 +140,7 @@ class Protection:
             if self._keyring is not None:
                 # A crash between this and storing the upload costs a nonce; the content is sealed anew.
                 nonce = self._keyring.counter.take(key_epoch, round_number, name)
-            sections.append(wire.Section(name, self._cipher.encrypt(vector, key, context, nonce)))
+            sections.append(Section(name, self._cipher.encrypt(vector, key, context, nonce)))
         upload = Upload(round_number, uuid.uuid4().hex, key_epoch, tuple(sections), profile, b"")
         return self.signed(run_id, upload, ledger)
 

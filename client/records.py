@@ -1,4 +1,10 @@
-"""Small files that a client writes between two steps of a round, so that a restart goes on from them."""
+"""Small files that a client writes between two steps of a round, so that a restart goes on from them.
+
+STATE/upload-0003.bin             an upload until its round is closed, re-sent byte for byte
+STATE/profile-average.npz         the average of all profiles that were released
+STATE/clipping.json               how many examples were clipped, for the client's own statement
+LEDGER/profile-<data>-<map>.npy   a noised profile, sent again free of charge
+"""
 
 import hashlib
 import io
@@ -66,8 +72,15 @@ def read_upload(path: Path) -> Upload | None:
     except (struct.error, DecodeError, WireError) as error:
         words = "delete it: the round is then sealed again from the trained adapter"
         raise StateError(f"{path} is damaged ({error}); {words}") from None
-    about = header.round, header.attempt_id, header.key_epoch
-    return Upload(*about, tuple(sections), header.profile, header.signature, header.ledger)
+    return Upload(
+        header.round,
+        header.attempt_id,
+        header.key_epoch,
+        tuple(sections),
+        header.profile,
+        header.signature,
+        header.ledger,
+    )
 
 
 def digest_of(vector: np.ndarray) -> str:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fedmosaic.client import records
-from fedmosaic.client.ledger import AdapterPlan, ServerAnchor
+from fedmosaic.client.ledger import ServerAnchor
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.records import digest_of
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
@@ -178,7 +179,9 @@ class Releases:
             ledger.released(pending.sequence, digest)
             return
         if self._terms.adapter.private:
-            raise PrivacyError(f"round {round_number}: the adapter was not charged, so it may not leave")
+            raise PrivacyError(
+                f"round {round_number}: the adapter was not charged to the ledger, so it may not leave"
+            )
         coverage: Coverage = "cryptography" if self._terms.adapter.encrypted else "nothing"
         sequence = ledger.reserve(
             channel,

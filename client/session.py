@@ -1,13 +1,15 @@
 """One client's life over the rounds, written against a transport and a learner.
 
+    pull      the aggregate the server made of the last round's uploads, and this round's key epoch
     receive   check the weight row against the policy, decrypt, load into the global branch
     train     the local branch (under DP: the shared branch privately first, the personal one on top)
     profile   release the task profile, once per data epoch
     push      the protected adapter and the profile; after any failure, the same bytes again
 
-Nothing that the server can see depends on what was decrypted: an aggregate that cannot be opened, or trained
-with, is left out, the reason stays at home, and the calls to the transport are those of any round. Everything
-that a crash could lose is on disk before the next step depends on it.
+Nothing that the server can see depends on what was decrypted: an aggregate that cannot be opened, or cannot
+be trained with, is left out, the reason stays at home, and the calls to the transport are those of any round.
+
+Everything that a crash could lose is on disk before the next step depends on it.
 """
 
 import logging

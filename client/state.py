@@ -1,17 +1,20 @@
 """What one client keeps on disk, so that a restart goes on where the last process stopped.
 
-    STATE/session.json, rows.json  which run, the last acknowledged round, what the server said; accepted rows
+    STATE/session.json             which run, the last acknowledged round, what the server said
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
+    STATE/rows.json                the weight row that was accepted in every round
     STATE/upload-0003.bin          bytes of the newest upload, to send again until its round is closed
     STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own images
-    STATE/model.json, ledger.json  with what the result is loaded again; which privacy ledger is charged
-    STATE/traffic.json, audit.jsonl    bytes sent and received; what mattered to security
+    STATE/model.json               base model and terms, with which the result is loaded again
+    STATE/traffic.json             bytes sent and received so far
+    STATE/audit.jsonl              what mattered to security (see `fedmosaic.privacy.audit`)
     STATE/roster.json, authority.pem, consortium.pub   what the statement's roster is checked with
+    STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
-Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves the old
-file or the new one, never half of one. Nobody but the owner can read any of it.
+Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
+the old file or the new one, never half of one. Nobody but the owner can read any of it.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 import datetime as dt
 
-from fedmosaic.client.ledger import AdapterPlan, plan_adapter
+from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
@@ -11,8 +11,13 @@ from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
 from fedmosaic.privacy.ledger.rows import charges
-from fedmosaic.privacy.statement import models
-from fedmosaic.privacy.statement.models import CoalitionRows, PrivacyStatement, StatementInputs
+from fedmosaic.privacy.statement.models import (
+    ClientInputs,
+    CoalitionRows,
+    PlannedChannel,
+    PrivacyStatement,
+    StatementInputs,
+)
 from fedmosaic.privacy.statement.rounding import round_down
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
@@ -40,13 +45,13 @@ def statement_inputs(
         run_id=state.record.run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         clients=(
-            models.ClientInputs(
+            ClientInputs(
                 ledger=tuple(ledger.export()),
                 client_id=state.record.client,
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
                 clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
-                planned={"adapter": models.PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
+                planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
                 largest_delta=terms.adapter_privacy.largest_delta,
             ),

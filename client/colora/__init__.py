@@ -13,6 +13,7 @@ Reference: "Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-
 
 from peft import mapping as _mapping
 
+from fedmosaic.client.colora.aligned import aligned_config, load_basis
 from fedmosaic.client.colora.config import PEFT_TYPE, SPOKEN_TYPE, CoLoraConfig
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
@@ -27,9 +28,7 @@ from fedmosaic.client.colora.state import (
     set_trainable,
 )
 from fedmosaic.client.colora.vectors import (
-    aligned_config,
     copy_branch,
-    load_basis,
     read_family,
     read_shared,
     shared_layout,

@@ -107,7 +107,8 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         linear = self.get_base_layer()
         if not isinstance(linear, nn.Linear):
             raise ModelError(
-                f"Co-LoRA adapts only Linear, not {type(linear).__name__}; leave it out of target_modules"
+                f"Co-LoRA adapts only torch.nn.Linear, not {type(linear).__name__}. "
+                "Leave it out of target_modules."
             )
         return linear
 
@@ -219,7 +220,9 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         if delta.bias is not None:
             bias = sign * delta.bias.to(wide) if bias is None else bias + sign * delta.bias.to(wide)
         if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ModelError("The merged weights are not finite: the adapter is broken; nothing was merged")
+            raise ModelError(
+                "The merged weights are not finite; the adapter is broken. Nothing was merged here."
+            )
         base.weight.data = weight.to(base.weight.dtype)
         if bias is not None and base.bias is None:
             base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)

@@ -1,4 +1,7 @@
-"""The two kinds of adapted linear module: Co-LoRA on shared layers, branched LoRA on family layers."""
+"""The two kinds of adapted linear module: Co-LoRA on shared layers, branched LoRA on family layers.
+
+The frozen bases A and B of Co-LoRA are drawn here from a public seed; `set_basis` puts others in their place.
+"""
 
 import hashlib
 import json

@@ -123,7 +123,9 @@ def linear_names(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
 def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
     """Choose modules of a decoder layer, sorted, by names or last parts such as `q_proj`; None for all."""
     if not available:
-        raise ModelError("The decoder layers have no torch.nn.Linear, which alone Co-LoRA adapts")
+        raise ModelError(
+            "The decoder layers have no torch.nn.Linear module to adapt; Co-LoRA supports only those."
+        )
     if wanted is None:
         return tuple(sorted(available))
     fitting = {want: [n for n in available if n == want or n.endswith(f".{want}")] for want in wanted}
@@ -153,7 +155,10 @@ def plan_placements(
     if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):
         raise ModelError(f"shared_layers {list(shared_layers)} should be strictly increasing and not empty.")
     if shared_layers[0] < 0 or shared_layers[-1] >= len(layers):
-        raise ModelError(f"shared_layers {list(shared_layers)} lie outside layers 0 to {len(layers) - 1}")
+        raise ModelError(
+            f"shared_layers {list(shared_layers)} lie outside the model, which has layers 0 to "
+            f"{len(layers) - 1}."
+        )
     present = [set(linear_names(layer)) for layer in layers]
     chosen = select_modules(tuple({name for names in present for name in names}), target_modules)
     plan: dict[str, Placement] = {}

@@ -1,7 +1,9 @@
 """What is trained, what takes part in the forward pass, and which basis is used.
 
-All functions take any module that contains Co-LoRA layers and work on the one active adapter. `layers` is
-`shared` for Co-LoRA modules, `family` for LoRA, or `all`; the other layers stay as they are.
+All functions take any module that contains Co-LoRA layers: a PEFT model, its base model, or a wrapper
+such as Opacus' GradSampleModule; they work on the one active adapter. `layers` is `shared` for Co-LoRA
+modules, `family` for ordinary LoRA, or `all`; the other layers stay as they are. Active branches and fixed
+gates are saved with an adapter once `record_switches` was called; what is trained is not.
 """
 
 import math
@@ -30,12 +32,15 @@ def find_adapter(model: nn.Module) -> str:
         raise ModelError(
             "The model has no Co-LoRA adapter; make one with peft.get_peft_model(model, CoLoraConfig(...))."
         )
-    active = [*{name for layer in layers for name in layer.active_adapters if name in layer.settings}]
+    active: list[str] = sorted(
+        {name for layer in layers for name in layer.active_adapters if name in layer.settings}
+    )
     if len(active) != 1:
         raise ModelError(
-            f"{len(active)} adapters are active; activate one of {', '.join(known)} with model.set_adapter"
+            f"{len(active)} adapters are active ({', '.join(active) or 'none'}); activate one of "
+            f"{', '.join(known)} with model.set_adapter."
         )
-    return str(active[0])
+    return active[0]
 
 
 def _adapted(model: nn.Module) -> list[CoLoraLayer]:
@@ -115,7 +120,9 @@ def fix_gate(model: nn.Module, value: float | None, *, layers: str = "all") -> N
     flows into the forward pass. It lies in [0, 1], and the adapter is not merged, or a ModelError says so.
     """
     if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
-        raise ModelError(f"The gate's value is {value}; it should lie in [0, 1], or be None to learn it")
+        raise ModelError(
+            f"The gate's value is {value}; it should lie in [0, 1], or be None to use the learned gate."
+        )
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     check_not_merged(chosen)
     for layer in chosen:

@@ -213,7 +213,8 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
     if "messages" in record:
         if "prompt" in record or "answer" in record:
             raise ConfigurationError(
-                f"{where} has {names.messages!r} beside {names.prompt!r} or {names.answer!r}; give one form"
+                f"{where} has {names.messages!r} beside {names.prompt!r} or {names.answer!r}; give a "
+                "conversation, or a prompt and its answer"
             )
         turns = _turns(record["messages"], names.messages, where)
         record["prompt"] = "\n".join(turn.content for turn in turns[:-1])
@@ -222,13 +223,16 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
         if part in record or part in ("prompt", "answer"):
             _check_text(record.get(part), getattr(names, part), where)
     choices = listed(record.get("choices"))
-    texts = isinstance(choices, list | tuple) and all(isinstance(one, str) and one for one in choices)
-    if not isinstance(choices, list | tuple) or not texts:
+    if not isinstance(choices, list | tuple) or not all(
+        isinstance(choice, str) and choice for choice in choices
+    ):
         raise ConfigurationError(f"{where}: {names.choices!r} must be a list of texts that are not empty")
     for choice in choices:
         _check_text(choice, names.choices, where)
     if choices and (record["answer"] not in choices or len(set(choices)) != len(choices)):
-        raise ConfigurationError(f"{where}: {names.choices!r} must differ and contain the answer")
+        raise ConfigurationError(
+            f"{where}: {names.choices!r} must differ from each other and contain the answer"
+        )
     name, person = record.get("id", ""), record.get("person", "")
     return Example(name, record["prompt"], record["answer"], tuple(choices), turns, person)
 
@@ -260,7 +264,9 @@ def listed(value: object) -> object:
 def _turns(value: object, name: str, where: str) -> tuple[Turn, ...]:
     found = listed(value)
     if not isinstance(found, list | tuple) or not found:
-        raise ConfigurationError(f"{where}: {name!r} must be a list of objects with role and content")
+        raise ConfigurationError(
+            f"{where}: {name!r} must be a list of messages, objects with role and content"
+        )
     turns = []
     for number, message in enumerate(found, 1):
         place = f"{where}, message {number}"
@@ -268,11 +274,15 @@ def _turns(value: object, name: str, where: str) -> tuple[Turn, ...]:
         if set(fields) != {"role", "content"}:
             raise ConfigurationError(f"{place} must be an object with role and content, and nothing else")
         if fields["role"] not in _ROLES or (fields["role"] == "system" and number > 1):
-            raise ConfigurationError(f"{place}: role must be user or assistant, or system in the first")
+            raise ConfigurationError(
+                f"{place}: role must be 'user' or 'assistant', or 'system' in the first message"
+            )
         _check_text(fields["content"], "content", place)
         turns.append(Turn(fields["role"], fields["content"]))
     if turns[-1].role != "assistant" or not any(turn.role == "user" for turn in turns[:-1]):
-        raise ConfigurationError(f"{where}: {name!r} must have a user's turn and end with the assistant's")
+        raise ConfigurationError(
+            f"{where}: {name!r} must have a user's turn and end with the assistant's, which is learned"
+        )
     return tuple(turns)
 
 
@@ -294,7 +304,6 @@ def _named(examples: list[Example]) -> tuple[Example, ...]:
     Who corrects a text makes another example of it. The ledger therefore never takes these names as proof
     that two states of the data share nobody's record.
     """
-    # A corrected text is another example: the ledger takes no such names as proof that data share nobody.
     seen: Counter[str] = Counter()
     found = []
     for example in examples:

@@ -91,7 +91,8 @@ def _csv(path: Path) -> Iterator[Row]:
         header = next(reader, [])
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
             raise ConfigurationError(
-                f"{path} has one column, whose name holds a separator; save it with commas, or tabs as .tsv"
+                f"{path} has one column, whose name holds a separator; save it with commas between columns, "
+                "or with tabs as .tsv"
             )
         if len(set(header)) < len(header):
             raise ConfigurationError(f"{path} has two columns of one name; give each its own")
@@ -133,7 +134,8 @@ def _from_folder(path: Path) -> Any:
         )
     if not (path / "state.json").is_file():
         raise ConfigurationError(
-            f"cannot read the examples in {path}: Is a directory, which `datasets` has not saved; name a file"
+            f"cannot read the examples in {path}: Is a directory, and not one that `datasets` saved "
+            "(save_to_disk); name a file in it"
         )
     try:
         return library.load_from_disk(str(path))
@@ -165,7 +167,8 @@ def _library(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigurationError(
-            f"{what} needs the library `datasets` ({_EXTRA}); JSON lines, JSON and CSV need nothing more"
+            f"{what} is read by the library `datasets`, which is not installed here: {_EXTRA}; JSON lines, "
+            "JSON and CSV need nothing more"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The gradient of one example with respect to the shared branch's cores, clipped and summed.
+"""What is trained privately, and the gradient of one example with respect to it, clipped and summed.
 
 A core is a linear module r → r with weight P and bias Q. Every example goes through the model by itself, a
 batch of one: there is no padding, no product of matrices that two examples share, and so no rounding that

@@ -43,10 +43,10 @@ from fedmosaic.client.dp.engine import (
     only_shared_branch,
     private_parameters,
 )
-from fedmosaic.client.ledger import group_grid
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, in_bfloat16, training_mode
 from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.records import digest_of
 from fedmosaic.client.releases import Releases
@@ -197,6 +197,7 @@ def train_shared(
     examples: Sequence[EncodedExample],
     terms: Terms,
     training: TrainingSettings,
+    *,
     releases: Releases,
     round_number: int,
     progress: Progress,
@@ -241,10 +242,11 @@ def group_share(
     examples: Sequence[EncodedExample],
     terms: Terms,
     training: TrainingSettings,
+    *,
+    members: int,
     releases: Releases,
     round_number: int,
     progress: Progress,
-    members: int,
 ) -> IntArray | None:
     """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
 

@@ -1,9 +1,13 @@
 """What a foreign model and its tokenizer must do before anything is trained, scored or probed with them.
 
 Every model comes from somewhere else, so its properties are tried and not assumed, at load, on public tokens:
-a refusal then says nothing about the data and costs neither a round nor budget. Two prompts stay two prompts;
-no logit depends on a later token; every adapted module is called and its trained part has a gradient; what is
-read and written fits the model's positions; every token has a row of the embedding.
+a refusal then says nothing about the data and costs neither a round nor budget.
+
+    prompts    two prompts stay two prompts, as text through the chat template and as tokens
+    causal     no logit depends on a later token, or the model reads the answer that it is to predict
+    adapted    every adapted module is called, and its trained part has a gradient
+    lengths    what is read and written fits the model's positions
+    ids        every token has a row of the embedding
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.model.examples import IGNORED, answer_tokens, prompt_tokens
-from fedmosaic.client.model.loss import (
-    base_model,
-    cut_at,
-    example_losses,
-    logits_at,
-    on_device_of,
-    training_mode,
-)
+from fedmosaic.client.model.fingerprint import base_model
+from fedmosaic.client.model.loss import cut_at, example_losses, logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _TOKENS: Final = 24
@@ -137,7 +135,8 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
     most = context_length(model)
     if most is not None and length > most:
         raise ConfigurationError(
-            f"{setting} is {length}, {type(base_model(model)).__name__} has {most} positions; lower it"
+            f"{setting} is {length}, the model {type(base_model(model)).__name__} has {most} positions; "
+            f"lower it to at most {most}"
         )
 
 

@@ -9,13 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import CoLoraConfig, shared_layout
-from fedmosaic.client.colora.vectors import (
-    SharedLayout,
-    aligned_config,
-    basis_name,
-    embedded_layout,
-    load_basis,
-)
+from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
+from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.model.acceptance import check_adapter
 from fedmosaic.client.model.load import LoadedModel, adapt, load_model
 from fedmosaic.client.settings import ModelSettings

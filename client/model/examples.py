@@ -1,9 +1,12 @@
 """Examples as tokens, and as padded batches.
 
-The answer's tokens and the end of sequence after it, or the assistant's turns, are what the model is trained
-on (labels elsewhere are ``IGNORED``). What is context and what is learned are tokenised apart and then
-joined: a tokenizer may merge characters across a border, so that the tokens of the prompt would depend on the
-answer, while a generated answer always starts from the prompt's own tokens.
+A supervised example is a prompt and an answer, or a conversation. The prompt, or what others say, is context
+only. The answer's tokens and the end-of-sequence token after it, or the assistant's turns, are what the model
+is trained on (labels elsewhere are ``IGNORED``).
+
+What is context and what is learned are tokenised apart and then joined. A tokenizer may merge characters
+across a border, so tokenising the joined text would let the tokens of the prompt depend on the answer; a
+generated answer always starts from the prompt's own tokens, and training has to look the same.
 """
 
 import re
@@ -82,7 +85,8 @@ def _encode(
     room = max_length - len(supervised)
     if room < 1:
         raise ConfigurationError(
-            f"the answer of example {index} leaves no room within {setting} {max_length}: raise or shorten it"
+            f"the answer of example {index} leaves no room for its prompt within {setting} {max_length}; "
+            f"raise {setting} or shorten the answer"
         )
     ids = [token for tokens, _ in context for token in tokens]
     labels = [token if learned else IGNORED for tokens, learned in context for token in tokens]

@@ -240,7 +240,10 @@ def _weight_options(
         # Weights go straight to an accelerator, so that the processor's memory never holds them all.
         return {"use_safetensors": True} | ({} if device.type == "cpu" else {"device_map": {"": device}})
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"quantization is {quantization!r}; install fedmosaic[quantization] for it")
+        raise ModelError(
+            f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], "
+            "or leave quantization out"
+        )
     four_bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,

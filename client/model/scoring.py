@@ -1,8 +1,10 @@
 """Scoring of a test set: the most likely choice where an example has choices, what is written where not.
 
-A choice is scored by its mean log-likelihood per token after the prompt; where the choices already differ in
-their first token, that decides, from one pass over the prompt. A written answer counts as right if it has the
-words of the right one, without case and punctuation. Which measure a score is stands beside it.
+A choice is scored by its mean log-likelihood per token after the prompt. Where the choices of an example
+already differ in their first token, that token decides and one forward pass over the prompt scores them all;
+for choices of one token each both ways order the choices alike. A written answer counts as right if it has
+the words of the right one, without regard to case and punctuation. Both measures are shares of right
+examples; which of them a score is stands beside it.
 """
 
 import math
@@ -102,8 +104,9 @@ def answers(
     closed = [example for example in examples if example.choices]
     opened = [example for example in examples if not example.choices]
     chosen = most_likely_choices(model, tokenizer, closed, batch_size, max_length=max_length)
-    room = {"max_length": max_length, "max_new_tokens": max_new_tokens}
-    written = written_answers(model, tokenizer, opened, batch_size, **room)
+    written = written_answers(
+        model, tokenizer, opened, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
+    )
     choice, text = iter(chosen), iter(written)
     return [e.choices[next(choice)] if e.choices else next(text) for e in examples]
 
@@ -188,7 +191,9 @@ def choice_scores(
             values = score(model, padding_token(tokenizer), [questions[i] for i in chosen], batch_size)
             scores.update(zip(chosen, values, strict=True))
     if not all(math.isfinite(score) for row in scores.values() for score in row):
-        raise ModelError("a choice's score is not finite; weights are damaged or their dtype is narrow")
+        raise ModelError(
+            "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
+        )
     return [row for _, row in sorted(scores.items())]
 
 
@@ -204,7 +209,8 @@ def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, 
     left = room - max(len(choice) for choice in choices)
     if left < 1:
         raise ConfigurationError(
-            f"a choice of example {index} leaves no room within max_length {room}; raise it or shorten that"
+            f"a choice of example {index} leaves no room for the prompt within max_length {room}; "
+            "raise max_length or shorten the choice"
         )
     return _Question(cut_prompt(tokenizer, question_tokens(tokenizer, example), left), choices)
 

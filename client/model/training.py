@@ -13,10 +13,10 @@ from torch import nn
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.model.examples import EncodedExample, collate
+from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.client.model.loss import (
     Batch,
     ExampleLosses,
-    base_model,
     example_losses,
     in_bfloat16,
     on_device_of,

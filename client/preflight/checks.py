@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import AdapterPlan, DataLedger, ledger_parameters, plan_adapter
+from fedmosaic.client.ledger import DataLedger, ledger_parameters
 from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenizer
+from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
 from fedmosaic.client.profile.probe import client_probe, public_map, read_as_text
@@ -87,13 +88,18 @@ class Preflight:
         `scratch` is where the model's side may write instead of the state directory.
         """
         self._given = given or Given()
-        model, train, test = (x is not None for x in (self._given.model, self._given.train, self._given.test))
-        settings.check_complete(model=model, train=train, test=test)
-        self.settings, self.progress = settings, progress
+        settings.check_complete(
+            model=self._given.model is not None,
+            train=self._given.train is not None,
+            test=self._given.test is not None,
+        )
+        self.settings = settings
+        self.progress = progress
         self.warnings: list[str] = []
         self.reading: list[str] = []
         self._lengths: Lengths | None = None
-        self._patience, self._scratch = server_patience_seconds, scratch
+        self._patience = server_patience_seconds
+        self._scratch = scratch
         self._traffic = traffic or Traffic()
 
     def checks(self) -> tuple[Check, ...]:
@@ -205,7 +211,8 @@ class Preflight:
             return f"{directory} will be made" if place != directory else f"{directory} is fresh"
         if (record.federation, record.client) != (roster.federation, self.kit.member_id()):
             raise StateError(
-                f"{directory} is of {record.client!r} of {record.federation!r}; give each its own state_dir"
+                f"{directory} belongs to client {record.client!r} of federation {record.federation!r}; give "
+                "each client its own state_dir"
             )
         return f"{directory} is at round {record.completed_round} of {roster.terms.schedule.rounds}"
 
@@ -217,7 +224,8 @@ class Preflight:
         free = shutil.disk_usage(place).free
         if free < needed:
             raise StateError(
-                f"{place} has {_size(free)} free, a round needs {_size(needed)}; make room, or move state_dir"
+                f"{place} has {_size(free)} free, and a round needs about {_size(needed)}; make room, or "
+                "give a state_dir on another disk"
             )
         return f"{_size(free)} free, about {_size(needed)} needed"
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,7 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import FedMosaicError
 
 _COLUMNS: Final = 80
-_SECONDS: Final = 5.0
+_SERVER_PATIENCE_SECONDS: Final = 5.0
 _PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
 _INDENT: Final = " " * 20
 
@@ -60,7 +60,9 @@ def _diagnose(path: Path) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
-        preflight = Preflight(settings, Progress(), server_patience_seconds=_SECONDS, scratch=Path(scratch))
+        preflight = Preflight(
+            settings, Progress(), server_patience_seconds=_SERVER_PATIENCE_SECONDS, scratch=Path(scratch)
+        )
         with closing(preflight):
             return 0 if _examine(preflight) else 1
 
@@ -91,9 +93,13 @@ def _examine(preflight: Preflight) -> bool:
 
 
 def _versions() -> list[str]:
-    here = {found.metadata["Name"]: found.version for found in distributions()}
-    ours = [f"fedmosaic {__version__}", f"python {platform.python_version()}"]
-    return ours + [f"{name} {here.get(name, 'missing')}" for name in _PACKAGES]
+    found = [f"fedmosaic {__version__}", f"python {platform.python_version()}"]
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} missing")
+    return found
 
 
 @contextmanager

@@ -233,8 +233,12 @@ class Arguments:
 
 def fit(arguments: Arguments) -> ProfileMechanism:
     """Fit the map and write it; see `Arguments`."""
-    device, dtype, layers = arguments.device, arguments.dtype, arguments.keep_layers
-    settings = ModelSettings(path=arguments.probe, device=device, dtype=dtype, keep_layers=layers)
+    settings = ModelSettings(
+        path=arguments.probe,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        keep_layers=arguments.keep_layers,
+    )
     model, tokenizer = load_model(settings)
     probe = open_probe(model)
     mechanism, basis = fit_mechanism(

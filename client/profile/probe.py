@@ -33,8 +33,9 @@ from fedmosaic.client.data.records import by_unit, unit_ids
 from fedmosaic.client.dp.checks import refuse_state
 from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example, encode_examples
+from fedmosaic.client.model.fingerprint import base_model, fingerprint
 from fedmosaic.client.model.load import load_model
-from fedmosaic.client.model.loss import base_model, cut_at, fingerprint, training_mode
+from fedmosaic.client.model.loss import cut_at, training_mode
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision.inputs import without_images
 from fedmosaic.privacy.federation.kits import Kit

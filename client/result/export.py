@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 from fedmosaic import __version__
 from fedmosaic.client.colora.state import find_adapter, shared_modules
 from fedmosaic.client.model.load import load_base_model, save_adapter, without_rename_notice
-from fedmosaic.client.result import plain
-from fedmosaic.client.result.plain import deviation, public_logits
+from fedmosaic.client.result.plain import deviation, merged, only_released, public_logits, write_lora
 from fedmosaic.client.result.saved import OpenedModel, Opening, SavedModel, read_saved
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT
 from fedmosaic.privacy.configuration import parse_json, read_own
@@ -204,27 +203,27 @@ def export(arguments: Arguments) -> Export:
 
 def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -> Export:
     """Write the model, load it again, and compare it with what it was made from."""
-    model = plain.only_released(opened.model) if arguments.shareable else opened.model
+    model = only_released(opened.model) if arguments.shareable else opened.model
     expected = public_logits(model, opened.tokenizer)
     dtype = str(cast(PreTrainedModel, model.get_base_model()).dtype).removeprefix("torch.")
     left_out = ""
     if arguments.without_bias:
-        name_of = find_adapter(model)
+        adapter = find_adapter(model)
         for layer in shared_modules(model):
-            for branch in layer.settings[name_of].branches:
-                nn.init.zeros_(layer.core(name_of, branch).bias)
+            for branch in layer.settings[adapter].branches:
+                nn.init.zeros_(layer.core(adapter, branch).bias)
         bare = public_logits(model, opened.tokenizer)
         left_out, expected = str(deviation(bare, expected)), bare
     rank = None
     if arguments.format == "merged":
         device = next(model.parameters()).device
-        whole = plain.merged(model)
+        whole = merged(model)
         whole.save_pretrained(str(folder))
         opened.tokenizer.save_pretrained(str(folder))
         again: nn.Module = load_base_model(folder, whole.dtype, device=device)[0]
     else:
         if arguments.format == "lora":
-            rank = plain.write_lora(model, folder, name)
+            rank = write_lora(model, folder, name)
         else:
             save_adapter(model, folder)
             # The base model is named as readers know it, not where it is on this machine.
@@ -237,9 +236,13 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
             again = PeftModel.from_pretrained(cast(PreTrainedModel, model.unload()), str(folder))
     found = deviation(public_logits(again, opened.tokenizer), expected)
     if found.relative > _TOLERANCE and next(again.parameters()).dtype == torch.float32:
-        raise ModelError(f"what would be written is not the client's model ({found}); give another --format")
-    form, shareable = arguments.format, arguments.shareable
-    return Export(form, name, dtype, opened.round, shareable, rank, str(found), left_out)
+        raise ModelError(
+            f"what would be written is not the client's model ({found}); {arguments.format} does not suit "
+            "this architecture; give another --format"
+        )
+    return Export(
+        arguments.format, name, dtype, opened.round, arguments.shareable, rank, str(found), left_out
+    )
 
 
 def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:

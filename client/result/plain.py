@@ -95,10 +95,16 @@ def only_released(model: PeftModel) -> PeftModel:
     if not isinstance(config, CoLoraConfig):
         raise ModelError(f"the adapter is a {type(config).__name__}; only Co-LoRA's has a shared branch")
     bases, released = get_basis(model), read_shared(model, "local")
-    kept = "r alpha blocks layer_rule shared_layers target_modules basis_seed task_type".split()
     fresh = CoLoraConfig(
-        **{name: getattr(config, name) for name in kept},
+        r=config.r,
+        alpha=config.alpha,
+        blocks=config.blocks,
+        layer_rule=config.layer_rule,
+        shared_layers=config.shared_layers,
+        target_modules=config.target_modules,
         other_layers="none",
+        basis_seed=config.basis_seed,
+        task_type=config.task_type,
         active_branches={"shared": ["local"]},
     )
     made = adapt(cast(PreTrainedModel, model.unload()), fresh)

@@ -84,7 +84,9 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
     if config is not None and not file.exists():
         settings = read_configuration(config, ClientSettings).located(config.parent)
         if settings.state_dir.resolve() != state.resolve():
-            raise ConfigurationError(f"{config} has state_dir {settings.state_dir}, not {state}")
+            raise ConfigurationError(
+                f"{config} has state_dir {settings.state_dir}, not {state}; give its own"
+            )
         kit = open_kit(settings.kit)
         SavedModel.of(settings, kit.roster, kit.member_id()).write(state)
     if not file.exists():

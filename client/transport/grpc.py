@@ -1,4 +1,4 @@
-"""What a session asks of the server, and the gRPC transport that carries it."""
+"""What a session asks of the server, and the gRPC transport that carries it and counts its bytes."""
 
 import json
 import logging
@@ -17,9 +17,18 @@ from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
 from fedmosaic.privacy.files import file_marks, write_atomically
 from fedmosaic.protos import bounds, wire
-from fedmosaic.protos import messages as m
 from fedmosaic.protos.errors import IdentityError, WireError
-from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, Receipt, RoundStatus, Upload
+from fedmosaic.protos.messages import (
+    Aggregate,
+    Enrolled,
+    Enrolment,
+    KeyMessage,
+    Receipt,
+    RelayedKeyMessage,
+    Report,
+    RoundStatus,
+    Upload,
+)
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
@@ -104,7 +113,7 @@ class Transport(Protocol):
     def report(self, statement: bytes) -> None:
         """Hand over the privacy statement, a JSON object."""
 
-    def post_key_message(self, message: m.KeyMessage) -> None:
+    def post_key_message(self, message: KeyMessage) -> None:
         """Leave a message of the key agreement; leaving the same one again is harmless."""
 
     def read_key_messages(
@@ -280,9 +289,9 @@ class GrpcTransport:
 
     def report(self, statement: bytes) -> None:
         """See `Transport.report`."""
-        self._unary("report", lambda: self._stub.Report, wire.encode(m.Report(statement), pb.ReportRequest))
+        self._unary("report", lambda: self._stub.Report, wire.encode(Report(statement), pb.ReportRequest))
 
-    def post_key_message(self, message: m.KeyMessage) -> None:
+    def post_key_message(self, message: KeyMessage) -> None:
         """See `Transport.post_key_message`."""
         request = wire.encode(message, pb.PostKeyMessageRequest)
         self._unary("post key message", lambda: self._stub.PostKeyMessage, request, "keys")
@@ -303,7 +312,7 @@ class GrpcTransport:
             size = 0
             for part in self._stub.ReadKeyMessages(request, timeout=wait + _CALL_SECONDS):
                 self._traffic.received("keys", part.ByteSize())
-                message = wire.decode(part, m.RelayedKeyMessage)
+                message = wire.decode(part, RelayedKeyMessage)
                 found[message.sender] = message.payload
                 if len(found) > bounds.MAX_MEMBERS:
                     raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")

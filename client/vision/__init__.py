@@ -1,1 +1,4 @@
-"""Images for language models: a frozen encoder, a projector, images as words; releases nothing."""
+"""Images for language models: a frozen encoder, a projector, and images as words of a prompt.
+
+Stands on `client.model`, which knows nothing of images; releases nothing.
+"""

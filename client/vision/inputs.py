@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, answer_tokens, question_tokens
-from fedmosaic.client.model.loss import base_model, fingerprint
+from fedmosaic.client.model.fingerprint import base_model, fingerprint
 from fedmosaic.client.vision.features import forget_features, image_features
 from fedmosaic.client.vision.projector import ProjectedFeatures, TowerImages, has_tower, load_projector
 from fedmosaic.protos.errors import ConfigurationError, ModelError

@@ -14,8 +14,9 @@ from typing import Final
 
 from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.data.records import unit_ids
-from fedmosaic.client.ledger import ServerAnchor, open_ledger, plan_adapter
+from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.examples import Example
+from fedmosaic.client.planning import plan_adapter
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, encode_examples, padding_token
-from fedmosaic.client.model.loss import fingerprint
+from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.scoring import score_examples
 from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
 from fedmosaic.client.vision.features import CHANNELS, GRID, SIZE, image_features

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from builders import tiny_mechanism
-from fedmosaic.client.ledger import AdapterPlan
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.records import ClippingRecord, read_average, read_profile
 from fedmosaic.client.releases import Releases

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from builders import tiny_mechanism
-from fedmosaic.client.ledger import AdapterPlan, budgeted_channels, plan_adapter, sampling_rate
+from fedmosaic.client.ledger import budgeted_channels
+from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon

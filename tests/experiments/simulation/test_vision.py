@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.examples import Example, prompt_tokens
+from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.load import load_base_model
-from fedmosaic.client.model.loss import fingerprint
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.vision import features
