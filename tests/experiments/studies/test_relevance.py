@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedmosaic.client.model.examples import IGNORED, Example, encode_examples
 from fedmosaic.client.profile.probe import gradient_factors, open_probe
 from fedmosaic.experiments.studies.relevance import command as relevance
+from fedmosaic.experiments.studies.relevance.command import measure, top_match
 from fedmosaic.experiments.studies.relevance.designs import DESIGNS, Design, encode, fit_sides
-from fedmosaic.experiments.studies.relevance.measure import Recovery, measure, top_match
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS, load_public, load_task_set
 from fedmosaic.privacy.mechanism.gaussian import GRID
@@ -57,17 +57,15 @@ def task_units(tasks: int, rows: int) -> list[IntArray]:
 def test_recovery_falls_from_certainty_to_chance_with_the_noise() -> None:
     levels = [mechanism(sigma) for sigma in (0.0, 10.0, 1e5)]
     clear, blurred, lost = measure(task_units(8, 200), levels, n=60, trials=40, seed=0)
-    assert clear.auc == clear.top1 == 1.0
-    assert 0.6 < blurred.auc < 1.0
-    assert lost.auc == pytest.approx(0.5, abs=0.06)
-    assert lost.top1 == pytest.approx(1 / 15, abs=0.06)
-    assert lost.auc_error > clear.auc_error == 0.0
+    assert clear == (1.0, 1.0, False)
+    assert 0.6 < blurred[0] < 1.0
+    assert lost[:2] == (pytest.approx(0.5, abs=0.06), pytest.approx(1 / 15, abs=0.06))
 
 
 def test_drawing_with_replacement_is_marked() -> None:
     for n, expected in ((100, False), (101, True)):
-        (found,) = measure(task_units(2, 200), [mechanism(0.0)], n=n, trials=2, seed=0)
-        assert found.bootstrapped is expected
+        ((_, _, replaced),) = measure(task_units(2, 200), [mechanism(0.0)], n=n, trials=2, seed=0)
+        assert replaced is expected
 
 
 def test_the_study_can_be_repeated() -> None:
@@ -76,13 +74,9 @@ def test_the_study_can_be_repeated() -> None:
     assert measure(task_units(3, 60), [mechanism(5.0)], 20, 3, seed=5) != first
 
 
-def recovery(auc: float, bootstrapped: bool) -> Recovery:
-    return Recovery(auc, 0.01, 0.5, bootstrapped)
-
-
 def cells() -> list[Cell]:
     return [
-        Cell("tiny", "easy", design, 256, n, epsilon, recovery(auc, bootstrapped=n > 300))
+        Cell("tiny", "easy", design, 256, n, epsilon, auc, 0.5, n > 300)
         for design, auc in (("a", 0.75), ("b", 0.5))
         for n in (300, 1000)
         for epsilon in (math.inf, 1.0)
@@ -206,8 +200,8 @@ def test_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     found = relevance.run(settings)
     assert len(found) == 2 * len(DESIGNS)
-    clear = {cell.design: cell.recovery.auc for cell in found if math.isinf(cell.epsilon)}
-    noisy = {cell.design: cell.recovery.auc for cell in found if cell.epsilon == 1.0}
+    clear = {cell.design: cell.auc for cell in found if math.isinf(cell.epsilon)}
+    noisy = {cell.design: cell.auc for cell in found if cell.epsilon == 1.0}
     assert clear["kronecker 16 × 16, whitened"] > 0.9
     assert sum(noisy.values()) < sum(clear.values())
     record = json.loads((tmp_path / "out" / "results.json").read_text())
