@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -112,15 +112,14 @@ def write_statement(arguments: Arguments, record: RunRecord) -> None:
 def _costs(statement: PrivacyStatement, target: float, console: Console) -> list[ChannelCost]:
     """Costs for every client whose figures allow them; the others are named."""
     costs: list[ChannelCost] = []
-    failed: list[AccountingError] = []
     for client in statement.clients:
         try:
             costs.extend(costs_at_epsilon(statement.model_copy(update={"clients": (client,)}), target))
         except AccountingError as error:
-            failed.append(error)
             console.print(Text(f"No costs for {client.client_id}: {error}", style="bold yellow"))
+            failed = error
     if not costs:
-        raise failed[0]
+        raise failed
     return costs
 
 
@@ -253,7 +252,7 @@ def accuracy_table(record: RunRecord) -> Table:
     for name, result in record.clients.items():
         if "before" not in result or "after" not in result:
             continue
-        own = (result["before"].get("self"), result["after"].get("self"))
+        own = tuple(result[when].get("self") for when in ("before", "after"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
         compared = result.get("comparison", {})
         most = record.majority.get(name, compared.get("commonest") or math.nan)
@@ -317,15 +316,13 @@ def weights_table(server: Mapping[str, Any]) -> Table:
 
 def traffic_table(record: RunRecord) -> Table:
     """Bytes each client sent, by what they were for, and received."""
-
-    def counts(channels: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-        sent = [channels[c]["sent"] for c in _CHANNELS]
-        received = sum(channels[c]["received"] for c in _CHANNELS)
-        return (f"{count:,}" for count in (*sent, sum(sent), received))
-
     heads = ("client", "adapter", "profile", "group key", "control", "all sent", "received")
-    known = {name: result["traffic"] for name, result in record.clients.items() if result.get("traffic")}
-    rows = ((name, *counts(channels)) for name, channels in known.items())
+    rows = []
+    for name, result in record.clients.items():
+        if channels := result.get("traffic"):
+            sent = [channels[c]["sent"] for c in _CHANNELS]
+            received = sum(channels[c]["received"] for c in _CHANNELS)
+            rows.append((name, *(f"{count:,}" for count in (*sent, sum(sent), received))))
     return _table("Bytes each client sent and received", heads, rows)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -23,14 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.report import show
 from fedmosaic.experiments.methods import simulate_method
-from fedmosaic.experiments.runs.processes import (
-    ManagedProcess,
-    check_as_processes,
-    client_process,
-    free_port,
-    newest_record,
-    wait_for_port,
-)
+from fedmosaic.experiments.runs import processes as managed
+from fedmosaic.experiments.runs.processes import ManagedProcess
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.experiments.simulation.cluster import Cluster
@@ -39,8 +34,6 @@ from fedmosaic.privacy.files import hold_directory, write_atomically
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
 
 _SCENARIO, _RUN = "scenario.json", "run.json"
-_SERVER_START_SECONDS = 20.0
-_POLL_SECONDS = 0.25
 _OVER = (0, NOTHING_EXCHANGED)
 """Statuses with which a process ends when its run is over."""
 
@@ -84,7 +77,11 @@ def main(arguments: Sequence[str]) -> int:
             )
         directory = resume(parsed.scenario, console, _cluster(parsed))
     else:
-        scenario = _changed(read_configuration(parsed.scenario, Scenario), parsed)
+        scenario = read_configuration(parsed.scenario, Scenario)
+        named = {"method": parsed.method, "seed": parsed.seed}
+        given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+        variant = " ".join(parsed.set) or scenario.variant
+        scenario = with_changes(scenario, (*given, *parsed.set), variant)
         parts = scenario, parsed.scenario.parent, parsed.output_dir, console
         directory = run(*parts) if parsed.processes else run_here(*parts, _cluster(parsed))
     show(read_run(directory), console)
@@ -104,12 +101,6 @@ def _cluster(arguments: Arguments) -> Cluster | None:
     return None
 
 
-def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
-    changes: dict[str, object] = {"method": arguments.method, "seed": arguments.seed}
-    given = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
-    return with_changes(scenario, (*given, *arguments.set), " ".join(arguments.set) or scenario.variant)
-
-
 def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Scenario:
     """A scenario with changes, each `key.of.a.table=value` in TOML's form, and words that tell it apart.
 
@@ -117,26 +108,21 @@ def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Sc
     """
     content = scenario.model_dump(mode="json")
     for change in changes:
-        _set(content, change)
-    content["variant"] = variant
-    return validate(content, Scenario, "the changes")
-
-
-def _set(content: dict[str, Any], change: str) -> None:
-    key, equals, value = change.partition("=")
-    *path, last = key.strip().split(".")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    table: Any = content
-    for name in path:
-        table = table.get(name) if isinstance(table, dict) else None
-    if not equals or not isinstance(table, dict):
-        raise ConfigurationError(
-            f"--set {change!r}: write key=value with a key of the scenario, such as seed=1"
-        )
-    table[last] = parsed
+        key, equals, value = change.partition("=")
+        *path, last = key.strip().split(".")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        table: Any = content
+        for name in path:
+            table = table.get(name) if isinstance(table, dict) else None
+        if not equals or not isinstance(table, dict):
+            raise ConfigurationError(
+                f"--set {change!r}: write key=value with a key of the scenario, such as seed=1"
+            )
+        table[last] = parsed
+    return validate(content | {"variant": variant}, Scenario, "the changes")
 
 
 def run_here(
@@ -180,11 +166,9 @@ def _make_directory(scenario: Scenario, output_dir: Path, *, processes: bool = F
     stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
     for suffix in chain([""], (f"-{number}" for number in count(2))):
         directory = (output_dir / f"{scenario.name}-{stamp}{suffix}").resolve()
-        try:
+        with suppress(FileExistsError):
             directory.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        break
+            break
     _begin(scenario, directory, processes=processes)
     return directory
 
@@ -230,10 +214,10 @@ def run(
     """
     started = time.monotonic()
     scenario = scenario.resolved(base.resolve())
-    check_as_processes(scenario)
+    managed.check_as_processes(scenario)
     directory = _make_directory(scenario, output_dir, processes=True)
     profile = fit_profile(scenario, directory, console, own_process=True, kept=fitted)
-    port = free_port()
+    port = managed.free_port()
     found_federation(scenario, profile, directory, port)
     console.print(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
@@ -241,10 +225,10 @@ def run(
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = ("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
     server = ManagedProcess("server", command, directory / "server.log")
-    clients = [client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
+    clients = [managed.client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
     try:
         server.start({})
-        wait_for_port(port, server, _SERVER_START_SECONDS)
+        managed.wait_for_port(port, server, seconds=20.0)
         for client in clients:
             client.start(threads)
         _watch(scenario, server, clients, directory, console)
@@ -270,13 +254,15 @@ def _watch(
         while going_on:
             going_on = any(client.running for client in clients)
             for client in clients:
-                shown.show(client.name, newest_record(kits / client.name / "state" / "progress.jsonl"))
+                shown.show(
+                    client.name, managed.newest_record(kits / client.name / "state" / "progress.jsonl")
+                )
             for process in (*clients, *([server] if going_on else [])):
                 if process.status not in (None, *_OVER):
                     raise RunFailedError(
                         f"{process.name} ended with status {process.status}; {process.end()}"
                     )
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.25)
     alone = [client.name for client in clients if client.status == NOTHING_EXCHANGED]
     if alone:
         console.print(f"[bold red]received nothing, in any round: {', '.join(alone)}[/]; their logs tell why")

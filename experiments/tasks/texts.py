@@ -1,8 +1,6 @@
 """Sets of text tasks, from the folders that their data sets are published in. Every question is closed."""
 
-import csv
 import errno
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
@@ -10,7 +8,18 @@ from typing import Final
 
 from fedmosaic.experiments.tasks.labelled import shorten, stable_hash
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
-from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, part_of, question, read_json
+from fedmosaic.experiments.tasks.rows import (
+    Row,
+    Task,
+    TaskSet,
+    part_of,
+    question,
+    read_csv,
+    read_instructions,
+    read_json,
+    read_requests,
+    read_running_text,
+)
 
 _CHARACTERS: Final = 240
 _ANSWER: Final = 40
@@ -35,22 +44,18 @@ def _benchmark(folder: str, asked: str, labels: Sequence[str]) -> Task:
     return Task(read, f"O-LoRA CL_Benchmark: {folder}", "MIT (collection; each data set by its own terms)")
 
 
-def _news() -> Task:
-    """A third of AG News."""
-    task = _benchmark("TC/agnews", question(_NEWS), _NEWS)
+_AG_NEWS: Final = _benchmark("TC/agnews", question(_NEWS), _NEWS)
 
-    def read(data: Path) -> Iterator[Row]:
-        return (row for row in task.read(data) if stable_hash("news part", row.group) % 3 == 2)
 
-    return Task(read, task.origin, "non-commercial research")
+def _third_of_news(data: Path) -> Iterator[Row]:
+    return (row for row in _AG_NEWS.read(data) if stable_hash("news part", row.group) % 3 == 2)
 
 
 def _clinc(answers: Mapping[str, str], choices: tuple[str, ...], form: str) -> Task:
     """Requests of CLINC150 in a form with `{}`, with the answers by intent; other intents are left out."""
 
     def read(data: Path) -> Iterator[Row]:
-        content = read_json(data / "clinc150" / "data_full.json")
-        for text, intent in (row for part in ("train", "val", "test") for row in content[part]):
+        for text, intent in read_requests(data):
             if intent in answers:
                 yield Row(form.format(text), answers[intent], choices, text)
 
@@ -82,23 +87,17 @@ def _banking(*categories: str) -> Task:
     choices = tuple(category.replace("_", " ") for category in categories)
 
     def read(data: Path) -> Iterator[Row]:
-        for name in ("train.csv", "test.csv"):
-            with (data / "banking77" / name).open(encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    if row["category"] in categories:
-                        answer = row["category"].replace("_", " ")
-                        yield Row(f"Customer: {row['text']}\nReason?", answer, choices, row["text"])
+        for row in (row for part in ("train", "test") for row in read_csv(data / f"banking77/{part}.csv")):
+            if row["category"] in categories:
+                answer = row["category"].replace("_", " ")
+                yield Row(f"Customer: {row['text']}\nReason?", answer, choices, row["text"])
 
     return Task(read, "Banking77", "CC BY 4.0")
 
 
-def _part(task: Task, number: int, parts: int) -> Task:
-    return part_of(task, number, parts, "half", lambda row: row.group)
-
-
 FOUR: Final[TaskSet] = {
     "reviews": {"film-quotes": _benchmark("SC/SST-2", "Good or Bad?", ("Good", "Bad"))},
-    "news": {"topic": _news()},
+    "news": {"topic": Task(_third_of_news, _AG_NEWS.origin, "non-commercial research")},
     "inference": {
         "rte": _benchmark("NLI/RTE", "entailment or contradiction?", ("entailment", "contradiction"))
     },
@@ -114,7 +113,7 @@ UNLIKE: Final[TaskSet] = {
 """Six unlike tasks: what the default rates are held by."""
 
 PAIRS: Final[TaskSet] = {
-    f"{name}-{'ab'[number]}": {f"{name}-{'ab'[number]}": _part(task, number, 2)}
+    f"{name}-{'ab'[number]}": {f"{name}-{'ab'[number]}": part_of(task, number, 2, "half")}
     for name, task in (
         ("home", _domains("kitchen_and_dining", "home", "travel", "banking")),
         ("work", _domains("auto_and_commute", "utility", "work", "credit_cards")),
@@ -140,7 +139,7 @@ def siblings(count: int) -> TaskSet:
     """So many clients of each of two domains, two tasks of five intents each, in equal parts."""
     return {
         f"{name}-{letter}": {
-            f"{name}-{task}": _part(_intents(*names), number, count)
+            f"{name}-{task}": part_of(_intents(*names), number, count, "half")
             for task, names in enumerate(tasks, start=1)
         }
         for name, tasks in _SIBLINGS.items()
@@ -158,7 +157,7 @@ def desks(forms: tuple[str, str] = _FORMS) -> TaskSet:
     """
     return {
         f"{group}-{'abc'[number]}": {
-            f"{group}-{task}": _part(_desks(names, shift, form), first + number, 6)
+            f"{group}-{task}": part_of(_desks(names, shift, form), first + number, 6, "half")
             for task, names in enumerate(_SIBLINGS["bank"], start=1)
         }
         for group, form, shift, first in (("east", forms[0], 0, 0), ("west", forms[1], 2, 3))
@@ -179,14 +178,8 @@ TEXT_SETS: Final[dict[str, TaskSet]] = {
 
 def public_texts(data: Path) -> Iterator[tuple[str, str]]:
     """Public prompts and answers that no task uses: instructions and running text."""
-    for path in sorted((data / "self_instruct").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            for instance in row["instances"]:
-                prompt = shorten(f"{row['instruction']}\n{instance['input']}".strip(), _CHARACTERS)
-                # A short answer leaves room for its prompt whatever the tokenizer.
-                yield prompt, shorten(" ".join(str(instance["output"]).split()), _ANSWER)
-    for path in sorted((data / "wikitext2").glob("*.txt")):
-        for words in map(str.split, path.read_text(encoding="utf-8").splitlines()):
-            if len(words) >= 48:
-                yield " ".join(words[:24]), shorten(" ".join(words[24:40]), _ANSWER)
+    for _, asked, answer in read_instructions(data):
+        # A short answer leaves room for its prompt whatever the tokenizer.
+        yield shorten(asked.strip(), _CHARACTERS), shorten(" ".join(answer.split()), _ANSWER)
+    for words in read_running_text(data, 48):
+        yield " ".join(words[:24]), shorten(" ".join(words[24:40]), _ANSWER)

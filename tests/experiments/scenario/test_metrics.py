@@ -19,20 +19,13 @@ from fedmosaic.protos.errors import ConfigurationError
 
 def test_others_is_a_mean_over_clients_of_means_over_tasks() -> None:
     # Client b has three tasks and c one: each client counts once, not each task.
-    scores = {
-        ("a", "x"): 1.0,
-        ("a", "y"): 0.5,
-        ("b", "x"): 0.0,
-        ("b", "y"): 0.3,
-        ("b", "z"): 0.6,
-        ("c", "x"): 0.9,
-    }
+    scores = {"a/x": 1.0, "a/y": 0.5, "b/x": 0.0, "b/y": 0.3, "b/z": 0.6, "c/x": 0.9}
     assert client_scores("a", scores) == Pair(0.75, pytest.approx((0.3 + 0.9) / 2))
 
 
 def test_a_client_without_others_has_no_others_figure_and_does_not_pull_the_mean() -> None:
-    alone = client_scores("a", {("a", "x"): 0.4})
-    other = client_scores("b", {("b", "x"): 0.6, ("a", "x"): 0.2})
+    alone = client_scores("a", {"a/x": 0.4})
+    other = client_scores("b", {"b/x": 0.6, "a/x": 0.2})
     assert alone.own == 0.4
     assert math.isnan(alone.others)
     assert mean_pair([alone, other]) == Pair(0.5, 0.2)
@@ -56,7 +49,7 @@ def test_scores_that_are_missing_or_not_finite_are_refused() -> None:
     with pytest.raises(ConfigurationError):
         client_scores("a", {})
     with pytest.raises(ConfigurationError):
-        client_scores("a", {("a", "x"): math.nan})
+        client_scores("a", {"a/x": math.nan})
 
 
 scores = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8)

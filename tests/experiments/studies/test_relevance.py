@@ -7,10 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmosaic.client.model.examples import IGNORED, Example, encode_examples
 from fedmosaic.client.profile.probe import gradient_factors, open_probe
@@ -23,6 +20,7 @@ from fedmosaic.privacy.mechanism.gaussian import GRID
 from fedmosaic.privacy.mechanism.noise import IntArray
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError
+from tiny import tiny_llama, word_tokenizer
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the data sets of the study are not here")
@@ -127,21 +125,18 @@ def test_intents_are_in_one_domain_each() -> None:
     assert all(len(domain.split()) == 15 for domain in CLINC_DOMAINS.values())
 
 
-SPECIAL = ("[UNK]", "</s>")
 WORDS = [f"w{index}" for index in range(60)]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    unknown, end = SPECIAL
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, unk_token=unknown))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # a read-only property in the stubs only
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end, unk_token=unknown)
+    return word_tokenizer(["<unk>", "</s>", *WORDS], eos_token="</s>", pad_token="</s>")  # noqa: S106
 
 
 def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=62, initializer_range=0.3, **sizes))
+    return tiny_llama(
+        vocab_size=62, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.3,
+    )  # fmt: skip
 
 
 def texts(count: int, start: int) -> list[Example]:

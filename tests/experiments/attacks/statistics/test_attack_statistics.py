@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedmosaic.experiments.attacks.statistics.collusion import (
@@ -24,7 +22,7 @@ from fedmosaic.experiments.attacks.statistics.empirical import (
 from fedmosaic.experiments.attacks.statistics.membership import (
     draw_members,
     likelihood_ratio_scores,
-    scored_candidates,
+    scored,
     simulated_inner_products,
 )
 from fedmosaic.experiments.attacks.statistics.results import Figure, clopper_pearson
@@ -45,18 +43,6 @@ def gaussian_scores(mu: float, size: int, seed: int) -> tuple[np.ndarray, np.nda
     generator = np.random.default_rng(seed)
     members = np.arange(2 * size) < size
     return generator.standard_normal(2 * size) + mu * members, members
-
-
-@given(
-    inside=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8),
-    outside=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8),
-)
-def test_area_is_the_share_of_pairs_won(inside: list[float], outside: list[float]) -> None:
-    scores = np.array([*inside, *outside])
-    members = np.arange(scores.size) < len(inside)
-    area, _ = area_with_error(scores, members, np.arange(scores.size))
-    wins = sum((i > o) + 0.5 * (i == o) for i in inside for o in outside)
-    assert area == pytest.approx(wins / (len(inside) * len(outside)))
 
 
 def test_the_standard_error_of_the_area_is_that_of_repetitions_with_shared_noise() -> None:
@@ -99,7 +85,7 @@ def test_the_interval_of_a_rate_covers_the_truth_although_its_threshold_is_estim
     assert np.mean(covered) > 0.85
 
 
-def alike(releases: int, scored: int, seed: int) -> tuple[Figure, ...]:
+def alike(releases: int, count: int, seed: int) -> tuple[Figure, ...]:
     """Figures of the strongest attack on candidates that hardly differ, so that a release's scores agree."""
     generator = np.random.default_rng(seed)
     rows = generator.standard_normal(64) + 0.35 * generator.standard_normal((40, 64))
@@ -107,8 +93,7 @@ def alike(releases: int, scored: int, seed: int) -> tuple[Figure, ...]:
     members = draw_members(releases, 40, 0.25, generator)
     inner = simulated_inner_products(rows @ rows.T, members, 0.6, generator)
     scores = likelihood_ratio_scores(inner, rows @ rows.T, members, 0.6)
-    used = scored_candidates(releases, 40, scored, generator)
-    return membership_figures(scores[used], members[used], Ceiling(mu=1 / 0.6), np.nonzero(used)[0])
+    return scored(scores, members, Ceiling(mu=1 / 0.6), count)[0]
 
 
 def test_rare_false_positives_of_dependent_scores_need_many_releases() -> None:
