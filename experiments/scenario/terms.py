@@ -13,14 +13,8 @@ from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
+from fedmosaic.privacy.federation import terms
 from fedmosaic.privacy.federation.names import Family, MemberId
-from fedmosaic.privacy.federation.terms import (
-    AdapterPrivacyTerms,
-    AdapterTerms,
-    GroupSumTerms,
-    RelevanceTerms,
-    ScheduleTerms,
-)
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 
@@ -104,12 +98,12 @@ class Scenario(Frozen):
     description: str = ""
     probe: ProbeModelSettings
     profile: ScenarioProfile
-    adapter: AdapterTerms = AdapterTerms()
-    adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
-    group_sums: GroupSumTerms = GroupSumTerms()
+    adapter: terms.AdapterTerms = terms.AdapterTerms()
+    adapter_privacy: terms.AdapterPrivacyTerms = terms.AdapterPrivacyTerms()
+    group_sums: terms.GroupSumTerms = terms.GroupSumTerms()
     policy: AggregationPolicy = AggregationPolicy()
-    relevance: RelevanceTerms = RelevanceTerms()
-    schedule: ScheduleTerms = ScheduleTerms()
+    relevance: terms.RelevanceTerms = terms.RelevanceTerms()
+    schedule: terms.ScheduleTerms = terms.ScheduleTerms()
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
     training: TrainingSettings = TrainingSettings()

@@ -24,15 +24,9 @@ from fedmosaic.experiments.attacks.statistics.empirical import (
 )
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
+from fedmosaic.privacy.mechanism import profile
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import (
-    ProfileMechanism,
-    Reduction,
-    clipped_sum,
-    release,
-    update_average,
-)
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicMap
 from fedmosaic.protos.errors import PrivacyError
 from tiny import random_texts, tiny_colora
@@ -56,11 +50,11 @@ class Scaled:
         return self._inner.gaussian(size, standard_deviation * self._factor)
 
 
-def mechanism(sigma: float) -> ProfileMechanism:
-    return ProfileMechanism(
+def mechanism(sigma: float) -> profile.ProfileMechanism:
+    return profile.ProfileMechanism(
         probe="tiny",
         probe_sha256="0" * 64,
-        reduction=Reduction(hidden_size=4, intermediate_size=8, projection_dimensions=K),
+        reduction=profile.Reduction(hidden_size=4, intermediate_size=8, projection_dimensions=K),
         noise_multiplier=sigma,
         minimum_examples=1,
     )
@@ -114,9 +108,9 @@ def test_an_average_over_raw_sums_pays_once_and_releases_often() -> None:
     """Canary: an example of the first data epoch only, which an average of raw sums keeps releasing."""
     sigma, rounds, decay = sigma_for(8.0), 6, 0.9
     agreed = mechanism(sigma)
-    rest = clipped_sum(PublicMap(agreed).rows(factors(5)), agreed)
+    rest = profile.clipped_sum(PublicMap(agreed).rows(factors(5)), agreed)
     row = np.eye(K)[0] * 2.0
-    canary = clipped_sum(row[None], agreed)
+    canary = profile.clipped_sum(row[None], agreed)
     noise = SeededTestNoise(3)
     weights = decay ** np.arange(rounds)
 
@@ -124,7 +118,7 @@ def test_an_average_over_raw_sums_pays_once_and_releases_often() -> None:
         average = None
         for number in range(rounds):
             total = rest + canary if with_canary and number == 0 else rest
-            average = update_average(average, release(total, agreed, noise), agreed, decay)
+            average = profile.update_average(average, profile.release(total, agreed, noise), agreed, decay)
         assert average is not None
         return average.vector
 
@@ -135,7 +129,7 @@ def test_an_average_over_raw_sums_pays_once_and_releases_often() -> None:
             # (1 - decay) left out: its scale cancels against a noise of the same scale.
             state = decay * state + (total.units if number == 0 else (1 - decay) * rest.units)
             units = ClippedSum(np.rint(state).astype(np.int64), 0, 0, 1)
-            seen += weights[number] * release(units, agreed, noise)
+            seen += weights[number] * profile.release(units, agreed, noise)
         return seen
 
     claimed = epsilon_of_noise(sigma)
