@@ -28,7 +28,7 @@ from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer
 from fedmosaic.experiments.scenario import participants
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
-from fedmosaic.experiments.simulation.compute import by_client, equal_steps, step_flops, training_cost
+from fedmosaic.experiments.simulation.compute import Train, by_client, equal_steps, step_flops, training_cost
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.privacy.files import write_atomically
@@ -142,20 +142,23 @@ def _member(
     )
 
 
-def _measure(
-    strategy: Strategy, scenario: Scenario, models: Mapping[tuple[str, int], SharedModel]
-) -> dict[str, float]:
-    """Operations of a training step, by client; measured once per model in memory."""
-
+def _by_itself(strategy: Strategy) -> Train:
     def train(
         shared: SharedModel, examples: Sequence[EncodedExample], order: EpochSampler, few: TrainingSettings
     ) -> None:
         strategy.train(Trainer(shared.model, examples, order, few, shared.pad_token_id))
 
+    return train
+
+
+def _measure(
+    strategy: Strategy, scenario: Scenario, models: Mapping[tuple[str, int], SharedModel]
+) -> dict[str, float]:
+    """Operations of a training step, by client; measured once per model in memory."""
     return by_client(
         scenario.clients,
         partial(_key, scenario),
-        lambda client: step_flops(scenario, client, models[_key(scenario, client)], train),
+        lambda client: step_flops(scenario, client, models[_key(scenario, client)], _by_itself(strategy)),
     )
 
 

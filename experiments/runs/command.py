@@ -77,11 +77,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         directory = resume(parsed.scenario, console, _cluster(parsed))
     else:
-        scenario = read_configuration(parsed.scenario, Scenario)
-        named = {"method": parsed.method, "seed": parsed.seed}
-        given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-        variant = " ".join(parsed.set) or scenario.variant
-        scenario = with_changes(scenario, (*given, *parsed.set), variant)
+        scenario = _changed(read_configuration(parsed.scenario, Scenario), parsed)
         parts = scenario, parsed.scenario.parent, parsed.output_dir, console
         directory = run(*parts) if parsed.processes else run_here(*parts, _cluster(parsed))
     show(read_run(directory), console)
@@ -99,6 +95,12 @@ def _cluster(arguments: Arguments) -> Cluster | None:
             "--address, --actors and --actors-per-gpu go with --engine ray, and that goes without --processes"
         )
     return None
+
+
+def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
+    changes: dict[str, object] = {"method": arguments.method, "seed": arguments.seed}
+    given = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
+    return with_changes(scenario, (*given, *arguments.set), " ".join(arguments.set) or scenario.variant)
 
 
 def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Scenario:
