@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model import examples as texts
-from fedmosaic.client.profile.basis import BasisSettings, fit_basis, standardise_rows
+from fedmosaic.client.profile.fit import BasisSettings, fit_basis, standardise_rows
 from fedmosaic.client.profile.probe import Probe
 from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
