@@ -167,7 +167,7 @@ class GroupSession(Session):
         partition, sums = Partition.decoded(self._read(1, "sum-partition").get("server", b"")), self._terms
         partition.check(
             self._identity.client_id,
-            [member.id for member in self.roster.members],
+            self.roster.sharing_families(),
             sums.group_sums.minimum_contributors,
             sums.group_sums.groups,
         )

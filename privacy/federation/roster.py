@@ -8,7 +8,7 @@ import base64
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, 
 from fedmosaic.privacy.federation.names import Family, MemberId
 from fedmosaic.privacy.federation.terms import Hex32, Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError, IdentityError
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, PolicyError
 
 
 class Member(Frozen):
@@ -53,7 +53,8 @@ def check_distinct(what: str, values: Sequence[str]) -> None:
 class Roster(Frozen):
     """Members and terms, with the consortium's signature over all of it.
 
-    Where a witness is named, a recipient accepts no aggregate that it has not countersigned.
+    Where a witness is named, a recipient accepts no aggregate that it has not countersigned. A roster that
+    says nothing of `relevance.across_families` is from before that term: its members share across families.
     """
 
     version: Literal[1] = 1
@@ -64,6 +65,14 @@ class Roster(Frozen):
     terms: Terms
     witness: Witness | None = None
     signature: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shared_across(cls, content: Any) -> Any:
+        terms = content.get("terms") if isinstance(content, dict) else None
+        if not isinstance(terms, dict) or not isinstance(relevance := terms.get("relevance", {}), dict):
+            return content
+        return content | {"terms": terms | {"relevance": {"across_families": True} | relevance}}
 
     @model_validator(mode="after")
     def _distinct(self) -> "Roster":
@@ -95,6 +104,8 @@ class Roster(Frozen):
             unused["adapter_privacy"] = {"largest_delta"}
         if self.terms.schedule.sampled_clients is None:
             unused["schedule"] = {"sampled_clients"}
+        if self.terms.relevance.across_families:
+            unused["relevance"] = {"across_families"}
         exclude: dict[str, Any] = {"signature": True, "terms": unused}
         exclude |= {} if self.witness else {"witness": True}
         return canonical_json(self.model_dump(mode="json", exclude=exclude)).encode()
@@ -125,6 +136,23 @@ class Roster(Frozen):
     def party(self, party_id: str) -> Member:
         """The same, or the witness."""
         return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
+
+    def check_families(self, recipient: str, section: str, contributors: Iterable[str]) -> None:
+        """PolicyError where a row of a section names members whose adapters must not reach its recipient.
+
+        Those are members of other families, in a family's section always, in the shared one unless the terms
+        let adapters pass from one family to another.
+        """
+        families = self.sharing_families(section)
+        own = families[recipient]
+        if strangers := sorted(name for name in contributors if families.get(name) != own):
+            named = ", ".join(strangers)
+            raise PolicyError(f"weight row of family {own!r} names members of others: {named}")
+
+    def sharing_families(self, section: str = "shared") -> dict[str, str]:
+        """Family within which alone a member shares a section, by member; one for all where they may mix."""
+        mixed = section != "family" and self.terms.relevance.across_families
+        return {member.id: "" if mixed else member.family for member in self.members}
 
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
         """Ids of the members that take part in a round; see `taking_part`."""
@@ -168,6 +196,8 @@ class RosterMark(Frozen):
         terms = roster.terms.model_dump(mode="json")
         if not roster.terms.adapter.in_group_sums:
             del terms["group_sums"]  # as in the roster's own hash
+        if roster.terms.relevance.across_families:
+            del terms["relevance"]["across_families"]
         if roster.witness is not None:  # its keys may change, like a member's
             terms["witness"] = [roster.witness.id, roster.witness.seconds]
         for name, part in terms.items():

@@ -162,6 +162,7 @@ class WitnessBook:
             terms, members = self._roster.terms, self._roster.identity_keys()
             bits = terms.encryption.weight_bits
             check_row(claim.recipient, claim.row, terms.policy, members=members, bits=bits)
+            self._roster.check_families(claim.recipient, claim.section, claim.row.contributors)
         except (IdentityError, PolicyError) as error:
             raise _WrongError("row", str(error)) from None
         except KeyError:
