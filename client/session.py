@@ -140,8 +140,8 @@ class Session(Membership):
         if row is None:
             raise PolicyError(section.refusal)
         run, recipient = self._state.record.run_id, self._identity.client_id
-        check_row(recipient, row, self.roster.terms.policy, members=self.roster.identity_keys())
-        self.roster.check_families(recipient, section.name, row.contributors)
+        families = self.roster.sharing_families(section.name)
+        check_row(recipient, row, self.roster.terms.policy, members=families, families=families)
         if away := sorted(set(row.contributors) - self._drawn(uploaded)):
             raise PolicyError(
                 f"weight row names {', '.join(away)}, who took no part in round {uploaded}: others were drawn"

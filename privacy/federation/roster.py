@@ -8,7 +8,7 @@ import base64
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, 
 from fedmosaic.privacy.federation.names import Family, MemberId
 from fedmosaic.privacy.federation.terms import Hex32, Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError, IdentityError, PolicyError
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 
 class Member(Frozen):
@@ -136,18 +136,6 @@ class Roster(Frozen):
     def party(self, party_id: str) -> Member:
         """The same, or the witness."""
         return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
-
-    def check_families(self, recipient: str, section: str, contributors: Iterable[str]) -> None:
-        """PolicyError where a row of a section names members whose adapters must not reach its recipient.
-
-        Those are members of other families, in a family's section always, in the shared one unless the terms
-        let adapters pass from one family to another.
-        """
-        families = self.sharing_families(section)
-        own = families[recipient]
-        if strangers := sorted(name for name in contributors if families.get(name) != own):
-            named = ", ".join(strangers)
-            raise PolicyError(f"weight row of family {own!r} names members of others: {named}")
 
     def sharing_families(self, section: str = "shared") -> dict[str, str]:
         """Family within which alone a member shares a section, by member; one for all where they may mix."""
