@@ -24,13 +24,16 @@ def under_roster(settings: ServerSettings, new: ServerSettings) -> ServerSetting
     """Settings of a run with another roster.
 
     Raises:
-        StateError: a member that stays has another family there: it would share other vectors than before.
+        StateError: a member that stays has another family there: it would share other vectors than before, or
+            receive from others.
     """
     for client in sorted(settings.members.keys() & new.members.keys()):
-        if settings.family(client) != new.family(client):
+        shares = [(of.family(client), of.receives_from(client)) for of in (settings, new)]
+        if shares[0] != shares[1]:
+            before, after = (of.families.get(client, "") for of in (settings, new))
             raise StateError(
-                f"{client!r} is of family {new.family(client)!r} on the new roster, and of "
-                f"{settings.family(client)!r} in this run; a member's model stays for a run"
+                f"{client!r} is of family {after!r} on the new roster, and of {before!r} in this run; a "
+                "member's model stays for a run"
             )
     return settings.model_copy(update={name: getattr(new, name) for name in _OF_ROSTER})
 

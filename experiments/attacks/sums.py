@@ -249,7 +249,7 @@ def _two_lists(group: Group) -> None:
 
 def _check_groups(group: Group, groups: tuple[tuple[str, ...], ...], member: str) -> None:
     shown = Partition(groups=groups, mixing=dict.fromkeys(group.names, (1.0, 0.0)))
-    shown.check(member, group.names, group.sums.minimum_contributors, 2)
+    shown.check(member, dict.fromkeys(group.names, ""), group.sums.minimum_contributors, 2)
 
 
 _ATTEMPTS: Final[Mapping[str, Callable[[Group], object]]] = {

@@ -134,7 +134,8 @@ def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoDa
             steps_per_round=arguments.steps,
             largest_delta=LARGEST_DELTA,
         ),
-        relevance=RelevanceTerms(temperature=0.2),
+        # The models are two depths of one: what one learnt helps the other.
+        relevance=RelevanceTerms(temperature=0.2, across_families=True),
         schedule=ScheduleTerms(rounds=arguments.rounds, quorum=4),
         encryption=backends[arguments.backend] if encrypted else PlainParameters(),
         allow_plaintext=not encrypted,

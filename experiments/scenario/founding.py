@@ -108,7 +108,6 @@ def found_federation(
             allow_plaintext=scenario.allow_plaintext,
         ),
     )
-    names = [client.id for client in scenario.clients]
-    config = config.model_copy(update={"terms": settled(config.terms, names)})
+    config = config.model_copy(update={"terms": settled(config.terms, config.members)})
     basis = directory / "profile" / federation.BASIS
     consortium.create(config, directory / "federation", basis if basis.exists() else None, simulated=True)

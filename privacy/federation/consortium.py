@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import identity, kits
-from fedmosaic.privacy.federation.kits import FederationConfig, too_few
+from fedmosaic.privacy.federation.kits import FederationConfig, lonely, too_few
 from fedmosaic.privacy.federation.office import (
     AUTHORITY_KEY,
     FOUNDING,
@@ -71,7 +71,7 @@ def planned(config: FederationConfig | Path | str) -> FederationConfig:
     """A founding configuration, or that of a file, whose terms were tried and have their noise written in."""
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    terms = settled(with_bounded_delta(config.terms), [member.id for member in config.members])
+    terms = settled(with_bounded_delta(config.terms), config.members)
     return config.model_copy(update={"terms": terms})
 
 
@@ -296,8 +296,7 @@ def revoke_member(directory: Path, member_id: str, passphrase: str | None = None
         raise ConfigurationError("no roster is signed yet, so nobody can be taken off it")
     office.roster.member(member_id)
     left = tuple(m for m in office.roster.members if m.id != member_id)
-    problem = too_few(len(left), office.roster.terms)
-    if problem:
+    if problem := too_few(len(left), office.roster.terms) or lonely(left, office.roster.terms):
         raise ConfigurationError(
             f"without {member_id!r}, {problem}; first add another member with `fedmosaic keys approve`, or "
             "found a new federation whose terms fit fewer members"

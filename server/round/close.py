@@ -147,7 +147,8 @@ class Closer:
             bits, present = settings.encryption.weight_bits, frozenset(clients)
             profiles = {c: p for c, p in self._store.profiles().items() if c in present}
             related = relevance([profiles.get(client) for client in clients], settings.similarity)
-            terms = settings.temperature, settings.policy, bits
+            families = [settings.receives_from(client) for client in clients]
+            terms = settings.temperature, settings.policy, bits, families
             plans = [plan(group, clients, related, *terms) for group in found]
             rows = {p.group.label: p.rows for p in plans}
             content = pack(clients, related.similarity, rows, bits)

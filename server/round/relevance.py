@@ -100,7 +100,11 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
 
 
 def softmax_weights(
-    relevance_matrix: Relevance, temperature: float, present: BoolArray, recipients: BoolArray | None = None
+    relevance_matrix: Relevance,
+    temperature: float,
+    present: BoolArray,
+    recipients: BoolArray | None = None,
+    families: Sequence[str] = (),
 ) -> FloatArray:
     """Weights with which every client receives from the others.
 
@@ -114,6 +118,7 @@ def softmax_weights(
         temperature: τ > 0.
         present: (N,) who contributes to this sum.
         recipients: (N,) whose rows are wanted; all by default.
+        families: N names; k runs over the family of i, and w_ij = 0 outside it. One family if left out.
 
     Returns:
         (N, N) rows that sum to 1; rows of zeros where nobody else is present or the row is not wanted.
@@ -122,9 +127,10 @@ def softmax_weights(
         FedMosaic (arXiv 2506.11024): softmax with temperature, the recipient excluded.
     """
     similarity_NN = relevance_matrix.similarity
+    family_N = np.unique(families or [""] * len(similarity_NN), return_inverse=True)[1]
     weights_NN = np.zeros(similarity_NN.shape)
     for i in np.flatnonzero(np.ones_like(present) if recipients is None else recipients):
-        others = present.copy()
+        others = present & (family_N == family_N[i])
         others[i] = False
         if not others.any():
             continue

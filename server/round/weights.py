@@ -101,6 +101,7 @@ def plan(
     temperature: float,
     policy: AggregationPolicy,
     bits: int,
+    families: Sequence[str] = (),
 ) -> Plan:
     """Weight rows of one group.
 
@@ -118,10 +119,11 @@ def plan(
         temperature: τ of the softmax.
         policy: limits on every row.
         bits: precision of the weights.
+        families: of the clients, if each is to receive from its own only.
     """
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)
-    weights_NN = softmax_weights(relevance, temperature, present, wanted)
+    weights_NN = softmax_weights(relevance, temperature, present, wanted, families)
     made = _Rows(clients, policy, bits)
     rows: dict[str, WeightRow] = {}
     refusals: dict[str, str] = {}

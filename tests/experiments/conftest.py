@@ -73,6 +73,7 @@ def tiny_scenario(tiny_folder: Path) -> Any:
             "encryption": {"backend": "plain"},
             "allow_plaintext": True,
             "policy": {"minimum_contributors": 2, "weight_cap": 0.6, "squares_cap": 1.0},
+            "relevance": {"across_families": True},
             "schedule": {"rounds": 2, "quorum": 4},
             "training": {
                 "steps": 3,

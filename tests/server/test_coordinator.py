@@ -379,7 +379,7 @@ def test_families_share_a_second_section(make_federation: Any, tmp_path: Path, c
     federation = make_federation(clients=names)
     families = {name: "llama" for name in "abcd"} | {"e": "qwen"}
     settings = federation.settings(
-        tmp_path / "s", families=families, family_dimensions={"llama": 5}, quorum=6
+        tmp_path / "s", families=families, family_dimensions={"llama": 5}, quorum=6, across_families=True
     )
     coordinator = Coordinator(settings, clock)
     for name in names:

@@ -145,8 +145,11 @@ def test_a_roster_is_never_rolled_back(
     Coordinator(second, clock).close()
 
 
-def test_a_member_keeps_its_family_in_a_run(running: Coordinator, federation: Any) -> None:
-    running.settings = running.settings.model_copy(update={"family_dimensions": {"llama": 4}})
+@pytest.mark.parametrize("changes", [{"family_dimensions": {"llama": 4}, "across_families": True}, {}])
+def test_a_member_keeps_its_family_in_a_run(
+    running: Coordinator, federation: Any, changes: dict[str, Any]
+) -> None:
+    running.settings = running.settings.model_copy(update=changes)
     settings = changed(federation, running.settings).model_copy(update={"families": {"clinic-a": "llama"}})
     with pytest.raises(StateError, match="'clinic-a' is of family 'llama' on the new roster"):
         running.renew(settings)

@@ -136,6 +136,10 @@ def test_a_row_that_the_policy_forbids_is_not_countersigned(consortium: Consorti
     for words, row in rows.items():
         assert words in refusal(consortium.judge(uploads, replace(claim, row=row)))
     assert "is not on the roster" in refusal(consortium.judge(uploads, replace(claim, recipient="notary")))
+    members = tuple(m.model_copy(update={"family": m.id[0]}) for m in consortium.roster.members)
+    consortium.roster = consortium.roster.model_copy(update={"members": members})
+    consortium.book = consortium.again()
+    assert "names members of others: ben, cid, dee" in refusal(consortium.judge(uploads, claim))
     family = replace(claim, section="family")
     assert refusal(consortium.judge(uploads, family)) == "'ada' shares no family section"
 

@@ -196,6 +196,23 @@ def test_a_lie_about_enormous_noise_only_costs_the_liar() -> None:
     assert np.isfinite(lied.similarity).all()
 
 
+@given(matrices, st.lists(st.sampled_from("xyz"), min_size=7, max_size=7), st.permutations(range(7)))
+def test_families_weigh_their_own_only(vectors: np.ndarray, names: list[str], order: list[int]) -> None:
+    """Within a family the weights are those of a federation of its own, whatever the order of the clients."""
+    found, families = plain_cosine(vectors), np.array(names[: len(vectors)])
+    weights = softmax_weights(found, 0.5, everybody(len(vectors)), families=list(families))
+    assert (weights[families[:, None] != families] == 0.0).all()
+    for name in families:
+        kin = np.flatnonzero(families == name)
+        alone = Relevance(found.similarity[np.ix_(kin, kin)], found.significant[kin])
+        expected = softmax_weights(alone, 0.5, everybody(len(kin)))
+        np.testing.assert_array_equal(weights[np.ix_(kin, kin)], expected)
+    order = [index for index in order if index < len(vectors)]
+    moved = Relevance(found.similarity[np.ix_(order, order)], found.significant[order])
+    again = softmax_weights(moved, 0.5, everybody(len(order)), families=list(families[order]))
+    np.testing.assert_allclose(again, weights[np.ix_(order, order)], rtol=1e-12, atol=0)
+
+
 def test_only_wanted_rows_are_filled() -> None:
     found = plain_cosine(np.eye(4) + 0.1)
     wanted = np.array([True, False, True, False])
