@@ -76,12 +76,8 @@ def groups(
 ) -> list[Group]:
     """The shared section, and one group for every family that shares.
 
-    Args:
-        uploaded: section names of every client's upload of this round.
-        recipients: everybody who is to receive.
-        families: family in which a client shares, by client.
-        shared_dimensions: length of the shared vector.
-        family_dimensions: length of each sharing family's.
+    `uploaded` has the section names of every client's upload of this round, `families` the family in which a
+    client shares, `family_dimensions` the length of each family's vector.
     """
     everybody = frozenset(client for client, sections in uploaded.items() if "shared" in sections)
     found = [Group("shared", "", shared_dimensions, everybody, frozenset(recipients))]
@@ -102,7 +98,7 @@ def plan(
     policy: AggregationPolicy,
     bits: int,
 ) -> Plan:
-    """Weight rows of one group.
+    """Weight rows of one group; `clients` names the rows and columns of `relevance`.
 
     Every recipient's softmax runs over the group's contributors but itself, is capped and spread, and is
     rounded to integers that sum to 2**bits. Contributors whose weight rounds to zero are left out of the row.
@@ -110,14 +106,6 @@ def plan(
     weight is moved by up to some per cent, up or down, until no pair does. Between four members nothing
     helps, two equations being enough for two unknowns. Where the policy promises more than one recipient
     (`AggregationPolicy.withstands`), the later of the two is then refused.
-
-    Args:
-        group: who contributes and who receives.
-        clients: order of the rows and columns of `relevance`.
-        relevance: similarity of all clients.
-        temperature: τ of the softmax.
-        policy: limits on every row.
-        bits: precision of the weights.
     """
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)
@@ -153,10 +141,9 @@ class _Rows:
         return self._table_NN[: len(self._order)]
 
     def add(self, index: int, weights_N: FloatArray) -> tuple[WeightRow, bool]:
-        """A row with which no pair solves for an adapter, if there is one; and whether a pair does.
+        """A row with which no pair solves for an adapter, if there is one, and whether a pair does.
 
-        Raises:
-            PolicyError: the policy cannot be kept.
+        PolicyError if the policy cannot be kept.
         """
         recipient = self._clients[index]
         chosen, solves = self._row(recipient, weights_N), True
