@@ -1,28 +1,18 @@
-"""What a running server does by itself: close rounds in time, end with the run, take up a new roster.
-
-Certificate and key are read again at every handshake when their files change
-(`fedmosaic.server.network.serving`).
-"""
+"""The clockwork of a running server: it closes rounds when it is time, and ends with the run."""
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import Final
 
-from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
-from fedmosaic.privacy.federation.kits import ROSTER
-from fedmosaic.protos.errors import NOTHING_EXCHANGED, FedMosaicError, IdentityError
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, FedMosaicError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.network.waiting import Changes
-from fedmosaic.server.settings import settings_from_kit
 from fedmosaic.server.storage.store import StoreTakenError
 
 log = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
 _STATUS_LINE_SECONDS: Final = 30.0
-_LOOK_SECONDS: Final = 1.0
-_DAY_SECONDS: Final = 86_400.0
 
 
 class Clockwork:
@@ -95,47 +85,3 @@ class Clockwork:
             self._over.set_exception(how)
         else:
             self._over.set_result(how)
-
-
-class Renewal:
-    """Looks at the kit now and then: a new roster is taken up, and what expires is announced."""
-
-    def __init__(self, coordinator: Coordinator, kit: Path | None) -> None:
-        """Prepare; without a kit, settings were given and stay, and only certificates are looked at."""
-        self._coordinator = coordinator
-        self._roster = None if kit is None else kit / ROSTER
-        self._content = b"" if self._roster is None else self._roster.read_bytes()
-
-    async def run(self) -> None:
-        """Look until cancelled."""
-        loop = asyncio.get_running_loop()
-        announced = -_DAY_SECONDS
-        while True:
-            if loop.time() - announced >= _DAY_SECONDS:
-                announced = loop.time()
-                await asyncio.to_thread(self._announce)
-            try:
-                await asyncio.to_thread(self._look)
-            except (FedMosaicError, OSError) as error:
-                log.error("the new roster is not taken up, the server goes on as it was: %s", error)
-            await asyncio.sleep(_LOOK_SECONDS)
-
-    def _look(self) -> None:
-        if self._roster is None:
-            return
-        content = self._roster.read_bytes()
-        if content == self._content:
-            return
-        before, self._content = self._content, content
-        if not self._coordinator.renew(settings_from_kit(self._roster.parent)):
-            self._content = before  # a round is being aggregated; look again
-
-    def _announce(self) -> None:
-        tls = self._coordinator.settings.tls
-        for path in () if tls is None else (tls.certificate, tls.authority):
-            try:
-                words = expires_soon(read_certificate(path).not_valid_after_utc)
-            except IdentityError as error:
-                words = str(error)
-            if words:
-                log.warning("%s: %s", path.name, words)

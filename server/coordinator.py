@@ -24,9 +24,10 @@ from fedmosaic.protos.messages import (
 )
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.keys.relay import required
+from fedmosaic.server.rosters import under_roster
 from fedmosaic.server.round.aggregates import Download
 from fedmosaic.server.rounds import Rounds
-from fedmosaic.server.run import Run, Topic, under_roster
+from fedmosaic.server.run import Run, Topic
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import MissingBlobError
 from fedmosaic.server.summary import last_words

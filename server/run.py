@@ -1,9 +1,4 @@
-"""A run: begun, or gone on with from what is stored; where it is, what holds it, and its roster.
-
-A roster may change while a run goes on: members leave or come, and get other keys. Terms may not, nor may a
-serial go down. Whoever enrolled under the roster before is refused until it enrols again with the new one, so
-that nobody agrees on a key with members that are not the same for all.
-"""
+"""A run: begun, or gone on with from what is stored; where it is, and what holds it."""
 
 import hashlib
 import json
@@ -15,16 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, Literal
+from typing import Literal
 
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.privacy.federation.roster import RosterMark
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, RoundStatus
-from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.keys.relay import KeyRelay
+from fedmosaic.server.rosters import Rosters
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.aggregates import Offer, stored_offer
 from fedmosaic.server.round.witness import Witnessing
@@ -39,78 +33,6 @@ UNDER_REVIEW = "under_review"
 """Entry of the database: the round that the witness was shown last. It takes no other upload."""
 Topic = Literal["upload", "round", "keys"]
 """What a listener is told: an upload is stored, a round has opened, the key epoch has changed."""
-
-
-_OF_ROSTER: Final = ("members", "tls_key_sha256", "roster_hash", "roster_mark", "families", "witness")
-"""Settings that another roster changes; all others are terms, or the operator's."""
-
-
-def under_roster(settings: ServerSettings, new: ServerSettings) -> ServerSettings:
-    """Settings of a run with another roster; StateError if a member that stays has another family there."""
-    for client in sorted(settings.members.keys() & new.members.keys()):
-        if settings.family(client) != new.family(client):
-            raise StateError(
-                f"{client!r} is of family {new.family(client)!r} on the new roster, and of "
-                f"{settings.family(client)!r} in this run; a member's model stays for a run"
-            )
-    return settings.model_copy(update={name: getattr(new, name) for name in _OF_ROSTER})
-
-
-class Rosters:
-    """What is stored of the rosters of a run. Not thread-safe: the coordinator holds its lock."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._outdated = set(store.get_json("outdated") or ())
-
-    def take_up(self, settings: ServerSettings, *, fixed: bool) -> bool:
-        """Note the roster of the settings, and that a group key is needed that only its members have.
-
-        A run is `fixed` whose groups share sums over rounds: its roster stays. Returns whether it is another
-        one than before; IdentityError if it cannot follow on that, StateError if the run's roster is fixed.
-        """
-        before, new = self._store.get("roster"), settings.roster_hash.hex()
-        if before == new:
-            return False
-        known = self._store.get_json("roster_mark")
-        if known is not None and settings.roster_mark is not None:
-            RosterMark.model_validate(known).check_mark(settings.roster_mark, settings.federation)
-        if before is not None and fixed:
-            raise StateError(
-                "the groups of this run are formed, and each sum is bound to its roster: a run of group sums "
-                "goes on under the roster that it began with, or a new run begins under the new one"
-            )
-        self._outdated = set(self._store.enrolled())
-        mark = settings.roster_mark
-        changes = {"roster": new, "rosters": json.dumps(sorted({*self.known, new}))}
-        if mark is not None:
-            changes["roster_mark"] = mark.model_dump_json()
-        if before is not None:
-            log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
-            changes |= {"rotate": "1", "outdated": json.dumps(sorted(self._outdated))}
-        self._store.put(changes)
-        return True
-
-    @property
-    def known(self) -> frozenset[str]:
-        """Hashes of all rosters that the run has had, hexadecimal."""
-        return frozenset(self._store.get_json("rosters") or filter(None, [self._store.get("roster")]))
-
-    def enrolled(self, client: str) -> None:
-        """A member has enrolled with the present roster."""
-        if client in self._outdated:
-            self._outdated.remove(client)
-            self._store.put({"outdated": json.dumps(sorted(self._outdated))})
-
-    def check(self, client: str) -> None:
-        """Refuse a member that enrolled under an older roster."""
-        if client in self._outdated:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
-                "ROSTER_CHANGED",
-                f"{client!r} enrolled under an older roster than the server has now",
-                "install the newest (`fedmosaic keys install`); a running client takes it up and goes on",
-            )
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,13 @@ class Server:
         os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
         # Below an error, gRPC's lines quote what a peer says in parting, signs that command a terminal too.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-        from fedmosaic.server.clockwork import Clockwork, Renewal
+        from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
         from fedmosaic.server.network.review import WitnessService
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
         from fedmosaic.server.network.waiting import Changes
+        from fedmosaic.server.renewal import Renewal
 
         settings = self.settings
         if settings.tls is None:

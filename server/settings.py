@@ -63,20 +63,37 @@ class ServerSettings(Frozen):
     """One run of one federation.
 
     Attributes:
+        federation: id of the federation, as in the SPIFFE URIs of the certificates.
         members: Ed25519 public key (32 bytes) of every member, by id.
         tls_key_sha256: pinned SHA-256 of the SubjectPublicKeyInfo of each member's certificate; members
             without an entry need a valid certificate only.
+        roster_hash: hash of the roster that all sides must hold.
         roster_mark: what a later roster is judged by; None lets any follow.
         adapter_spec_hashes: adapter specs that clients may enrol with.
+        witness: who countersigns every aggregate, if somebody does.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
         family_dimensions: length of the family's vector by family; families without an entry share none.
+        profile_dimensions: length k of the task profile.
         profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
+        rounds: number of rounds.
+        quorum: least number of contributions with which a deadline closes a round.
+        sampled_clients: members that take part in a round, drawn anew for each; None for all of them.
+        round_deadline_seconds: from the opening of a round to its deadline.
+        policy: limits on every weight row.
+        temperature: τ of the softmax over similarities.
+        similarity: "corrected" takes the noise out of the norms, "cosine" does not.
         group_sums: terms of the groups' sums, where members share these in place of adapters.
-        grace_seconds: how long the server stays after the last round for statements that are missing.
+        encryption: parameters of the back end; they fix the bits of the weights.
+        key_rotation_rounds: rounds after which a new group key is agreed on.
+        gathering_seconds: how long a step of the key agreement waits for a member.
+        grace_seconds: how long the server stays after the last round for members that have not handed over
+            their statement.
         state_dir: folder of everything that must survive a restart.
         store_url: SQLAlchemy URL; SQLite in `state_dir` by default.
+        listen: address and port; port 0 takes a free one.
         tls: certificates; without them only in-process use is possible.
+        upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
         run_id: of a new run, 32 hexadecimal digits, for simulations, whose draws of clients follow from it;
             random by default.

@@ -51,9 +51,7 @@ class Approval:
 
 
 def create_federation(
-    config: FederationConfig | Path | str,
-    out: Path | str = "federation",
-    basis: Path | str | None = None,
+    config: FederationConfig | Path | str, out: Path | str = "federation", basis: Path | str | None = None
 ) -> Roster:
     """Found a federation on one machine, as `fedmosaic keys init --for-demo` does: every party's keys.
 

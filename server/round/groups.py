@@ -18,11 +18,17 @@ from fedmosaic.server.round.relevance import FloatArray, Relevance
 def group_clients(
     clients: Sequence[str], relevance: Relevance, groups: int, least: int
 ) -> tuple[tuple[str, ...], ...]:
-    """Divide N clients, in the order of `relevance`'s rows, into at most R groups, by average linkage.
+    """Divide clients into groups by average linkage of their similarity.
 
-    A group has at least `least` members; with fewer than 2·least clients there is one. Names are in ascending
-    order, groups by their first. A client without a significant profile is in the largest: nothing says where
-    it fits.
+    Args:
+        clients: N names in the order of `relevance`'s rows.
+        relevance: similarity of all clients; NaN where a profile is missing.
+        groups: R at most.
+        least: members that a group must have; with fewer than 2·least clients there is one group.
+
+    Returns:
+        Groups of names in ascending order, by their first member. A client without a significant profile is
+        in the largest group: nothing says where it fits.
 
     Reference:
         Sokal and Michener 1958 (average linkage), as used for federated clients by Briggs, Fan and Andras,
@@ -54,11 +60,18 @@ def group_clients(
 def mixing_weights(
     clients: Sequence[str], relevance: Relevance, groups: Sequence[Sequence[str]], temperature: float
 ) -> dict[str, tuple[float, ...]]:
-    """Client → R weights that add up to 1: a softmax of its similarity to the groups' members.
+    """How each client mixes the group sums: a softmax of its similarity to the groups' members.
 
-        M_ir = exp(S̄_ir / τ) / Σ_s exp(S̄_is / τ),  S̄_ir the mean of S_ij over the members j ≠ i of group r
+        M_ir = exp(S̄_ir / τ) / Σ_s exp(S̄_is / τ),    S̄_ir the mean of S_ij over the members j ≠ i of group r
 
-    A client without a significant profile mixes its own group alone.
+    Args:
+        clients: N names in the order of `relevance`'s rows.
+        relevance: similarity of all clients.
+        groups: R groups of names.
+        temperature: τ > 0.
+
+    Returns:
+        Client → R weights that add up to 1. A client without a significant profile mixes its own group alone.
 
     Reference:
         FedMosaic (arXiv 2506.11024): softmax with temperature, over groups in place of single members.

@@ -98,13 +98,21 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
 def softmax_weights(
     relevance_matrix: Relevance, temperature: float, present: BoolArray, recipients: BoolArray | None = None
 ) -> FloatArray:
-    """(N, N) weights with which every client receives from the others; rows sum to 1.
+    """Weights with which every client receives from the others.
 
         w_ij = exp(S_ij / τ) / Σ_{k present, k ≠ i} exp(S_ik / τ)   for present j ≠ i;   w_ii = 0
 
     A client whose profile is not significant receives with uniform weights. A contributor without a
-    profile gets the mean similarity of the row: nothing speaks for or against it. Rows are zero where nobody
-    else is `present` (N,), or the row is not of the wanted `recipients` (N,), by default all.
+    profile gets the mean similarity of the row: nothing speaks for or against it.
+
+    Args:
+        relevance_matrix: from `relevance`.
+        temperature: τ > 0.
+        present: (N,) who contributes to this sum.
+        recipients: (N,) whose rows are wanted; all by default.
+
+    Returns:
+        (N, N) rows that sum to 1; rows of zeros where nobody else is present or the row is not wanted.
 
     Reference:
         FedMosaic (arXiv 2506.11024): softmax with temperature, the recipient excluded.

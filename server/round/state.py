@@ -224,12 +224,7 @@ class Round:
 
 
 def first_round(
-    members: Collection[str],
-    quorum: int,
-    rounds: int,
-    duration: float,
-    now: float,
-    draw: Draw | None = None,
+    members: Collection[str], quorum: int, rounds: int, duration: float, now: float, draw: Draw | None = None
 ) -> Round:
     """The first round, just opened; see `Round` for the arguments."""
     everybody = frozenset(members)

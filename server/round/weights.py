@@ -98,7 +98,7 @@ def plan(
     policy: AggregationPolicy,
     bits: int,
 ) -> Plan:
-    """Weight rows of one group; `clients` names the rows and columns of `relevance`.
+    """Weight rows of one group.
 
     Every recipient's softmax runs over the group's contributors but itself, is capped and spread, and is
     rounded to integers that sum to 2**bits. Contributors whose weight rounds to zero are left out of the row.
@@ -106,6 +106,14 @@ def plan(
     weight is moved by up to some per cent, up or down, until no pair does. Between four members nothing
     helps, two equations being enough for two unknowns. Where the policy promises more than one recipient
     (`AggregationPolicy.withstands`), the later of the two is then refused.
+
+    Args:
+        group: who contributes and who receives.
+        clients: order of the rows and columns of `relevance`.
+        relevance: similarity of all clients.
+        temperature: τ of the softmax.
+        policy: limits on every row.
+        bits: precision of the weights.
     """
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)

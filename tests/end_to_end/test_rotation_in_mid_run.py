@@ -22,7 +22,7 @@ from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.requests import make_request
 from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server import clockwork
+from fedmosaic.server import renewal
 from fedmosaic.server.server import Server
 
 
@@ -30,7 +30,7 @@ from fedmosaic.server.server import Server
 def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "_SECONDS_BETWEEN_EPOCHS", 0.1)
     monkeypatch.setattr(membership, "_SECONDS_BETWEEN_LOOKS", 0.1)
-    monkeypatch.setattr(clockwork, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(renewal, "_LOOK_SECONDS", 0.1)
 
 
 def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -261,17 +261,3 @@ def test_the_last_words_tell_who_received_and_who_is_silent(
     assert "3 rounds with 15 uploads" in line
     assert "clinic-a 2, clinic-b 2" in line
     assert "none of clinic-b" in line
-
-
-def test_a_run_without_any_aggregate_says_so(federation: Any, begin: Any, clock: Any) -> None:
-    few = federation.clients[:3]
-    coordinator = begin(quorum=3, rounds=2)
-    for number in (1, 2):
-        federation.play(coordinator, number, few)
-        clock.now += 61.0
-        coordinator.advance()
-    lines, exchanged = coordinator.last_words()
-    assert not exchanged
-    assert "NOTHING WAS EXCHANGED" in lines[1]
-    assert "at least 3 are required" in lines[1]
-    assert set(coordinator.summary()["received_rounds"].values()) == {0}

@@ -25,11 +25,7 @@ MEMBERS = ("a", "b", "c", "d", "e")
 
 
 def row(**changes: object) -> WeightRow:
-    fields: dict[str, object] = {
-        "contributors": ("b", "c", "d"),
-        "weights": (1229, 1638, 1229),
-        "bits": 12,
-    }
+    fields: dict[str, object] = {"contributors": ("b", "c", "d"), "weights": (1229, 1638, 1229), "bits": 12}
     return WeightRow(**(fields | changes))  # type: ignore[arg-type]  # fields of several types
 
 

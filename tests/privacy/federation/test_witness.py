@@ -102,9 +102,7 @@ def test_what_is_right_is_countersigned_again_and_again(consortium: Consortium) 
     assert consortium.judge(uploads, *claims) == first
 
 
-def test_an_upload_that_its_client_has_not_signed_for_this_round(
-    consortium: Consortium,
-) -> None:
+def test_an_upload_that_its_client_has_not_signed_for_this_round(consortium: Consortium) -> None:
     uploads = consortium.uploads()
     claim = consortium.claim(uploads)
     payload = bytearray(uploads["ben"][1])

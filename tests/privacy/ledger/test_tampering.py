@@ -177,10 +177,7 @@ def test_a_rewritten_chain_with_its_head_is_found_through_an_anchor_only(path: P
     forged = rewrite(path, noise_multiplier=80.0)
     last = {"sequence": LAST, "hash": forged}
     path.with_name(path.name + ".head").write_text(json.dumps(last))
-    with (
-        opened(path) as ledger,
-        pytest.raises(LedgerError, match="the keeper has seen last"),
-    ):
+    with opened(path) as ledger, pytest.raises(LedgerError, match="the keeper has seen last"):
         ledger.check_anchor("keeper", anchor, "the keeper")
 
 
