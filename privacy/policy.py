@@ -64,8 +64,12 @@ def check_row(
 ) -> None:
     """Refuse, with a PolicyError, a row that reveals too much of one contributor, or names somebody else.
 
-    The row is as received; its shape was checked when it was made. Where given, `members` are those of the
-    epoch, of whom every contributor must be one, and `bits` is the agreed precision.
+    Args:
+        recipient: client on whose behalf the row is checked.
+        row: as received; its shape was checked when it was made.
+        policy: limits agreed in the roster.
+        members: pinned members of the epoch; when given, every contributor must be one of them.
+        bits: precision of the agreed encryption parameters; when given, the row must have it.
     """
     if bits is not None and row.bits != bits:
         raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")

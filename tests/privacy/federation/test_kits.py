@@ -1,10 +1,10 @@
 """Federations on disk: kits, rosters, and every way they can be wrong."""
 
+import contextlib
 import datetime as dt
 import json
 import math
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -97,9 +97,11 @@ def test_as_few_members_as_the_policy_needs_are_warned_of() -> None:
     [
         (("llama", "qwen", "llama", "llama"), "", "Align them once with `fedmosaic align`"),
         (("llama", "qwen", "llama", "llama"), ALIGNED, "found a federation for each family"),
-        (("llama",) * 4, "", ""), (("llama",) * 4, ALIGNED, ""), (("", "", "", ""), "", ""),
+        (("llama",) * 4, "", ""),
+        (("llama",) * 4, ALIGNED, ""),
+        (("", "", "", ""), "", ""),
     ],
-)  # fmt: skip
+)
 def test_architectures_that_may_not_understand_each_other_are_warned_of(
     families: tuple[str, ...], basis: str, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -162,9 +164,9 @@ def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes:
     ],
 )  # fmt: skip
 def test_a_family_is_named_as_the_wire_carries_it(family: str, fits: bool) -> None:
-    with nullcontext() if fits else pytest.raises(WireError):
+    with contextlib.nullcontext() if fits else pytest.raises(WireError):
         Enrolment(1, "f", bytes(32), bytes(32), family, "")
-    with nullcontext() if fits else pytest.raises(ConfigurationError, match="family"):
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigurationError, match="family"):
         validate({"id": "a", "family": family}, MemberEntry, "member")
 
 
