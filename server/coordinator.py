@@ -47,7 +47,7 @@ class Coordinator:
         """
         self._run = Run(settings, clock)
         self.run_id = self._run.run_id
-        self.audit, self.witnessing = self._run.audit, self._run.witnessing
+        self.audit, self.witnessing, self.traces = self._run.audit, self._run.witnessing, self._run.traces
         self.describe, self.state_line = self._run.describe, self._run.state_line
         self._take_up(settings)
         self._rounds.go_on()

@@ -24,10 +24,11 @@ class Rounds:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator)
+        self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator, run.traces)
 
     def go_on(self) -> None:
         """Show the witness again what a stopped server had shown it."""
+        self._run.traces.open_round(self._run.round.number)
         if self._run.round.phase is Phase.CLOSED:
             self._close(self._run.round.number)
 
@@ -83,7 +84,8 @@ class Rounds:
         try:
             sampled = run.settings.sampled_clients is not None
             recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
-            closed = self._closer.close(number, recipients)
+            with run.traces.span("close", number):
+                closed = self._closer.close(number, recipients)
             if run.sums is not None:
                 run.sums.close_round(number)
             if run.witnessing.due(number):
@@ -147,6 +149,7 @@ class Rounds:
         # Last: whoever sees it finds everything else in place.
         run.position, run.account.due = Position(state, head, closed.offer), True
         run.witnessing.end()
+        run.traces.open_round(state.number)
 
     def _next_epoch(self, keys: KeyRelay, opened: rounds.Round, now: float) -> KeyEpoch:
         """The key epoch that is due for a round: a new one where a member that is there has no key."""
