@@ -200,7 +200,7 @@ class ServerSettings(OperatorSettings):
 
 
 def settings_from_kit(directory: Path) -> ServerSettings:
-    """Settings of the run that a server kit, as `fedmosaic keys init` made it, describes.
+    """Settings of the run that a server's kit describes.
 
     Raises:
         ConfigurationError: `server.toml` or the roster is not valid.

@@ -79,8 +79,7 @@ class RunSums:
     def read(self, member: str, round_number: int, step: str) -> dict[str, bytes]:
         """The partition, a closed round's totals, or what a step of the open one brought; empty if not yet.
 
-        Raises:
-            Refusal: the round has no sums.
+        Refusal where the round has no sums.
         """
         if step == PARTITION:
             return {} if self._partition is None else {"server": self._partition.encoded()}

@@ -51,18 +51,15 @@ class Approval:
 
 
 def create_federation(
-    config: FederationConfig | Path | str,
-    out: Path | str = "federation",
-    basis: Path | str | None = None,
+    config: FederationConfig | Path | str, out: Path | str = "federation", basis: Path | str | None = None
 ) -> Roster:
     """Found a federation on one machine, as `fedmosaic keys init --for-demo` does: every party's keys.
 
-    Whoever holds `out` can pose as any member. Members on machines of their own make their keys there:
-    `fedmosaic keys request`. `basis` is the file of the public basis, if the terms name one.
+    Whoever holds `out` can pose as any member; members on machines of their own use `fedmosaic keys request`.
 
     Raises:
         ConfigurationError: the file is wrong, no client's noise could be planned, or `out` is not empty.
-        MechanismError: the basis is damaged, or not the one that the terms name.
+        MechanismError: `basis`, a file, is damaged, or not the public basis that the terms name.
     """
     return create(planned(config), Path(out), Path(basis) if basis is not None else None)
 

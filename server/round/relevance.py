@@ -69,18 +69,14 @@ def plain_cosine(vectors_NK: FloatArray) -> Relevance:
 
 
 def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevance:
-    """Cosine of the noise-free vectors, estimated from noisy ones whose noise variance is known.
+    """Cosine of the noise-free vectors (N, K), from noisy ones of known variance per coordinate (N,).
 
     Inner products of independent releases are unbiased; squared norms are too large by K·v. With
     n_i = ‖y_i‖² − K·v_i and the guard s_i = √(2K)·v_i, the standard deviation of pure noise's squared norm,
 
         S_ij = ⟨y_i, y_j⟩ / √(max(n_i, s_i) · max(n_j, s_j)),  clipped to [−1, 1].
 
-    A client with n_i < 2 s_i is not significant.
-
-    Args:
-        vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
-        variances_N: (N,) noise variance per coordinate of each client's vector, ≥ 0.
+    A client with n_i < 2 s_i is not significant. A row with NaN, infinity or only zeros counts as no profile.
     """
     dimensions = vectors_NK.shape[1]
     usable_N = _usable(vectors_NK) & np.isfinite(variances_N) & (variances_N >= 0.0)

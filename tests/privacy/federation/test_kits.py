@@ -1,5 +1,6 @@
 """Federations on disk: kits, rosters, and every way they can be wrong."""
 
+import contextlib
 import datetime as dt
 import json
 import math
@@ -196,23 +197,18 @@ def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes:
         validate({"profile": PROFILE} | changes, Terms, "terms")
 
 
-@pytest.mark.parametrize("family", ["Llama 3 (1B)", "-x", "x\n", "x" * 129])
-def test_a_family_is_named_as_the_wire_carries_it(family: str) -> None:
-    with pytest.raises(WireError):
+@pytest.mark.parametrize(
+    ("family", "fits"),
+    [
+        ("", True), ("Llama-3.2:1B/x_y", True), ("x" * 128, True),
+        ("Llama 3 (1B)", False), ("-x", False), ("x\n", False), ("x" * 129, False),
+    ],
+)  # fmt: skip
+def test_a_family_is_named_as_the_wire_carries_it(family: str, fits: bool) -> None:
+    with contextlib.nullcontext() if fits else pytest.raises(WireError):
         Enrolment(1, "f", bytes(32), bytes(32), family, "")
-    with pytest.raises(ConfigurationError, match="family"):
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigurationError, match="family"):
         validate({"id": "a", "family": family}, MemberEntry, "member")
-
-
-@pytest.mark.parametrize("family", ["", "Llama-3.2:1B/x_y", "x" * 128])
-def test_every_family_of_the_wire_can_be_on_a_roster(family: str) -> None:
-    Enrolment(1, "f", bytes(32), bytes(32), family, "")
-    assert validate({"id": "a", "family": family}, MemberEntry, "member").family == family
-
-
-def test_a_member_named_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="member id b appears more than once"):
-        founding("a", "b", "c", "d", "b")
 
 
 def test_two_members_with_one_identity_key_are_refused(made: Path) -> None:
@@ -264,11 +260,6 @@ def test_an_unknown_key_names_its_nearest_neighbour(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"did you mean .family.") as error:
         read_configuration(path, FederationConfig)
     assert "terms: missing" in str(error.value)
-
-
-def test_validation_reports_the_value_that_is_wrong() -> None:
-    with pytest.raises(ConfigurationError, match=r"adapter.rank: .*got 0"):
-        validate({"profile": PROFILE.model_dump(), "adapter": {"rank": 0}}, Terms, "terms")
 
 
 def test_the_hash_ignores_the_signature_and_nothing_else(made: Path) -> None:
