@@ -174,9 +174,9 @@ def _remember_below(settings: Settings, model: PreTrainedModel, layers: int, pad
 
     A token's output does not depend on what follows it, so a text has the same one in every batch.
     """
-    config, decoder = cast(Any, model.config), cast(Any, model.get_decoder())
+    config, decoder = cast(Any, model.config), cast(Any, model).get_decoder()
     below = config.num_hidden_layers - layers
-    lower = cast(Any, load_base_model(settings.model, keep_layers=below)[0].get_decoder())
+    lower = cast(Any, load_base_model(settings.model, keep_layers=below)[0]).get_decoder()
     lower.norm, decoder.layers, config.num_hidden_layers = nn.Identity(), decoder.layers[below:], layers
     kept: dict[tuple[int, ...], torch.Tensor] = {}
 
