@@ -183,3 +183,13 @@ def test_nobody_waits_for_the_statement_of_a_member_that_left(running: Coordinat
             running.enrol(name, federation.enrolment())
         federation.play(running, number, tuple(sorted(running.settings.members)))
     assert running.silent_members() == tuple(sorted(running.settings.members))
+
+
+def test_a_damaged_mark_of_the_roster_before_is_named(
+    first: ServerSettings, clock: Any, federation: Any
+) -> None:
+    running = Coordinator(first, clock)
+    running._run.store.put({"roster_mark": '{"serial": 1, "sha256": "x", "terms": {}}'})
+    running.close()
+    with pytest.raises(StateError, match=r"database is damaged: the roster before .* restore a backup"):
+        Coordinator(changed(federation, first), clock)
