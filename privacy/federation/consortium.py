@@ -95,7 +95,7 @@ def create(
     That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, and
     the kits of thousands share one file of the roster, and of the basis.
     """
-    with _made_at_once(config, directory, basis) as making:
+    with _made_at_once(config, directory, basis, simulated=simulated) as making:
         _begin(config, making, None)
         requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
         for member in config.parties:
@@ -123,7 +123,9 @@ def _settle(office: Office, config: FederationConfig, requests: Sequence[KeyRequ
 
 
 @contextmanager
-def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None) -> Iterator[Path]:
+def _made_at_once(
+    config: FederationConfig, directory: Path, basis: Path | None, *, simulated: bool = False
+) -> Iterator[Path]:
     from fedmosaic.privacy.mechanism.projection import check_basis  # reads tensors, which a server never does
 
     check_basis(config.terms.profile, basis)
@@ -135,8 +137,11 @@ def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None)
         if basis is not None:
             shutil.copyfile(basis, making / kits.BASIS)
         yield making
-        for path in (*making.rglob("*"), making, making.parent):
-            sync_directory(path)
+        if simulated and hasattr(os, "sync"):
+            os.sync()  # once: for thousands of kits a wait for each file takes minutes
+        else:
+            for path in (*making.rglob("*"), making, making.parent):
+                sync_directory(path)
         making.rename(directory)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
