@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedmosaic.client.colora.aligned import basis_name
+from fedmosaic.client.colora.vectors import basis_name
 from fedmosaic.client.profile.fit import PROFILE, Arguments, fit
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.privacy.federation import consortium
