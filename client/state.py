@@ -46,7 +46,7 @@ class SessionRecord(BaseModel):
 
     `completed_round` is the last acknowledged, `received_round` the last that began with an aggregate of the
     others, `server_round` the newest that the server said was open, `server_head` (hexadecimal) what it said
-    of all before; a later roster is judged by `roster`, a `RosterMark`.
+    of all before; a later roster is judged by `roster`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -59,7 +59,7 @@ class SessionRecord(BaseModel):
     received_rounds: int = Field(default=0, ge=0)
     server_round: int = Field(default=0, ge=0)
     server_head: str = ""
-    roster: dict[str, Any] | None = None
+    roster: RosterMark | None = None
 
 
 def read_record(directory: Path) -> SessionRecord | None:
@@ -140,8 +140,8 @@ class ClientState:
     def follow_roster(self, roster: Roster) -> None:
         """Remember the roster; IdentityError if it is older than the one before, or has other terms."""
         if self.record.roster is not None:
-            RosterMark.model_validate(self.record.roster).check(roster)
-        mark = RosterMark.of(roster).model_dump()
+            self.record.roster.check(roster)
+        mark = RosterMark.of(roster)
         if mark != self.record.roster:
             self._write(roster=mark)
 

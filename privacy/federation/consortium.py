@@ -89,10 +89,10 @@ def create(
 ) -> Roster:
     """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`.
 
-    That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, and
-    the kits of thousands share one file of the roster, and of the basis.
+    That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, or
+    waits for the disk, and the kits of thousands share one file of the roster, and of the basis.
     """
-    with _made_at_once(config, directory, basis) as making:
+    with _made_at_once(config, directory, basis, simulated=simulated) as making:
         _begin(config, making, None)
         requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
         for member in config.parties:
@@ -120,7 +120,9 @@ def _settle(office: Office, config: FederationConfig, requests: Sequence[KeyRequ
 
 
 @contextmanager
-def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None) -> Iterator[Path]:
+def _made_at_once(
+    config: FederationConfig, directory: Path, basis: Path | None, *, simulated: bool = False
+) -> Iterator[Path]:
     from fedmosaic.privacy.mechanism.projection import check_basis  # reads tensors, which a server never does
 
     check_basis(config.terms.profile, basis)
@@ -132,7 +134,8 @@ def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None)
         if basis is not None:
             shutil.copyfile(basis, making / kits.BASIS)
         yield making
-        for path in (*making.rglob("*"), making, making.parent):
+        # For thousands of kits that takes minutes, and a simulated server waits for no disk either.
+        for path in () if simulated else (*making.rglob("*"), making, making.parent):
             sync_directory(path)
         making.rename(directory)
     except BaseException:

@@ -199,3 +199,13 @@ def test_a_roster_below_its_quorum_is_a_clear_error(tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigurationError) as error:
         settings_from_kit(place / "server")
     assert str(error.value) == f"{message}\n  (whole file): quorum is 4 with 3 members"
+
+
+def test_a_damaged_mark_of_the_roster_before_is_named(
+    first: ServerSettings, clock: Any, federation: Any
+) -> None:
+    running = Coordinator(first, clock)
+    running._run.store.put({"roster_mark": '{"serial": 1, "sha256": "x", "terms": {}}'})
+    running.close()
+    with pytest.raises(StateError, match=r"database is damaged: the roster before .* restore a backup"):
+        Coordinator(changed(federation, first), clock)
