@@ -14,11 +14,9 @@ from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.settings import DeviceName, DtypeName, ModelSettings
-from fedmosaic.privacy.federation.kits import BASIS
+from fedmosaic.privacy.federation.kits import BASIS, PROFILE
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.terminal import guarded
-
-PROFILE = "profile.json"
 
 
 @dataclass(frozen=True)
