@@ -50,7 +50,7 @@ from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import Connect, Transport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation.kits import Kit, open_kit
+from fedmosaic.privacy.federation.kits import Kit, keep_signed, open_kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
@@ -265,6 +265,7 @@ def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> Pr
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
     if most > 1 and terms.unit == "example":
         own = with_warning(own, person_words(facts, most))
+    keep_signed(checked.kit.directory, member.session.roster, state.directory)
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(for_handing_over(facts, terms, checked.learner.example_count))
     write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())

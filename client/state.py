@@ -10,6 +10,7 @@
     STATE/model.json               base model and terms, with which the result is loaded again
     STATE/traffic.json             bytes sent and received so far
     STATE/audit.jsonl              what mattered to security (see `fedmosaic.privacy.audit`)
+    STATE/roster.json, authority.pem, consortium.pub   what the statement's roster is checked with
     STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
@@ -86,8 +87,8 @@ def read_record(directory: Path) -> SessionRecord | None:
         return SessionRecord(**data)
 
     remedy = (
-        "restore it from a backup, or start over with a new state_dir (the privacy ledger in the old one "
-        "must be kept: what it has spent stays spent)"
+        "restore it from a backup, or start over with a new state_dir (the privacy ledger beside the data "
+        "goes on: what was spent stays spent)"
     )
     return read_own(directory / _SESSION, read, remedy)
 
@@ -107,8 +108,8 @@ def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
     if record.run_id and record.run_id != run_id:
         raise StateError(
             f"{directory} holds round {record.completed_round} of run {record.run_id}, but the server is on "
-            f"run {run_id}; to start over, give a new state_dir and copy ledger.sqlite, ledger.sqlite.head "
-            "and profile-*.npy into it: what was spent on the same data stays spent"
+            f"run {run_id}; to start over, give a new state_dir. The privacy ledger beside the data goes "
+            "on: what was spent stays spent"
         )
 
 
@@ -183,8 +184,7 @@ class ClientState:
             raise StateError(
                 f"the server {what}. Nothing was sent to it. Its operator has to restore the newest "
                 "state_dir with its database. If they are lost, begin a new run: a new state_dir at "
-                "the server and at every client, with ledger.sqlite, ledger.sqlite.head and profile-*.npy "
-                "copied into each"
+                "the server and at every client. The privacy ledgers stay where they are, beside the data"
             )
         if server_round > before:
             self._write(server_round=server_round, server_head=head.hex())

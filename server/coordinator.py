@@ -50,7 +50,7 @@ class Coordinator:
         """
         self._run = Run(settings, clock)
         self.run_id = self._run.run_id
-        self.audit, self.witnessing = self._run.audit, self._run.witnessing
+        self.audit, self.witnessing, self.traces = self._run.audit, self._run.witnessing, self._run.traces
         self._take_up(settings)
         self._rounds.go_on()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
-from fedmosaic.privacy.federation.kits import ROSTER
+from fedmosaic.privacy.federation.kits import ROSTER, keep_signed, open_kit
 from fedmosaic.protos.errors import FedMosaicError, IdentityError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
@@ -28,6 +28,7 @@ class Renewal:
         self._coordinator = coordinator
         self._roster = None if kit is None else kit / ROSTER
         self._content = b"" if self._roster is None else self._roster.read_bytes()
+        self._keep()
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -52,6 +53,15 @@ class Renewal:
         before, self._content = self._content, content
         if not self._coordinator.renew(settings_from_kit(self._roster.parent)):
             self._content = before  # a round is being aggregated; look again
+        self._keep()
+
+    def _keep(self) -> None:
+        """Have the roster of the run in the state directory, for whoever reads the statements there."""
+        settings = self._coordinator.settings
+        if self._roster is not None:
+            kit = open_kit(self._roster.parent)
+            if kit.roster.hash == settings.roster_hash:
+                keep_signed(kit.directory, kit.roster, settings.state_dir)
 
     def _announce(self) -> None:
         tls = self._coordinator.settings.tls

@@ -21,10 +21,11 @@ class Rounds:
         """Prepare; `describe` says in a line what the run waits for."""
         self._run = run
         self._describe = describe
-        self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator)
+        self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator, run.traces)
 
     def go_on(self) -> None:
         """Show the witness again what a stopped server had shown it."""
+        self._run.traces.open_round(self._run.round.number)
         if self._run.round.phase is Phase.CLOSED:
             self._close(self._run.round.number)
 
@@ -75,7 +76,8 @@ class Rounds:
         try:
             sampled = run.settings.sampled_clients is not None
             recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
-            closed = self._closer.close(number, recipients)
+            with run.traces.span("close", number):
+                closed = self._closer.close(number, recipients)
             if run.sums is not None:
                 run.sums.close_round(number)
             if run.witnessing.due(number):
@@ -132,6 +134,7 @@ class Rounds:
         # Last: whoever sees it finds everything else in place.
         run.position, run.account.due = Position(state, head, closed.offer), True
         run.witnessing.end()
+        run.traces.open_round(state.number)
 
     def _remove_old(self) -> None:
         """Remove payloads that nobody asks for any more; uploads of the last closed round may be needed."""

@@ -28,6 +28,7 @@ from fedmosaic.server.storage.blobs import Blobs
 from fedmosaic.server.storage.store import MARK, Store, StoredAggregate, default_url
 from fedmosaic.server.summary import Account
 from fedmosaic.server.sums import PARTITION_FORMED, RunSums
+from fedmosaic.server.tracing import Traces, exporter_to
 
 log = logging.getLogger(__name__)
 UNDER_REVIEW = "under_review"
@@ -75,6 +76,7 @@ class Run:
 
     def _open(self) -> None:
         settings = self.settings
+        self.traces = Traces(settings.federation, exporter_to(settings.traces_url))
         self.store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
         self.store.hold(self.blobs.mark(MARK) if settings.store_url else None)
         self.account = Account(settings, self.store)
@@ -131,6 +133,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the state."""
+        self.traces.close()
         self.store.close()
         self.audit.close()
         self.blobs.close()

@@ -2,7 +2,8 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from sqlalchemy import make_url
@@ -14,6 +15,7 @@ from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unalign
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import RosterMark, Witness, taking_part
 from fedmosaic.privacy.federation.terms import GroupSumTerms, Hex32
+from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
@@ -47,8 +49,18 @@ def _store_url(text: str) -> str:
     return text
 
 
+def _collector(text: str) -> str:
+    found = urlsplit(text)
+    if found.scheme != "https" and (found.scheme, found.hostname) not in _LOCAL_COLLECTORS:
+        raise ValueError("write https://collector.example.org:4318/v1/traces; http:// only on this machine")
+    return text
+
+
+_LOCAL_COLLECTORS: Final = {("http", host) for host in ("localhost", "127.0.0.1", "::1")}
 StoreUrl = Annotated[str, AfterValidator(_store_url)]
 """SQLAlchemy URL of a SQLite or PostgreSQL database."""
+CollectorUrl = Annotated[str, AfterValidator(_collector)]
+"""Where an OpenTelemetry collector takes traces."""
 
 
 class TlsFiles(Frozen):
@@ -59,7 +71,22 @@ class TlsFiles(Frozen):
     authority: Path
 
 
-class ServerSettings(Frozen):
+class OperatorSettings(Frozen):
+    """`server.toml`: what the server's operator decides. Paths are relative to the kit."""
+
+    listen: ListenAddress = "127.0.0.1:7443"
+    """Address and port; port 0 takes a free one."""
+    state_dir: Path = Path("state")
+    """Directory of all that must survive a restart."""
+    store_url: StoreUrl | None = None
+    """SQLAlchemy URL of the database; SQLite in `state_dir` by default."""
+    traces_url: CollectorUrl | None = None
+    """OpenTelemetry collector (OTLP over HTTP) that is told of every round's stages; nobody by default."""
+    grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
+    """After the last round, how long the server stays for members that have not handed over a statement."""
+
+
+class ServerSettings(OperatorSettings):
     """One run of one federation.
 
     Attributes:
@@ -87,11 +114,7 @@ class ServerSettings(Frozen):
         encryption: parameters of the back end; they fix the bits of the weights.
         key_rotation_rounds: rounds after which a new group key is agreed on.
         gathering_seconds: how long a step of the key agreement waits for a member.
-        grace_seconds: how long the server stays after the last round for members that have not handed over
-            their statement.
-        state_dir: folder of everything that must survive a restart.
-        store_url: SQLAlchemy URL; SQLite in `state_dir` by default.
-        listen: address and port; port 0 takes a free one.
+        state_dir: folder of everything that must survive a restart; what is not named here is the operator's.
         tls: certificates; without them only in-process use is possible.
         upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
@@ -122,10 +145,7 @@ class ServerSettings(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
     key_rotation_rounds: int = Field(default=50, ge=1)
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
-    grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
     state_dir: Path
-    store_url: StoreUrl | None = None
-    listen: ListenAddress = "127.0.0.1:7443"
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True
@@ -142,7 +162,8 @@ class ServerSettings(Frozen):
         if self.minimum_epoch_members > len(self.members):
             raise ValueError(
                 f"{len(self.members)} members cannot receive anything under a policy of "
-                f"{self.policy.fewest_contributors} contributors other than the recipient"
+                f"{self.policy.fewest_contributors} contributors other than the recipient and back end "
+                f"{self.encryption.backend!r}: {self.minimum_epoch_members} are the fewest"
             )
         return self
 
@@ -154,7 +175,7 @@ class ServerSettings(Frozen):
     @property
     def minimum_epoch_members(self) -> int:
         """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
-        return self.policy.fewest_contributors + 1
+        return max(self.policy.fewest_contributors + 1, MINIMUM_MEMBERS if self.encrypted else 0)
 
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
         """Members that take part in a round; see `fedmosaic.privacy.federation.roster`."""
@@ -170,19 +191,6 @@ class ServerSettings(Frozen):
         sections: dict[SectionName, int] = {"shared": self.shared_dimensions}
         family = self.family(client)
         return {**sections, "family": self.family_dimensions[family]} if family else sections
-
-
-class OperatorSettings(Frozen):
-    """`server.toml`: what the server's operator decides. Paths are relative to the kit."""
-
-    listen: ListenAddress = "127.0.0.1:7443"
-    """Address and port; port 0 takes a free one."""
-    state_dir: Path = Path("state")
-    """Directory of all that must survive a restart."""
-    store_url: StoreUrl | None = None
-    """SQLAlchemy URL of the database; SQLite in `state_dir` by default."""
-    grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
-    """After the last round, how long the server stays for members that have not handed over a statement."""
 
 
 def settings_from_kit(directory: Path) -> ServerSettings:

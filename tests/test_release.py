@@ -40,7 +40,7 @@ def test_the_list_of_components_has_the_versions_that_are_tested() -> None:
 def test_compose_runs_commands_that_there_are() -> None:
     services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))["services"]
 
-    for name in ("server", "client"):
+    for name in ("server", "dashboard", "client"):
         assert services[name]["command"][0] in cli.COMMANDS
 
 
@@ -52,4 +52,6 @@ def test_units_run_commands_that_there_are_and_do_not_repeat_what_wants_a_person
     service = parser["Service"]
 
     assert re.match(r"/\S+/fedmosaic (\w+) ", service["ExecStart"])[1] in cli.COMMANDS  # type: ignore[index]
-    assert service["RestartPreventExitStatus"].split() == ["2", "3"]
+    # The dashboard is started beside a server that may have made nothing to look at yet.
+    wants_a_person = [] if "dashboard" in unit.name else ["2", "3"]
+    assert service.get("RestartPreventExitStatus", "").split() == wants_a_person

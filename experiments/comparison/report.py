@@ -28,7 +28,7 @@ from fedmosaic.experiments.comparison.record import (
 )
 from fedmosaic.experiments.comparison.registry import record as registry_record
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
-from fedmosaic.experiments.comparison.statement_page import statement_page
+from fedmosaic.experiments.comparison.statement_page import roster_signed, statement_page
 from fedmosaic.experiments.comparison.tables import markdown
 from fedmosaic.privacy.federation.identity import expires_soon
 from fedmosaic.privacy.files import write_atomically
@@ -172,6 +172,8 @@ def show(record: RunRecord, console: Console) -> None:
     merged = merged_statement(record)
     if merged is not None:
         console.print(render(merged))
+        signed, words = roster_signed(merged, record.directory)
+        warn([f"The roster's signature: {words}."], "" if signed else "bold yellow")
     left_out = usable_statements(record)[1].items()
     warn((f"The privacy statement of {n} is left out: {why}." for n, why in left_out), "bold yellow")
     attacked = attack_report.read(record.directory / "attacks")

@@ -15,6 +15,8 @@ from fedmosaic.client.ledger import SEEN
 from fedmosaic.experiments.attacks.statistics.results import AttackReport
 from fedmosaic.privacy.accounting.tradeoff import gaussian_delta, gaussian_true_positive_rate
 from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.federation import kits
+from fedmosaic.privacy.federation.install import consortium_fingerprint
 from fedmosaic.privacy.ledger.ledger import LEDGER, read_ledger
 from fedmosaic.privacy.ledger.rules import anchor_of, check_anchor, keeper
 from fedmosaic.privacy.statement import plain
@@ -52,11 +54,7 @@ PYRAMID: Final = (
     ("middle", "bias", "not measured: accuracy is not told by group of persons"),
     ("bottom", "access control and security", "Who holds which key; Who keeps what"),
     ("bottom", "trust model", "Verdict: whom you trust; What has to be true"),
-    (
-        "bottom",
-        "side channels",
-        "Not covered: times, sizes, taking part; What has to be true: noise, arithmetic",
-    ),
+    ("bottom", "side channels", "Not covered: times, sizes, taking part; What has to be true: noise"),
     ("bottom", "data collection exposure", "examples stay at the client; nothing is collected for the run"),
 )
 """Components of the pyramid of NIST SP 800-226, as a summary of it names them, and where they are here."""
@@ -66,10 +64,7 @@ REGISTRY: Final = (
     ("privacy_loss", "Verdict: unit and ε with the worst; What ε and δ mean"),
     ("deployment_model", "federated; its actors are the Verdict's, with whom you trust"),
     ("accounting", "How it was computed"),
-    (
-        "implementation",
-        "How it was computed; What has to be true; Evidence. The justification is left to fill in",
-    ),
+    ("implementation", "How it was computed; What has to be true; Evidence. No justification is here"),
     ("administrative", "Signature"),
 )
 """Parts of a record of the deployment registry, and where they are here."""
@@ -146,10 +141,31 @@ def attack_rows(attacked: AttackReport | None) -> list[tuple[str, str, str, str,
     ]
 
 
+def roster_signed(statement: PrivacyStatement, directory: Path) -> tuple[bool, str]:
+    """Whether the consortium has signed the roster that a statement names, checked anew, and in words."""
+    places = [place for place in (directory, directory / "federation") if (place / kits.ROSTER).exists()]
+    if not places:
+        return False, (
+            "NOT CHECKED: no roster is here, as versions before kept none. Compare the SHA-256 with what "
+            "`fedmosaic keys show` says of your kit, which checks the signature"
+        )
+    try:
+        roster, fingerprint = kits.open_kit(places[0]).roster, consortium_fingerprint(places[0])
+    except (FedMosaicError, OSError) as error:
+        return False, f"NOT VALID: {error}"
+    if roster.hash.hex() != statement.roster_sha256:
+        return False, f"NOT VALID: the roster in {places[0]} is another, {roster.hash.hex()}"
+    return True, (
+        f"valid, checked just now: roster {roster.serial} of {roster.federation} is signed by the consortium "
+        f"with the fingerprint {fingerprint}. That it is yours, only the telephone tells"
+    )
+
+
 def evidence(statement: PrivacyStatement, directory: Path) -> list[tuple[str, str]]:
     """What a second reader can compare: roster, and the ledger as it stands where the state says it is."""
     found = [
         ("roster: members and signed terms, SHA-256", statement.roster_sha256),
+        ("its signature", roster_signed(statement, directory)[1]),
         ("run", statement.run_id),
     ]
     seen = directory / SEEN

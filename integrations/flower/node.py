@@ -93,6 +93,7 @@ class Node:
         if self._call is not None:
             self._call.cancel()
             await asyncio.wait({self._call})
+            self._requests.put_nowait(None)  # ends a read that the call had begun
         self._call, self._secured = None, Secured(self._tls)
 
     def _take(self, kind: Kind, payload: bytes) -> None:

@@ -21,6 +21,8 @@ from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
 from fedmosaic.privacy.federation.roster import Roster, check_distinct
 from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError
 
@@ -97,6 +99,11 @@ def too_few(members: int, terms: Terms) -> str:
         return (
             f"{members} members cannot receive anything under a policy of {fewest} contributors other than "
             f"the recipient: name at least {fewest + 1}"
+        )
+    if terms.adapter.encrypted and members < MINIMUM_MEMBERS:
+        return (
+            f"{members} members agree on no group key, which {MINIMUM_MEMBERS} at least must hold: name as "
+            "many, or take another adapter.protection"
         )
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
@@ -191,6 +198,13 @@ class Kit:
                 f"{self.roster.federation!r}; take both from one kit"
             )
         return client
+
+
+def keep_signed(kit: Path, roster: Roster, place: Path) -> None:
+    """Write into a state directory what its statement is checked with: the roster, and what the kit pins."""
+    for name in (AUTHORITY_CERTIFICATE, CONSORTIUM_KEY):
+        write_atomically(place / name, (kit / name).read_bytes())
+    roster.write(place / ROSTER)
 
 
 def open_kit(directory: Path) -> Kit:

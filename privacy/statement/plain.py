@@ -136,11 +136,11 @@ def coalition_words(rows: Sequence[models.CoalitionRows]) -> tuple[str, ...]:
 
 def keys(statement: PrivacyStatement) -> tuple[tuple[str, str, str], ...]:
     """Who holds which key: its name, what it does, who has it."""
-    made = "the member, who made it (`fedmosaic keys request`); after `keys init --for-demo` the founder too"
+    made = "the member, who made it (fedmosaic keys request); after keys init --for-demo the founder too"
     found = [
         ("identity key, one per member", "signs uploads and key agreement", made),
         ("TLS key, one per member", "opens the connection to the server", made),
-        ("consortium key", "signs the roster: members and terms", "the consortium, who founds"),
+        ("consortium keys", "sign the roster and all certificates", "the consortium, who founds"),
         ("the server's TLS key", "proves the server to the members", "the server's operator"),
         ("ledger's salt", "hides the ledger's rows from who keeps its anchor", "the member alone"),
     ]

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 
-from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import KeyMessage, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
@@ -25,7 +24,7 @@ class KeyRelay:
     def __init__(self, settings: ServerSettings, store: Store, now: float) -> None:
         """Go on with the stored epoch, or begin the first; `now` is in the clock of all later calls."""
         self._store = store
-        patience, fewest = settings.gathering_seconds, max(settings.minimum_epoch_members, MINIMUM_MEMBERS)
+        patience, fewest = settings.gathering_seconds, settings.minimum_epoch_members
         self._rotation = settings.key_rotation_rounds
         stored = store.get_json(_KEY)
         if stored is None:

@@ -4,12 +4,13 @@ HTTP/2 limits streams per connection, and a peer may open many. So calls are cou
 certificate; whoever has none does not get past the handshake, whose time and number are limited instead.
 """
 
+import asyncio
 import inspect
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
 from cryptography import x509
@@ -25,10 +26,13 @@ from fedmosaic.server.settings import ServerSettings
 log = logging.getLogger(__name__)
 CALLS_PER_PEER: Final = 16
 """A client has one or two calls open; a restart leaves the old ones until the server notices."""
+MESSAGE_SECONDS: Final = 30.0
+"""How long the server waits for a request, or for the next message of an upload."""
 _FEWEST_CONNECTIONS: Final = 4096
 """So many who say nothing keep no member out; each is given up after its handshake's time."""
 _KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 Context = aio.ServicerContext[Any, Any]
+T = TypeVar("T")
 
 
 def channel_options(members: int, descriptors: int) -> tuple[tuple[str, int], ...]:
@@ -59,11 +63,34 @@ def malformed(message: str) -> Refusal:
     return Refusal(RefusalKind.INVALID, "MALFORMED", message, "")
 
 
+async def nothing_came(context: Context, call: str, who: str) -> NoReturn:
+    """End a call whose next message did not come in time, and give it one line in the log."""
+    log.warning("%s of %s: nothing came for %.0f s, so it is ended", call, who, MESSAGE_SECONDS)
+    await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {MESSAGE_SECONDS:.0f} s")
+    raise AssertionError("abort returns by raising")
+
+
+async def next_message(messages: AsyncIterator[T], *instead: "asyncio.Future[Any]") -> T | None:
+    """The next message of a call, None after the last; None too once one of `instead` is done.
+
+    A read that gRPC has begun is never cancelled, since it would forget to free what it reads into, some
+    hundred bytes each time; it ends with its call. TimeoutError if nothing comes for `MESSAGE_SECONDS`.
+    """
+    reading = asyncio.ensure_future(anext(messages, None))
+    reading.add_done_callback(lambda read: read.cancelled() or read.exception())
+    either = asyncio.FIRST_COMPLETED
+    done, _ = await asyncio.wait((reading, *instead), timeout=MESSAGE_SECONDS, return_when=either)
+    if not done:
+        raise TimeoutError
+    return reading.result() if reading in done else None
+
+
 class Gate(aio.ServerInterceptor):
     """Refuses a call of a peer that has `CALLS_PER_PEER` open, and bytes that are no message.
 
     Nothing of a call is read before it is admitted, since all are streams of requests here, if only of one:
-    so a peer takes the memory of as many messages as it may have calls, however many connections it has.
+    so a peer takes the memory of as many messages as it may have calls, however many connections it has. A
+    call whose request does not come is ended after `MESSAGE_SECONDS`.
     gRPC itself would read a single request first, answer bytes that are no message with UNKNOWN, and log a
     traceback for each.
     """
@@ -82,22 +109,28 @@ class Gate(aio.ServerInterceptor):
         if handler is None:
             return None
         kind = next(name for name in _KINDS if getattr(handler, name) is not None)
-        read = _read_stream if handler.request_streaming else _read_one
-        method = self._guarded(getattr(handler, kind), handler.request_deserializer, read)
+        parts = getattr(handler, kind), handler.request_deserializer
+        method = self._guarded(*parts, streamed=handler.request_streaming)
         streaming = f"stream_{kind.partition('_')[2]}"
         changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
         return handler._replace(**changes)
 
     def _guarded(
-        self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], read: Callable[..., Any]
+        self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], *, streamed: bool
     ) -> Callable[[Any, Context], Any]:
         async def admitted(request: Any, context: Context) -> Any:
             who = await self._admit(context)
+            messages = _parsed(request, parse)
             try:
-                return method(await read(request, parse), context)
+                first = None if streamed else await next_message(messages)
+                if not streamed and first is None:
+                    raise WireError("the call ended without a request")
+                return method(messages if streamed else first, context)
             except WireError as error:
                 self._audit.refused(who, "a call", "MALFORMED")
                 await refuse(context, "a call", who, malformed(str(error)))
+            except TimeoutError:
+                await nothing_came(context, "a call", who)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with aclosing(await admitted(request, context)) as messages:
@@ -136,25 +169,13 @@ class Gate(aio.ServerInterceptor):
         return peer
 
 
-async def _read_one(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+async def _parsed(contents: AsyncIterator[bytes], parse: Callable[[bytes], T]) -> AsyncIterator[T]:
     async for content in contents:
-        return _parsed(content, parse)
-    raise WireError("the call ended without a request")
-
-
-async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    async def messages() -> AsyncIterator[Any]:
-        async for content in contents:
-            yield _parsed(content, parse)
-
-    return messages()
-
-
-def _parsed(content: bytes, parse: Callable[[bytes], Any]) -> Any:
-    try:
-        return parse(content)
-    except DecodeError:
-        raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
+        try:
+            message = parse(content)
+        except DecodeError:
+            raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
+        yield message
 
 
 def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:

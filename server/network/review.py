@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Final
 
 from fedmosaic.protos import wire
 from fedmosaic.protos.messages import Phase
@@ -12,11 +11,8 @@ from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.protos.witnessing import Verdict
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.network.peers import Context
-from fedmosaic.server.network.service import FederationService, wait_seconds
+from fedmosaic.server.network.service import STATUS_SECONDS, FederationService, wait_seconds
 from fedmosaic.server.network.waiting import Changes
-
-_STATUS_SECONDS: Final = 2.0
-"""How often a waiting witness is told what the server waits for."""
 
 
 class WitnessService(rpc.WitnessServicer):
@@ -41,7 +37,7 @@ class WitnessService(rpc.WitnessServicer):
             left = deadline - time.monotonic()
             if status.phase is Phase.FINISHED or left <= 0.0 or self._changes.stopping:
                 return
-            await self._changes.until("round", lambda: witnessing.waiting, min(_STATUS_SECONDS, left))
+            await self._changes.until("round", lambda: witnessing.waiting, min(STATUS_SECONDS, left))
         parts = witnessing.parts()
         while True:
             part = await self._calls.guarded(context, "review", name, asyncio.to_thread(next, parts, None))

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 import grpc
@@ -21,22 +22,28 @@ from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
-from fedmosaic.server.network.peers import Context, identify, malformed, refuse
+from fedmosaic.server.network.peers import (
+    Context,
+    identify,
+    malformed,
+    next_message,
+    nothing_came,
+    refuse,
+)
 from fedmosaic.server.network.waiting import Changes
 from fedmosaic.server.storage.blobs import MissingBlobError
 from fedmosaic.server.uploads import Ticket
 
 log = logging.getLogger(__name__)
-_STATUS_SECONDS: Final = 2.0
+STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
 _SMALL_BYTES: Final = 1 << 16
 """Aggregates that are read and hashed in less time than a thread takes to begin."""
-_CHUNK_SECONDS: Final = 30.0
-"""How long the server waits for the next message of an upload."""
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
+_Requests = Callable[[], Awaitable[pb.PushRequest | None]]
 
 
 class FederationService(rpc.FederationServicer):
@@ -143,9 +150,10 @@ class FederationService(rpc.FederationServicer):
                 await self.guarded(context, "pull", client, arriving)
             download = await self.guarded(context, "pull", client, self._open(client, request.round))
             if download is not None:
-                for message in _download_messages(request, download):
-                    sent += message.ByteSize()
-                    yield message
+                with self._coordinator.traces.span("pull", request.round, client):
+                    for message in _download_messages(request, download):
+                        sent += message.ByteSize()
+                        yield message
                 break
             while not (opened() or self._changes.stopping) and time.monotonic() < deadline:
                 if self._coordinator.settings is not settings:
@@ -154,7 +162,7 @@ class FederationService(rpc.FederationServicer):
                 sent += waiting.ByteSize()
                 yield waiting
                 left = deadline - time.monotonic()
-                await self._changes.until("round", opened, min(_STATUS_SECONDS, left))
+                await self._changes.until("round", opened, min(STATUS_SECONDS, left))
             if not opened() and self._coordinator.settings is settings:
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
@@ -190,7 +198,7 @@ class FederationService(rpc.FederationServicer):
             earlier.set_result(None)
         try:
             async with self._locks.setdefault(client, asyncio.Lock()):
-                receiving = self._receive(client, _Reading(request_iterator, newest))
+                receiving = self._receive(client, partial(_next, request_iterator, newest))
                 receipt = await self.guarded(context, "push", client, receiving)
         except _SupersededError:
             await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
@@ -199,8 +207,8 @@ class FederationService(rpc.FederationServicer):
                 del self._pushing[client]
         return wire.encode(receipt, pb.PushResponse)
 
-    async def _receive(self, client: str, requests: "_Reading") -> Receipt:
-        first = await requests.next()
+    async def _receive(self, client: str, next_request: _Requests) -> Receipt:
+        first = await next_request()
         if first is None or not first.HasField("header"):
             raise WireError("an upload must begin with its header")
         header = await asyncio.to_thread(wire.decode_upload_header, first.header)
@@ -215,10 +223,11 @@ class FederationService(rpc.FederationServicer):
                 f"the upload is resumed at byte {offset}, {ticket.received} bytes are here",
                 "ask for the upload status and resume from there",
             )
-        received = first.ByteSize() + await self._append(ticket, offset, requests)
-        return await self._finish(client, header, ticket, received)
+        with self._coordinator.traces.span("push", header.round, client):
+            received = first.ByteSize() + await self._append(ticket, offset, next_request)
+            return await self._finish(client, header, ticket, received)
 
-    async def _append(self, ticket: Ticket, offset: int, requests: "_Reading") -> int:
+    async def _append(self, ticket: Ticket, offset: int, next_request: _Requests) -> int:
         """Append chunks until the announced size is reached; returns the bytes of their messages."""
         position, counted = offset, 0
         if ticket.size == 0:
@@ -227,7 +236,7 @@ class FederationService(rpc.FederationServicer):
             spool.truncate(offset)
             spool.seek(offset)
             while position < ticket.size:
-                message = await requests.next()
+                message = await next_request()
                 if message is None:
                     raise WireError(f"the upload ended after {position} of {ticket.size} bytes")
                 wire.check_chunk(message.chunk, position, ticket.size)
@@ -275,8 +284,7 @@ class FederationService(rpc.FederationServicer):
         except _SupersededError:
             raise
         except TimeoutError:
-            log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
+            await nothing_came(context, call, client)
         except (FedMosaicError, OSError) as error:
             log.error("%s of %s failed: %s", call, client, error)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has a fault of its own; try again")
@@ -289,30 +297,14 @@ class _SupersededError(Exception):
     """A newer push of the client has begun."""
 
 
-class _Reading:
-    """The messages of a push, until a newer one of the client begins.
-
-    A read that gRPC has begun is never cancelled, since it would forget to free what it reads into, some
-    hundred bytes each time; it ends with its call.
-    """
-
-    def __init__(self, requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]") -> None:
-        self._requests = requests
-        self._newer = newer
-
-    async def next(self) -> pb.PushRequest | None:
-        """The next message; None after the last, TimeoutError if none comes."""
-        if self._newer.done():
-            raise _SupersededError
-        reading = asyncio.ensure_future(anext(self._requests, None))
-        reading.add_done_callback(lambda read: read.cancelled() or read.exception())
-        either = asyncio.FIRST_COMPLETED
-        await asyncio.wait((reading, self._newer), timeout=_CHUNK_SECONDS, return_when=either)
-        if self._newer.done():
-            raise _SupersededError
-        if not reading.done():
-            raise TimeoutError
-        return reading.result()
+async def _next(
+    requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]"
+) -> pb.PushRequest | None:
+    """The next message of a push, None after the last, until a newer push of the client begins."""
+    message = None if newer.done() else await next_message(requests, newer)
+    if newer.done():
+        raise _SupersededError
+    return message
 
 
 def wait_seconds(milliseconds: int) -> float:

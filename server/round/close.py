@@ -19,6 +19,7 @@ from fedmosaic.server.round.weights import Plan, groups, plan
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import WHOLE, Blobs
 from fedmosaic.server.storage.store import Store, StoredAggregate, StoredUpload
+from fedmosaic.server.tracing import Traces
 
 log = logging.getLogger(__name__)
 _BATCH_BYTES = 1 << 28
@@ -67,12 +68,18 @@ class Closer:
     """Closes the rounds of one run, one at a time."""
 
     def __init__(
-        self, settings: ServerSettings, store: Store, blobs: Blobs, aggregator: Aggregator[Any]
+        self,
+        settings: ServerSettings,
+        store: Store,
+        blobs: Blobs,
+        aggregator: Aggregator[Any],
+        traces: Traces,
     ) -> None:
         self._settings = settings
         self._store = store
         self._blobs = blobs
         self._aggregator = aggregator
+        self._traces = traces
         self._planned: _Planned | None = None
 
     def close(self, round_number: int, recipients: Collection[str] | None = None) -> ClosedRound:
@@ -163,12 +170,13 @@ class Closer:
         def pieces() -> Iterator[memoryview]:
             end = 0
             for recipient, section, payload in self._sums(plans, payloads, round_number, epoch):
-                digests[recipient].update(payload)
                 sections[recipient].append(section)
                 sizes[recipient].append(len(payload))
                 starts[recipient].append(end)
                 end += len(payload)
-                yield payload
+                with self._traces.span("aggregate", round_number, recipient, section.name):
+                    digests[recipient].update(payload)
+                    yield payload
 
         self._blobs.write_pieces("aggregates", round_number + 1, WHOLE, pieces())
         return {
@@ -194,7 +202,8 @@ class Closer:
             count = max(1, _BATCH_BYTES // (2 * size))
             for start in range(0, len(recipients), count):
                 rows = {recipient: p.rows[recipient] for recipient in recipients[start : start + count]}
-                made = self._aggregator.aggregate(records, rows, context)
+                with self._traces.span("sum", round_number, section=name):
+                    made = self._aggregator.aggregate(records, rows, context)
                 for (recipient, row), payload in zip(rows.items(), made, strict=True):
                     yield recipient, AggregateSection(name, row, b""), payload
             for recipient, why in _told(p, round_number).items():

@@ -129,6 +129,8 @@ def test_a_run_goes_on_while_all_of_it_is_changed(
     for name, content in old_ben.items():
         assert (directory / "clients/ben" / name).read_bytes() != content
     assert "going on under roster 3" in caplog.text
+    kept = kits.open_kit(directory / "server/state").roster
+    assert (kept.serial, kept.hash) == (3, kits.open_kit(directory / "server").roster.hash)
     coordinator = fv.coordinator_of(directory)
     summary: Any = coordinator.summary()
     coordinator.close()

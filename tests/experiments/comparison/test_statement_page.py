@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from builders import DIGEST, charge
+from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT, coalition_rows
 from fedmosaic.experiments.comparison import report
-from fedmosaic.experiments.comparison.statement_page import explained
+from fedmosaic.experiments.comparison.statement_page import explained, roster_signed
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
+from fedmosaic.privacy.federation import kits
+from fedmosaic.privacy.federation.install import consortium_fingerprint
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.privacy.statement import plain
@@ -100,6 +103,7 @@ def test_the_page_of_an_encrypted_run_says_first_that_members_are_trusted(tmp_pa
     assert "group key" in text
     assert "fedmosaic attack" in text
     assert "chain of hashes whole, nothing was charged since" in text
+    assert "NOT CHECKED: no roster is here" in text
     assert "St. <b>" in text
     for outside in ("http://", "https://", "src=", "<script", "@import", "clipped"):
         assert outside not in text
@@ -138,6 +142,32 @@ def test_a_ledger_that_goes_on_or_is_gone_is_told(tmp_path: Path) -> None:
     assert "NOT CHECKED: LEDGER_BEHIND" in written(state)
     (state / "ledger.json").write_text("[]")
     assert "NOT CHECKED:" in written(state)
+
+
+def test_the_rosters_signature_is_checked_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = state_of(tmp_path, "encrypted")
+    kit = kits.open_kit(fv.make_federation(tmp_path / "f", fv.terms("mask", 2)) / "server")
+    kits.keep_signed(kit.directory, kit.roster, state)
+    own = plain.PrivacyStatement.model_validate_json((state / STATEMENT).read_text())
+    assert roster_signed(own, state)[1].startswith(f"NOT VALID: the roster in {state} is another")
+    own = own.model_copy(update={"roster_sha256": kit.roster.hash.hex()})
+    (state / STATEMENT).write_text(own.model_dump_json())
+    assert report.main([str(state)]) == 0
+    assert (
+        "The roster's signature: valid, checked just now: roster 1 of vectors is signed by the consortium "
+        f"with the fingerprint {consortium_fingerprint(kit.directory)}"
+    ) in " ".join(capsys.readouterr().out.split())
+    roster = (state / "roster.json").read_text()
+    for name, content, words in (
+        ("roster.json", roster.replace('"ada"', '"ida"'), "(serial 1) is not signed by the consortium key"),
+        ("roster.json", "[]", "roster.json"),
+        ("authority.pem", "", "authority.pem"),
+        ("consortium.pub", "00", "consortium.pub"),
+    ):
+        (state / name).write_text(content)
+        valid, told = roster_signed(own, state)
+        assert (valid, told.startswith("NOT VALID: "), words in told) == (False, True, True), told
+        kits.keep_signed(kit.directory, kit.roster, state)
 
 
 def test_what_epsilon_means_is_computed_at_the_statements_delta() -> None:

@@ -83,6 +83,11 @@ def test_adding_and_revoking_changes_the_roster_hash_and_serial(made: Path) -> N
 def test_too_few_members_for_the_policy_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match="name at least 4"):
         founding("a", "b", "c")
+    policy = {"minimum_contributors": 2, "squares_cap": 0.5}
+    with pytest.raises(ValueError, match="3 members agree on no group key, which 4 at least must hold"):
+        founding("a", "b", "c", policy=policy)
+    plain = {"adapter": {"protection": "dp"}, "encryption": {"backend": "plain"}, "allow_plaintext": True}
+    assert len(founding("a", "b", "c", policy=policy, schedule={"quorum": 3}, **plain).members) == 3
 
 
 def test_as_few_members_as_the_policy_needs_are_warned_of() -> None:

@@ -104,6 +104,24 @@ def test_a_call_is_admitted_before_anything_of_its_request_is_read(connections: 
         open_ended.put(b"")
 
 
+def test_a_call_whose_request_never_comes_is_ended_and_its_place_is_free_again(
+    connections: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "MESSAGE_SECONDS", 0.05)
+    channel, open_ended = connections("clinic-a"), queue.SimpleQueue[bytes]()
+    for name in ["RoundStatus"] * CALLS_PER_PEER + ["Push"]:
+        call = channel.stream_unary(f"/fedmosaic.v1.Federation/{name}").future(
+            iter(open_ended.get, b""), timeout=60
+        )
+        assert "nothing came for 0 s" in str(call.exception(timeout=30))
+        assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        open_ended.put(b"")
+    monkeypatch.setattr(peers, "MESSAGE_SECONDS", 30.0)
+    rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+    assert "a call of spiffe://fedmosaic/fed/client/clinic-a: nothing came" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 def test_connections_without_a_handshake_are_limited(
     federation: Any, authority: Any, tmp_path: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

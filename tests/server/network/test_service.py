@@ -27,8 +27,8 @@ from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.network import service
-from fedmosaic.server.network.service import _Reading, _SupersededError
+from fedmosaic.server.network import peers, service
+from fedmosaic.server.network.service import _next, _SupersededError
 from fedmosaic.server.network.serving import SERVICE
 
 
@@ -116,7 +116,7 @@ def test_a_run_of_five_clients(federation: Any, server: Any, connect: Any) -> No
 def test_a_waiting_client_is_told_for_whom_and_is_served_at_once(
     federation: Any, server: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "_STATUS_SECONDS", 600.0)  # only the opening of the round can wake it
+    monkeypatch.setattr(service, "STATUS_SECONDS", 600.0)  # only the opening of the round can wake it
     transports = {client: connect(server, client, wait_seconds=60.0) for client in federation.clients}
     run_id = run_id_of(federation, *transports.values())
     heard: list[str] = []
@@ -331,7 +331,7 @@ def test_a_second_push_replaces_one_that_hangs(
     large: Any, connect: Any, dial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The server would wait, and the second push with it.
-    monkeypatch.setattr(service, "_CHUNK_SECONDS", 600.0)
+    monkeypatch.setattr(peers, "MESSAGE_SECONDS", 600.0)
     federation, server = large
     transport = connect(server, "clinic-a")
     upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
@@ -363,7 +363,7 @@ def test_a_superseded_push_leaves_its_read_to_grpc_which_would_not_free_a_cancel
             yield pb.PushRequest()
 
         newer = asyncio.get_running_loop().create_future()
-        push = asyncio.ensure_future(_Reading(requests(), newer).next())
+        push = asyncio.ensure_future(_next(requests(), newer))
         await asyncio.sleep(0.01)
         newer.set_result(None)
         with pytest.raises(_SupersededError):
