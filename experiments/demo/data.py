@@ -100,7 +100,7 @@ class ClientData:
 
 @dataclass(frozen=True)
 class DemoData:
-    """The data of the demo, in a directory of the cache; public examples share no text with any client."""
+    """The data of the demo, in a directory of the cache; public examples share no text with a client."""
 
     directory: Path
     clients: tuple[ClientData, ...]
@@ -156,9 +156,8 @@ def _write(directory: Path, wheels: dict[Asset, Path], draw: int) -> None:
         drawn = (replace(text, group=f"{draw} {text.group}") for text in texts)
         shares = labelled.share(drawn, len(owner.clients))
         for (client, classes), items in zip(owner.clients.items(), shares, strict=True):
-            choices = owner.task.choices
-            divided = labelled.split(owner.task, items, COMMON_ROWS * len(choices), TEST_ROWS)
-            rows = {choice: COMMON_ROWS if choice in classes else RARE_ROWS for choice in choices}
+            rows = {c: COMMON_ROWS if c in classes else RARE_ROWS for c in owner.task.choices}
+            divided = labelled.split(owner.task, items, COMMON_ROWS * len(rows), TEST_ROWS)
             train = [[e for e in divided.train if e.answer == choice][:most] for choice, most in rows.items()]
             write_examples(directory / f"{client}.train.jsonl", list(chain(*train)))
             write_examples(directory / f"{client}.test.jsonl", divided.test)
@@ -203,13 +202,9 @@ def _describe(directory: Path) -> DemoData:
 
 def _recipe_digest(draw: int) -> str:
     """Names the data by all that decides what it holds."""
-    recipe = {
-        "recipe": RECIPE,
-        "draw": draw,
-        "rows": [COMMON_ROWS, RARE_ROWS, TEST_ROWS, PUBLIC_ROWS],
-        "assets": [asset.sha256 for asset in DATA_ASSETS],
-        "owners": [[owner.clients, asdict(owner.task)] for owner in _OWNERS],
-    }
+    rows = [COMMON_ROWS, RARE_ROWS, TEST_ROWS, PUBLIC_ROWS]
+    owners = [[owner.clients, asdict(owner.task)] for owner in _OWNERS]
+    recipe = [RECIPE, draw, rows, [asset.sha256 for asset in DATA_ASSETS], owners]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
