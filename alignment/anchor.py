@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 import torch
 
 from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side
-from fedmosaic.client.colora.basis import derive_seed, draw_orthonormal
+from fedmosaic.client.colora.linear import derive_seed, draw_orthonormal
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 AnchorBasis = Literal["random", "weights", "activations", "cotangents"]

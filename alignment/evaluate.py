@@ -54,7 +54,7 @@ from fedmosaic.client.colora import (
     set_trainable,
     write_shared,
 )
-from fedmosaic.client.colora.basis import draw_orthonormal
+from fedmosaic.client.colora.linear import draw_orthonormal
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.model.load import without_rename_notice

@@ -33,16 +33,20 @@ from torch import nn
 
 from benchmarks.timing import Step, Summary, in_own_process, paired, random_examples, table
 from fedmosaic.client.colora import CoLoraConfig, target_layers
-from fedmosaic.client.dp.branch import only_shared_branch
-from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, dimensions_of, example_gradient
+from fedmosaic.client.dp.engine import (
+    clip_and_sum,
+    core_parameters,
+    dimensions_of,
+    example_gradient,
+    only_shared_branch,
+)
 from fedmosaic.client.dp.training import noisy_sum, set_gradients
 from fedmosaic.client.model.examples import EncodedExample, collate
 from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.loss import example_losses, on_device_of
-from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
-from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.profile.release import clipped_profile
+from fedmosaic.client.profile.fit import BasisSettings, fit_mechanism
+from fedmosaic.client.profile.probe import clipped_profile, open_probe
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import Reduction, release

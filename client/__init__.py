@@ -2,17 +2,13 @@
 
     client                                    the one place where a client is put together
     preflight                                 what can be found out before enrolling
-    learner, profile, dp                      the model's side of a round
-    vision, model, colora                     models; they know no federation
-    session                                   a round, against a learner and a transport; it sees no model
-    membership                                enrolment, sampling, group key, a server that has lost something
-    statement, protection                     what is said afterwards; what stands before the wire
-    releases, keyring                         what may leave, and under which key
-    ledger, planning, records, witness        what is charged, planned, kept, and countersigned
-    transport, state, progress                gRPC, disk, a person
-    settings, assets                          no model is imported to read them
+    learner, profile, dp, vision, model, colora    the model's side; models know no federation
+    session, membership, protection, keyring  a round, against a learner and a transport; it sees no model
+    releases, ledger, records, state          what may leave, what is charged, what is kept
+    statement, result, progress               what is said, to whom
+    transport, witness, settings, assets      gRPC, another's eyes; no model is imported to read settings
 
-Each line imports lines below it only. Never imports `server`.
+Never imports `server`.
 """
 
 import os

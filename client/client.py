@@ -1,10 +1,9 @@
 """A client, put together: the one place where kit, keys, ledger, releases and session meet.
 
-    result = Client("client.toml").run()
     result = Client("client.toml", model=model, tokenizer=tokenizer, examples=rows, ledger="books").run()
 
-`Participant` is the part that does not care where its model, its data and its server come from; simulations,
-attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
+`Participant` does not care where its model, its data and its server come from; simulations, attacks and tests
+stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
 """
 
 import logging
@@ -19,36 +18,26 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client import statement as statements
 from fedmosaic.client.group_session import GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
+from fedmosaic.client.ledger import NO_LEDGER, AdapterPlan, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
-from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
-from fedmosaic.client.profile.maker import client_probe
-from fedmosaic.client.progress import LoggedProgress, Progress
+from fedmosaic.client.profile.probe import client_probe
+from fedmosaic.client.progress import LoggedProgress, Progress, Tracker
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
-from fedmosaic.client.result.file import ResultFile
+from fedmosaic.client.result.ending import ResultFile
 from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import (
-    HANDED_OVER,
-    STATEMENT,
-    for_handing_over,
-    person_words,
-    statement_inputs,
-    with_warning,
-)
-from fedmosaic.client.tracking import Tracker
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import Connect, Transport
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Connect, Traffic, Transport
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import Kit, keep_signed, open_kit
 from fedmosaic.privacy.files import write_atomically
@@ -72,16 +61,9 @@ class Participant:
     """A member's `session` in a federation, and what its statement is made from."""
 
     def __init__(
-        self,
-        kit: Kit,
-        transport: Transport,
-        learner: Learner,
-        state: ClientState,
-        ledger: Ledger,
-        plan: AdapterPlan,
-        releases: Releases,
-        progress: Progress,
-    ) -> None:
+        self, kit: Kit, transport: Transport, learner: Learner, state: ClientState, ledger: Ledger,
+        plan: AdapterPlan, releases: Releases, progress: Progress,
+    ) -> None:  # fmt: skip
         """Put the session together; nothing is sent yet. The caller closes the ledger."""
         roster, client_id = kit.roster, kit.member_id()
         identity = Identity.of(kit)
@@ -97,24 +79,18 @@ class Participant:
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
-        return statement_inputs(self.session.roster, self.state, self._ledger, self._plan)
+        return statements.statement_inputs(self.session.roster, self.state, self._ledger, self._plan)
 
 
 @dataclass(frozen=True)
 class ClientResult:
     """What a client has after the last round. All of it is for the client's own people.
 
-    Attributes:
-        before: share of right answers before the first round, in [0, 1], by test set; "self" is the own one.
-        after: the same after the last round; empty if no scores could be computed.
-        statement: who learns what about the client's data, at which ε.
-        traffic: bytes sent and received, by channel.
-        received_rounds: rounds that began with an aggregate of the others; 0 if this client trained alone.
-        adapter: folder of the trained adapter, which PEFT loads; None if none was trained.
-        state: the state directory, which `fedmosaic report`, `export`, `chat` and `predict` read.
-        comparison: base, alone and federated on the own test rows; None without such rows.
-        model: with the adapter, ready to generate; it stays in memory as long as this result does.
-        tokenizer: of the model.
+    `before` and `after` are shares of right answers, in [0, 1], by test set, "self" the own one, if they
+    could be computed; `statement` says who learns what about the data, at which ε; `traffic` is bytes by
+    channel. With `received_rounds` 0 this client trained alone. `adapter` is the folder that PEFT loads, if
+    one was trained, and `state` what `fedmosaic report`, `export`, `chat` and `predict` read. `comparison`
+    needs own test rows.
     """
 
     before: Mapping[str, float]
@@ -133,35 +109,23 @@ class Client:
     """One client of a federation."""
 
     def __init__(
-        self,
-        settings: ClientSettings | Path | str,
-        *,
-        model: Any = None,
-        tokenizer: Any = None,
-        examples: Iterable[Any] | None = None,
-        test: Iterable[Any] | None = None,
-        ledger: Path | str | None = None,
-        connect: Connect = open_channel,
-    ) -> None:
+        self, settings: ClientSettings | Path | str, *, model: Any = None, tokenizer: Any = None,
+        examples: Iterable[Any] | None = None, test: Iterable[Any] | None = None,
+        ledger: Path | str | None = None, connect: Connect = open_channel,
+    ) -> None:  # fmt: skip
         """Prepare; nothing is opened yet. What is handed over passes the same checks as what is in files.
 
-        Args:
-            settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
-                from the file's directory).
-            model: a loaded causal language model of transformers, instead of `[model] path`. `run` puts
-                adapter layers into this very model and freezes its weights, which stay as they are; it runs
-                on the device and in the type that it has. A model that carries adapters is refused.
-            tokenizer: of the model; it is copied.
-            examples: training examples instead of `data.train`: dictionaries with the columns of a file, or a
-                `datasets.Dataset`.
-            test: examples to score, instead of `data.test`.
-            ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
-                examples that are handed over.
-            connect: opens the channel to the server, for what carries calls another way than TCP.
+        `settings` may be a file (TOML or JSON), from whose directory its relative paths are taken. `model` is
+        a loaded causal language model of transformers instead of `[model] path`: `run` puts adapter layers
+        into this very model and freezes its weights, which stay as they are; it runs on the device and in the
+        type that it has, and one that carries adapters is refused. `tokenizer` is copied. `examples` and
+        `test`, instead of `data.train` and `data.test`, are dictionaries with the columns of a file, or a
+        `datasets.Dataset`; `ledger`, as `data.ledger`, is the directory of their privacy ledger, which must
+        be named for them. `connect` opens the channel to the server, for what carries calls another way than
+        TCP.
 
-        Raises:
-            ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
-                named and handed over.
+        ConfigurationError if the file cannot be read, a setting is wrong or missing, or something is both
+        named and handed over.
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)
@@ -169,9 +133,8 @@ class Client:
         if (model is None) != (tokenizer is None):
             raise ConfigurationError("hand over model and tokenizer together, or name both in [model] path")
         if ledger is not None:
-            settings = settings.model_copy(
-                update={"data": settings.data.model_copy(update={"ledger": Path(ledger)})}
-            )
+            data = settings.data.model_copy(update={"ledger": Path(ledger)})
+            settings = settings.model_copy(update={"data": data})
         self._given = Given(None if model is None else (model, tokenizer), examples, test, connect)
         self.settings = settings
         settings.check_complete(model=model is not None, train=examples is not None, test=test is not None)
@@ -179,11 +142,7 @@ class Client:
             raise ConfigurationError(NO_LEDGER.format("handed over in Python"))
 
     def run(self) -> ClientResult:
-        """Take part until the last round, from where an earlier process stopped.
-
-        Raises:
-            FedMosaicError: a check before the first round fails, or see `Session.run`.
-        """
+        """Take part to the last round, from where an earlier process stopped; errors as of `Session.run`."""
         settings, seed = self.settings, self.settings.unsafe_test_noise_seed
         if seed is not None:
             log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
@@ -195,9 +154,8 @@ class Client:
             if settings.threads:
                 torch.set_num_threads(settings.threads)
             traffic = Traffic(settings.state_dir / TRAFFIC)
-            checked = held.enter_context(
-                closing(Preflight(settings, progress, traffic=traffic, given=self._given))
-            )
+            preflight = Preflight(settings, progress, traffic=traffic, given=self._given)
+            checked = held.enter_context(closing(preflight))
             checked.require(log.warning)
             for line in checked.reading:
                 log.info("%s", line)
@@ -240,17 +198,10 @@ class Client:
         progress.stage(0, "done")
         newest, (model, tokenizer) = state.latest_adapter(), learner.trained
         return ClientResult(
-            before=result.scores("before"),
-            after=result.scores("after"),
-            statement=own,
-            traffic=traffic,
-            received_rounds=state.record.received_rounds,
-            adapter=newest[1] if newest else None,
-            state=state.directory,
-            comparison=comparison,
-            model=model,
-            tokenizer=tokenizer,
-        )
+            before=result.scores("before"), after=result.scores("after"), statement=own, traffic=traffic,
+            received_rounds=state.record.received_rounds, adapter=newest[1] if newest else None,
+            state=state.directory, comparison=comparison, model=model, tokenizer=tokenizer,
+        )  # fmt: skip
 
 
 def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> PrivacyStatement:
@@ -262,13 +213,13 @@ def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> Pr
     result.put("certificate_expires", checked.kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
-    own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
+    own = own if received else statements.with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
     if most > 1 and terms.unit == "example":
-        own = with_warning(own, person_words(facts, most))
+        own = statements.with_warning(own, statements.person_words(facts, most))
     keep_signed(checked.kit.directory, member.session.roster, state.directory)
-    write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
-    told = shareable(for_handing_over(facts, terms, checked.learner.example_count))
-    write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
+    write_atomically(state.directory / statements.STATEMENT, own.model_dump_json(indent=2).encode())
+    told = shareable(statements.for_handing_over(facts, terms, checked.learner.example_count))
+    write_atomically(state.directory / statements.HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
     result.put("traffic", transport.traffic().as_dict())
     if not received:

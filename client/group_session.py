@@ -1,34 +1,29 @@
 """A client's life where members share noisy sums of their groups, and no adapter.
 
-    pull      wait for the round; the groups and the sums of the rounds before
-    receive   check the groups, take the public steps that the sums stand for
+    receive   check the groups, take the public steps that the sums of the rounds before stand for
     share     clipped gradients of one Poisson sample and a share of the noise, charged before it is drawn
-    sum       into the group's secure sum
-    push      the task profile, and that this client has done its part
+    sum       into the group's secure sum; then push the task profile, and that this client has done its part
     train     the personal branch on top, after the last round
 
 The first round has no sum: its profiles decide who adds up with whom.
 """
 
 import logging
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.ledger import group_grid
 from fedmosaic.client.membership import Learner
-from fedmosaic.client.planning import group_grid
-from fedmosaic.client.progress import Progress
-from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
-from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.grpc import Transport
-from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
@@ -38,8 +33,49 @@ from fedmosaic.protos.errors import EncryptionError, StateError
 from fedmosaic.protos.messages import Enrolled, KeyMessage
 from fedmosaic.protos.refusal import Refusal
 
-log = logging.getLogger(__name__)
+FloatArray = npt.NDArray[np.float64]
+_BETA_1, _BETA_2, _TINY = 0.9, 0.95, 1e-8
 
+
+@dataclass(frozen=True)
+class GroupSum:
+    """One group's sum (D,) of a round in the unit of gradients, over the expected number of examples."""
+
+    vector: FloatArray
+    divisor: float
+
+
+def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> FloatArray | None:
+    """A recipient's mix (D,) of group means, Σ_r M_r y_r / n_r over groups with a sum; None without any."""
+    formed = [(total, weight) for total, weight in zip(sums, mixing, strict=True) if total and weight > 0.0]
+    whole = sum(weight for _, weight in formed)
+    if not formed:
+        return None
+    mixed = np.zeros_like(formed[0][0].vector)
+    for total, weight in formed:
+        mixed += (weight / whole / total.divisor) * total.vector
+    return mixed
+
+
+def shared_branch(
+    start: FloatArray, gradients: Sequence[FloatArray | None], learning_rate: float, planned_steps: int
+) -> FloatArray:
+    """The shared branch (D,) after the rounds so far, from public values; the rate falls linearly to 0."""
+    theta, first, second = start.astype(np.float64), np.zeros_like(start), np.zeros_like(start)
+    taken = 0
+    for number, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        taken += 1
+        first = _BETA_1 * first + (1.0 - _BETA_1) * gradient
+        second = _BETA_2 * second + (1.0 - _BETA_2) * gradient**2
+        mean = first / (1.0 - _BETA_1**taken)
+        scale = np.sqrt(second / (1.0 - _BETA_2**taken)) + _TINY
+        theta = theta - learning_rate * max(0.0, 1.0 - number / planned_steps) * mean / scale
+    return theta
+
+
+log = logging.getLogger(__name__)
 _PERSONAL: Final = "personal-trained"
 """Empty file of a state directory whose newest adapter has the personal branch of the run's end."""
 _SECONDS_PER_READ: Final = 60.0
@@ -53,15 +89,9 @@ def take_part(
 ) -> None:
     """Bring a vector into the group's sum; see `fedmosaic.privacy.secureaggregation.member`.
 
-    Args:
-        member: fresh, of this round's terms.
-        answered: sends this member's message of a step and gives what the step brought, once it is over.
-        draw: gives (D,) this round's share, charged and booked, or None to leave the sum; called once, when
-            enough others have proved to take part, so that a sum that never begins costs nothing.
-
-    Raises:
-        EncryptionError: somebody else's message is not acceptable, or a step took too long.
-        Refusal: the server forms no sum of this group, or goes on without this member.
+    `answered` sends our message of a step and gives what it brought. `draw` gives (D,) the share, charged and
+    booked, or None to leave, once, when enough others have proved to take part: a sum that never begins costs
+    nothing. EncryptionError for an unacceptable or late message; Refusal if there is no sum with us.
     """
     openings = answered("sum-open", member.open().encoded())
     sealed = member.share({name: Opening.decoded(data) for name, data in openings.items()})
@@ -91,23 +121,13 @@ class GroupLearner(Learner, Protocol):
 class GroupSession(Session):
     """One client in one run of group sums."""
 
-    def __init__(
-        self,
-        kit: Kit,
-        identity: Identity,
-        transport: Transport,
-        learner: Learner,
-        state: ClientState,
-        releases: Releases,
-        protection: Protection,
-        progress: Progress,
-    ) -> None:
-        super().__init__(kit, identity, transport, learner, state, releases, protection, progress)
-        self._group_learner = cast(GroupLearner, learner)
-        self._terms = kit.roster.terms
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._group_learner = cast(GroupLearner, self._learner)
+        self._terms = self.roster.terms
         self._chain = NO_ROUND
         self._gradients: list[FloatArray | None] = []
-        self._start = learner.sections()["shared"].astype(np.float64)
+        self._start = self._learner.sections()["shared"].astype(np.float64)
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
         upload = read_upload(self._state.upload_path(round_number))
@@ -121,14 +141,9 @@ class GroupSession(Session):
         if aggregate.round > 1:
             self._receive_sums(aggregate.round)
             self._share(enrolled.run_id, aggregate.round)
-        upload = self._protection.seal(
-            enrolled.run_id,
-            aggregate.round,
-            aggregate.upload_key_epoch,
-            {},
-            self._releases.profile(aggregate.round),
-            self._releases.anchor.claim(),
-        )
+        profile, claim = self._releases.profile(aggregate.round), self._releases.anchor.claim()
+        number, epoch = aggregate.round, aggregate.upload_key_epoch
+        upload = self._protection.seal(enrolled.run_id, number, epoch, {}, profile, claim)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
 
@@ -139,7 +154,10 @@ class GroupSession(Session):
         self._pull(enrolled.rounds + 1)
         self._receive_sums(enrolled.rounds + 1)
         self._group_learner.train_personal(enrolled.rounds)
-        self._state.replace_adapter(enrolled.rounds, self._learner.save)
+        # A crash in between leaves no adapter of the round, to be made anew.
+        if (place := self._state.adapter_path(enrolled.rounds)).exists():
+            shutil.rmtree(place)
+        self._state.save_adapter(enrolled.rounds, self._learner.save)
         write_atomically(done, b"")
 
     def _receive_sums(self, round_number: int) -> None:
@@ -164,13 +182,9 @@ class GroupSession(Session):
     @cached_property
     def _groups(self) -> Partition:
         """Who adds up with whom in all rounds, checked against the terms."""
-        partition, sums = Partition.decoded(self._read(1, "sum-partition").get("server", b"")), self._terms
-        partition.check(
-            self._identity.client_id,
-            [member.id for member in self.roster.members],
-            sums.group_sums.minimum_contributors,
-            sums.group_sums.groups,
-        )
+        partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
+        members, sums = [member.id for member in self.roster.members], self._terms.group_sums
+        partition.check(self._identity.client_id, members, sums.minimum_contributors, sums.groups)
         return partition
 
     def _sums_of(self, totals: RoundTotals, partition: Partition) -> list[GroupSum | None]:
@@ -194,9 +208,7 @@ class GroupSession(Session):
             return
         partition = self._groups
         index = partition.group_of(self._identity.client_id)
-        group = partition.groups[index]
-
-        terms = self._terms
+        group, terms = partition.groups[index], self._terms
         context = sum_context(
             self.roster.federation, run_id, round_number, self.roster.hash, partition, self._chain
         )

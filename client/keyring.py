@@ -20,12 +20,7 @@ from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import private_directory, sync_directory, write_atomically
-from fedmosaic.privacy.groupkey.agreement import (
-    MINIMUM_MEMBERS,
-    KeyAgreement,
-    check_confirmations,
-    plan_epoch,
-)
+from fedmosaic.privacy.groupkey import agreement as agreements
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.groupkey.messages import Epoch
 from fedmosaic.privacy.groupkey.nonces import NonceCounter, rotation_reason
@@ -34,10 +29,10 @@ from fedmosaic.protos.messages import KeyMessage
 from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
-
 _POLL_SECONDS = 20.0
 _KEPT_EPOCHS = 2
 _UNCONFIRMED = "epoch-unconfirmed.json"
+Messages = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -50,30 +45,23 @@ class _Agreed:
 
     def content(self) -> dict[str, object]:
         """As it is stored."""
-        return {
-            "first_round": self.first_round,
-            "roster_hash": self.roster_hash.hex(),
-            "key": self.key.dump().decode(),
-        }
+        digest, key = self.roster_hash.hex(), self.key.dump().decode()
+        return {"first_round": self.first_round, "roster_hash": digest, "key": key}
 
 
 class Keyring:
-    """Agrees on one key per epoch and remembers the two newest.
+    """Agrees on one key per epoch and remembers the two newest, on this client's disk (mode 0600).
 
-    Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch: a key
-    is there before this client confirms that it holds it, and is used once all members have confirmed. A
-    key older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
-    could read is not needed any more.
+    So a restarted process can go on in its epoch: a key is there before this client confirms that it holds
+    it, and is used once all members have confirmed. Older ones are deleted, and all at the end of the run
+    (`forget`).
     """
 
     def __init__(
         self, client_id: str, key: Ed25519PrivateKey, roster: Roster, transport: Transport, directory: Path
     ) -> None:
-        self._client_id = client_id
-        self._signing_key = key
-        self._roster = roster
-        self._transport = transport
-        self._directory = directory
+        self._client_id, self._signing_key, self._roster = client_id, key, roster
+        self._transport, self._directory = transport, directory
         private_directory(directory)
         self.counter = NonceCounter(directory / "counter.json", roster.federation)
         self._keys: dict[int, _Agreed] = {}
@@ -88,12 +76,7 @@ class Keyring:
         return self._agreed(epoch).key
 
     def encryption_key(self, epoch: int, round_number: int) -> GroupKey:
-        """The key of an epoch that the server announced, to encrypt the upload of a round.
-
-        Raises:
-            KeyExpiredError: the roster's terms ask for a new key first, whatever the server says.
-            KeyAgreementError: there is no such key here.
-        """
+        """The key to encrypt a round's upload; KeyExpiredError by the terms, whatever the server says."""
         agreed = self._agreed(epoch)
         if (reason := self._expired(agreed, round_number)) is not None:
             raise KeyExpiredError(
@@ -107,11 +90,7 @@ class Keyring:
         self._retired = max(self._retired, epoch)
 
     def forget(self) -> None:
-        """Delete every key, also half-written ones. The counter stays: no epoch is ever opened again.
-
-        Right once the last round's upload is acknowledged: the aggregate of the round before was opened
-        before that upload was made, and of the last round none is made. Doing it again does nothing.
-        """
+        """Delete every key, right once the last upload is acknowledged; the counter stays."""
         self._keys.clear()
         kept = list(self._directory.glob("epoch-*"))
         for path in kept:
@@ -144,15 +123,7 @@ class Keyring:
         return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
-        """Agree on the key of an epoch with the other members, or return it if that was done.
-
-        The epoch's rounds are counted from `round_number`, the open one.
-
-        Raises:
-            KeyExpiredError: the epoch is over by the roster's terms.
-            KeyAgreementError: a member is missing, added, swapped or cheats; the next epoch may succeed.
-            RefusedError: the server refuses, for example because the epoch was replaced.
-        """
+        """Agree, or return what was agreed; KeyAgreementError if a member is missing, added or cheats."""
         if self.has(epoch):
             if epoch <= self._retired or epoch != self.counter.epoch:
                 # The server, or the counter on this disk, has forgotten something of the agreement.
@@ -171,11 +142,10 @@ class Keyring:
             raise self._without_key(epoch, str(error)) from None
         self._post(epoch, "join", "", b"here")
         patience = self._roster.terms.schedule.gathering_seconds + _POLL_SECONDS
-        members = self._read(epoch, "join", MINIMUM_MEMBERS, patience, lambda m: len(m) >= MINIMUM_MEMBERS)
+        least = agreements.MINIMUM_MEMBERS
+        members = self._read(epoch, "join", least, patience, lambda m: len(m) >= least)
         if self._client_id not in members:
-            raise KeyAgreementError(
-                f"the server left this client out of key epoch {epoch}: {sorted(members)}"
-            )
+            raise KeyAgreementError(f"the server left us out of key epoch {epoch}: {sorted(members)}")
         if absent := sorted(set(self._roster.identity_keys()) - set(members)):
             # A server can leave members out, but not without every other member's log saying so.
             log.warning("key epoch %d has no %s, who are on the roster", epoch, ", ".join(absent))
@@ -201,11 +171,11 @@ class Keyring:
     def _plan(self, epoch: int, members: Collection[str]) -> Epoch:
         roster = self._roster
         keys, digest = roster.identity_keys(), roster.terms.encryption.digest()
-        return plan_epoch(roster.federation, epoch, members, keys, roster.hash, digest)
+        return agreements.plan_epoch(roster.federation, epoch, members, keys, roster.hash, digest)
 
     def _run(self, epoch: int, members: Collection[str]) -> tuple[GroupKey, bytes]:
         parameters = self._roster.terms.encryption
-        agreement = KeyAgreement(
+        agreement = agreements.KeyAgreement(
             self._signing_key, self._client_id, self._plan(epoch, members),
             lambda: generate_group_secret(parameters), group_secret_bytes(parameters),
         )  # fmt: skip
@@ -230,7 +200,7 @@ class Keyring:
         if missing := sorted(set(key.members) - set(received)):
             raise KeyAgreementError(f"confirmations of members are missing: {', '.join(missing)}")
         try:
-            check_confirmations(self._plan(key.epoch, key.members), key, received)
+            agreements.check_confirmations(self._plan(key.epoch, key.members), key, received)
         except KeyAgreementError:
             (self._directory / _UNCONFIRMED).unlink(missing_ok=True)
             raise
@@ -255,17 +225,12 @@ class Keyring:
     def _patience(self) -> float:
         return self._roster.terms.schedule.key_patience_seconds
 
-    def _all(self, epoch: int, stage: str, members: Collection[str]) -> dict[str, bytes]:
+    def _all(self, epoch: int, stage: str, members: Collection[str]) -> Messages:
         return self._read(epoch, stage, len(members), self._patience, lambda m: set(members) <= set(m))
 
     def _read(
-        self,
-        epoch: int,
-        stage: str,
-        expected: int,
-        seconds: float,
-        enough: Callable[[dict[str, bytes]], bool],
-    ) -> dict[str, bytes]:
+        self, epoch: int, stage: str, expected: int, seconds: float, enough: Callable[[Messages], bool]
+    ) -> Messages:
         deadline = time.monotonic() + seconds
         while True:
             left = deadline - time.monotonic()
@@ -299,9 +264,8 @@ class Keyring:
         try:
             agreed, _ = self._read_key(path)
         except FileNotFoundError:
-            raise KeyAgreementError(
-                f"this client was not part of key epoch {epoch} and cannot read its uploads"
-            ) from None
+            words = f"this client was not part of key epoch {epoch} and cannot read its uploads"
+            raise KeyAgreementError(words) from None
         if agreed.key.epoch != epoch:
             raise KeyAgreementError(f"{path} holds the key of epoch {agreed.key.epoch}")
         self._keys[epoch] = agreed
@@ -314,9 +278,8 @@ class Keyring:
             key = GroupKey.load(stored["key"].encode())
             agreed = _Agreed(key, int(stored["first_round"]), bytes.fromhex(stored["roster_hash"]))
         except (StateError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise KeyAgreementError(
-                f"{path} is damaged ({type(error).__name__}): its key is lost, the next epoch has another"
-            ) from None
+            words = f"{path} is damaged ({type(error).__name__}): its key is lost, the next epoch has another"
+            raise KeyAgreementError(words) from None
         if key.federation != self._roster.federation:
             raise KeyAgreementError(f"{path} holds a key of federation {key.federation!r}")
         return agreed, stored

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import copy_branch, read_family, set_active_branches, set_trainable, write_family
-from fedmosaic.client.colora.aligned import read_embedded, write_embedded
+from fedmosaic.client.colora.vectors import read_embedded, write_embedded
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
-from fedmosaic.client.dp import round as private_round
+from fedmosaic.client.dp import training as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
@@ -43,32 +43,18 @@ class ModelLearner:
     """One client's model with its adapter, and its examples."""
 
     def __init__(
-        self,
-        settings: ClientSettings,
-        terms: Terms,
-        family: str,
-        progress: Progress,
-        *,
-        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
-        base: LoadedModel | None = None,
+        self, settings: ClientSettings, terms: Terms, family: str, progress: Progress, *,
+        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None, base: LoadedModel | None = None,
         data: ClientData | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Load model and data and put a fresh adapter on.
 
-        `loaded` is an adapted model, as `load_adapted` gives it, where several clients of one process take
-        turns on one; `base` an accepted base model instead of what the settings name; `data` the examples, if
-        they were read.
-
-        Raises:
-            ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
-                cannot be trained as the terms want it.
-            PrivacyError: a tensor that sees private data would take part in private training.
-            ConfigurationError: the examples cannot be read, or are to be longer than the model's positions.
+        `loaded` is a model of `load_adapted` where several clients take turns on one, `base` an accepted
+        model instead of the settings', `data` the examples, if they were read. ModelError if the model cannot
+        be adapted, has no row for a token, or cannot be trained as the terms want it; PrivacyError if a
+        tensor that sees private data would take part; ConfigurationError for unreadable or too long examples.
         """
-        self._settings = settings
-        self._terms = terms
-        self._family = family
-        self._progress = progress
+        self._settings, self._terms, self._family, self._progress = settings, terms, family, progress
         # Told the loss of every step of a round. It is private: for the client's own people alone.
         self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
         self._data = data or read_sets(settings.data)
@@ -155,8 +141,8 @@ class ModelLearner:
         if private:
             self._blend_received()
             private_round.train_shared(
-                self._model, self._encoded, self._terms.adapter_privacy, self._settings.training,
-                releases=releases, round_number=round_number, progress=self._progress,
+                self._model, self._encoded, self._terms, self._settings.training, releases, round_number,
+                self._progress,
             )  # fmt: skip
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
@@ -178,10 +164,10 @@ class ModelLearner:
         copy_branch(self._model, "global", "local", layers="shared")
 
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
-        """See `fedmosaic.client.dp.round.group_share`."""
+        """See `fedmosaic.client.dp.training.group_share`."""
         return private_round.group_share(
-            self._model, self._encoded, self._terms, self._settings.training, members=members,
-            releases=releases, round_number=round_number, progress=self._progress,
+            self._model, self._encoded, self._terms, self._settings.training, releases, round_number,
+            self._progress, members,
         )  # fmt: skip
 
     def train_personal(self, round_number: int) -> None:
@@ -229,7 +215,12 @@ class ModelLearner:
                     "%d of %d steps are left",
                     round_number, error, steps - done, steps,
                 )  # fmt: skip
-                self._go_back(before)
+                with torch.no_grad():
+                    for name, parameter in self._model.named_parameters():
+                        if name in before:
+                            parameter.copy_(before[name])
+                for section in self.sections():
+                    self.keep_own(section)
                 give_up()
 
     def _blend_received(self) -> None:
@@ -237,14 +228,6 @@ class ModelLearner:
         if share := self._settings.training.blend_received:
             for section in sorted(self._received):
                 copy_branch(self._model, "global", "local", share=share, layers=section)
-
-    @torch.no_grad()
-    def _go_back(self, before: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._model.named_parameters():
-            if name in before:
-                parameter.copy_(before[name])
-        for section in self.sections():
-            self.keep_own(section)
 
     def evaluate(self) -> dict[str, Score]:
         """Score the client's own test set ("self") and the others', by name. Stays local."""
@@ -256,7 +239,8 @@ class ModelLearner:
         return scores
 
     def _score(self, name: str, examples: Sequence[Example]) -> Score:
-        limit = self._settings.data.scored(name) or len(examples)
+        data = self._settings.data
+        limit = (data.evaluation_examples if name == "self" else data.others_examples) or len(examples)
         return score_examples(
             self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
             max_length=self._settings.training.max_length,
@@ -266,14 +250,10 @@ class ModelLearner:
         """Train a second adapter without anything received, score it on the own test rows, and forget it.
 
         Each round does what a round does when no aggregate came. Under DP the shared branch is left out:
-        whoever is alone shares nothing and needs no noise, so the personal parts have all the steps.
-
-        Its training reads private data without noise, and no ledger is charged. That is no release: it begins
-        when the last upload and the statement have been sent, its tensors are dropped here, and its score
-        stays in the state directory, for the client's own people. Whoever hands that score on releases it.
-
-        Returns:
-            The score; None if there are no own test rows, or training fails.
+        whoever is alone shares nothing and needs no noise. Its training reads private data without noise, and
+        no ledger is charged. That is no release: it begins when the last upload and the statement have been
+        sent, its tensors are dropped here, and its score stays in the state directory. Whoever hands that
+        score on releases it. None without own test rows, or if training fails.
         """
         test = self._data.tests.get("self")
         if test is None:

@@ -1,14 +1,10 @@
-"""The privacy ledger of a client's data: where it stands, how it is opened, and `fedmosaic ledger`.
+"""The privacy ledger of a client's data and what is planned to be charged; `fedmosaic ledger`.
 
-    DATA.jsonl                     the client's training examples (`data.train`)
-    DATA.jsonl.ledger/             or the directory that `data.ledger` names, as it must for data that are no
-                                   file or folder here: of a hub, or handed over in Python
-        ledger.sqlite              every release from these data, by any run, client and federation
-        ledger.sqlite.head         the last row that was written
-        profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
-    STATE/ledger.json              which ledger a state directory charges, and its last row as seen there
-
-Every run on the data opens the same ledger, also two at once.
+It stands in DATA.jsonl.ledger/ beside the training examples, or in the directory that `data.ledger` names, as
+it must for data that are no file or folder here: `ledger.sqlite` with every release from these data, by any
+run, client and federation, `ledger.sqlite.head`, its last row, and `profile-<data>-<map>.npy`, a noised
+profile, sent again free of charge. STATE/ledger.json tells which ledger a state charges, and its last row as
+seen there. Every run on the data opens the same ledger, also two at once.
 """
 
 import json
@@ -22,19 +18,62 @@ import tyro
 
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
+from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.federation.terms_checks import plan_inputs
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
 from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
+from fedmosaic.privacy.mechanism.shares import ShareGrid, plan_grid
 from fedmosaic.privacy.statement.rounding import round_up
-from fedmosaic.protos.errors import ConfigurationError, LedgerError
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """σ, noise over clipping norm, 0 without privacy; and the rate q, expected batch size over examples."""
+
+    noise_multiplier: float
+    sampling_rate: float
+
+
+def sampling_rate(terms: Terms, examples: float) -> float:
+    """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
+    return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
+
+
+def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
+    """σ for all rounds of n examples, within what the profile leaves of (ε, δ); AccountingError if none."""
+    if not terms.adapter.private:
+        return AdapterPlan(0.0, sampling_rate(terms, examples))
+    if not terms.adapter.in_group_sums:
+        settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+        return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
+    sums = terms.group_sums
+    if sums.noise_multiplier is None:
+        raise AccountingError("the roster does not say the noise of its sums; found the federation again")
+    if examples < sums.least_examples:
+        raise AccountingError(
+            f"{examples:.0f} examples are fewer than the {sums.least_examples} that a member needs for the "
+            "noise which all have agreed on (group_sums.least_examples); add examples or leave"
+        )
+    return AdapterPlan(sums.noise_multiplier, sampling_rate(terms, examples))
+
+
+def group_grid(terms: Terms, members: int) -> ShareGrid:
+    """The integers of a group's sum, a function of the signed terms and the group's size alone."""
+    sums = terms.group_sums
+    noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
+    return plan_grid(members, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
+
 
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
@@ -52,8 +91,8 @@ NO_LEDGER: Final = (
 class ServerAnchor:
     """What the server keeps of this client's ledger, so that one put back from an older copy is noticed.
 
-    The server hands back what it has kept, and the client looks for it in its own ledger: a client is honest
-    about its budget, but may have lost some of it. A server that lies can only make a client refuse.
+    The client looks for it in its own ledger: it is honest about its budget, but may have lost some of it. A
+    server that lies can only make a client refuse.
     """
 
     def __init__(self, ledger: Ledger, record: SessionRecord) -> None:
@@ -96,11 +135,7 @@ def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow
 
 @dataclass(frozen=True)
 class DataLedger:
-    """The one ledger of a data set, as one client of one federation sees it.
-
-    `place` is its directory, `named` tells whether `data.ledger` names it; `state` and `record` are the
-    client's.
-    """
+    """A data set's one ledger, in `place`, `named` by `data.ledger` or beside it, as one client sees it."""
 
     place: Path
     named: bool
@@ -109,11 +144,7 @@ class DataLedger:
 
     @classmethod
     def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data, or where the configuration says.
-
-        ConfigurationError if nothing here is beside the data; LedgerError if one in the state directory has
-        to be moved first.
-        """
+        """The ledger beside the data or as configured; LedgerError if one in the state is to be moved."""
         train, named = settings.train, settings.ledger
         if named is not None:
             place = named.resolve()
@@ -132,10 +163,7 @@ class DataLedger:
         return cls(place, named is not None, state, record)
 
     def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
-        """Open the ledger of n units with a budget ε, or make the first of data with no release.
-
-        LedgerError if it cannot be used, is behind what this state has seen, or a fresh one would forget.
-        """
+        """Open the ledger of n units; LedgerError if it is behind, or a fresh one would forget."""
         path = self.place / LEDGER
         seen = self._seen()
         if not has_begun(path):
@@ -167,11 +195,10 @@ class DataLedger:
         return keeper(self.record.federation, self.record.client)
 
     def _seen(self) -> tuple[str, bytes] | None:
-        def read(content: dict[str, str]) -> tuple[str, bytes]:
-            return str(content["ledger"]), bytes.fromhex(content["anchor"])
-
         remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
-        return read_own(self.state / SEEN, read, remedy)
+        return read_own(
+            self.state / SEEN, lambda kept: (str(kept["ledger"]), bytes.fromhex(kept["anchor"])), remedy
+        )
 
     def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
         if seen is not None or self.record.run_id:
@@ -202,9 +229,8 @@ def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
 def ledger_parameters(path: Path, client: str, terms: Terms, units: int, target: float) -> LedgerParameters:
     """What a client's ledger of n units is opened with: the δ of `ledger_delta`, and a budget ε."""
     delta = ledger_delta(path, units, terms.adapter_privacy.largest_delta)
-    return LedgerParameters(
-        client, delta, target, budgeted_channels=budgeted_channels(terms), unit=terms.unit
-    )
+    channels = budgeted_channels(terms)
+    return LedgerParameters(client, delta, target, budgeted_channels=channels, unit=terms.unit)
 
 
 def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float) -> Ledger:
@@ -215,10 +241,7 @@ def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
-    """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
-
-    LedgerError if its δ is above 1/n or above the bound, or it is damaged.
-    """
+    """δ of the ledger, or of a new one of n examples; LedgerError if above 1/n or `largest`."""
     if not has_begun(path):
         return default_delta(examples, largest)
     delta = parameters_of(read_ledger(path)).delta
@@ -266,12 +289,8 @@ Command = Annotated[Move, tyro.conf.subcommand("move")] | Annotated[Backup, tyro
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic ledger` with its arguments."""
-    command: Move | Backup = tyro.cli(
-        Command,
-        args=list(arguments),
-        prog="fedmosaic ledger",
-        description="Move or back up the privacy ledger of a data set.",
-    )
+    words = "Move or back up the privacy ledger of a data set."
+    command: Move | Backup = tyro.cli(Command, args=[*arguments], prog="fedmosaic ledger", description=words)
     match command:
         case Move(old, new):
             carried = move(old, new)

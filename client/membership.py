@@ -1,6 +1,6 @@
 """A client's standing with the server: enrolment, sampling, the group key, and a server behind what it said.
 
-A server may be put back to an older copy of its state: it then asks for uploads again that it has
+A server may be put back to an older copy of its state: it then asks again for uploads that it has
 acknowledged, keeps an older head of the privacy ledger, or knows a key epoch no more. None of that makes a
 client release or charge anything anew: the stored bytes are sent again, or sealed again under another key.
 """
@@ -8,8 +8,9 @@ client release or charge anything anew: the stored bytes are sent again, or seal
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -37,15 +38,10 @@ from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.signing import ledger_digest
 
 log = logging.getLogger(__name__)
-
-KEY_REASONS: Final = frozenset(
-    {"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"}
-)
+KEY_REASONS: Final = {"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"}
 """Reasons of refusals that the next key epoch may cure."""
-
-ROSTER_REASONS: Final = frozenset({"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CERTIFICATE"})
+ROSTER_REASONS: Final = {"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CERTIFICATE"}
 """Reasons of refusals, in the middle of a run, that the newest roster may cure, here or at the server."""
-
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
 _SECONDS_BETWEEN_EPOCHS: Final = 2.0
 _SENT_AGAIN: Final = 3
@@ -87,37 +83,11 @@ class Learner(Protocol):
 
 
 def ask_to_enrol(
-    transport: Transport,
-    roster: Roster,
-    adapter_spec_hash: bytes,
-    family: str,
-    *,
-    check_only: bool = False,
-    ledger_head: bytes = b"",
-    ledger_signature: bytes = b"",
+    transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, **asked: Any
 ) -> Enrolled:
-    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
-
-    The ledger's head, for the server to keep, is signed over `fedmosaic.protos.signing.ledger_digest`.
-
-    Raises:
-        RefusedError: the server refuses this client; the reason and the remedy are in the message.
-        PolicyError: the server wants another number of rounds than the roster's terms.
-        TransportError: the server cannot be reached for longer than the transport's patience.
-    """
-    enrolled = transport.enrol(
-        Enrolment(
-            protocol_version=PROTOCOL_VERSION,
-            federation=roster.federation,
-            roster_hash=roster.hash,
-            adapter_spec_hash=adapter_spec_hash,
-            family=family,
-            software=f"fedmosaic {__version__}",
-            check_only=check_only,
-            ledger_head=ledger_head,
-            ledger_signature=ledger_signature,
-        )
-    )
+    """Compare what both sides believe, and enrol unless `check_only`; PolicyError for other rounds."""
+    about = PROTOCOL_VERSION, roster.federation, roster.hash, adapter_spec_hash, family
+    enrolled = transport.enrol(Enrolment(*about, f"fedmosaic {__version__}", **asked))
     agreed = roster.terms.schedule.rounds
     if enrolled.rounds != agreed:
         raise PolicyError(
@@ -135,63 +105,45 @@ class SealAnewError(Exception):
         self.round = upload.round
 
 
+@dataclass(eq=False)
 class Membership:
     """A member's standing with the server; `roster` is the newest that was taken up."""
 
-    def __init__(
-        self,
-        kit: Kit,
-        identity: Identity,
-        transport: Transport,
-        learner: Learner,
-        state: ClientState,
-        releases: Releases,
-        protection: Protection,
-        progress: Progress,
-    ) -> None:
-        self._kit = kit.directory
-        self._identity = identity
-        self.roster = kit.roster
-        self._transport = transport
-        self._learner = learner
-        self._state = state
-        self._releases = releases
-        self._protection = protection
-        self._progress = progress
+    _kit: Kit
+    _identity: Identity
+    _transport: Transport
+    _learner: Learner
+    _state: ClientState
+    _releases: Releases
+    _protection: Protection
+    _progress: Progress
+
+    def __post_init__(self) -> None:
+        self.roster = self._kit.roster
         self._sent_again: list[int] = []
         self._noted_key_epoch = 0
 
     def _enrol(self) -> Enrolled:
         """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
-        head = self._releases.anchor.head()
-        signed = ledger_digest(
-            federation=self.roster.federation, client_id=self._identity.client_id, head=head
-        )
+        head, me, learner = self._releases.anchor.head(), self._identity, self._learner
+        signed = ledger_digest(federation=self.roster.federation, client_id=me.client_id, head=head)
         enrolled = ask_to_enrol(
-            self._transport,
-            self.roster,
-            self._learner.adapter_spec_hash,
-            self._learner.family,
-            ledger_head=head,
-            ledger_signature=self._identity.signing_key.sign(signed),
-        )
+            self._transport, self.roster, learner.adapter_spec_hash, learner.family, ledger_head=head,
+            ledger_signature=me.signing_key.sign(signed),
+        )  # fmt: skip
         self._releases.anchor.check(enrolled.ledger_head)
         where = {"run": enrolled.run_id, "round": enrolled.round}
-        self._state.audit.add("enrolled", client=self._identity.client_id, **where)
+        self._state.audit.add("enrolled", client=me.client_id, **where)
         return enrolled
 
     def _renewed(self, refusal: Refusal) -> Enrolled:
-        """Wait until kit and server have the same roster again, take it up, and enrol under it.
-
-        RefusedError if they had not, for as long as a round lasts; IdentityError if the new roster cannot
-        follow on the present one, or does not name this client.
-        """
+        """Wait, for a round's time at most, until kit and server have one roster; enrol under it."""
         patience = self.roster.terms.schedule.round_deadline_seconds
         deadline = time.monotonic() + patience
         log.warning("%s; waiting for it, %.0f s at most", refusal, patience)
         while True:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            kit = open_kit(self._kit)
+            kit = open_kit(self._kit.directory)
             if kit.roster.hash != self.roster.hash:
                 identity = Identity.of(kit)
                 self._state.follow_roster(kit.roster)
@@ -228,10 +180,7 @@ class Membership:
         return aggregate
 
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
-        """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
-
-        KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
-        """
+        """Agree on the group key of this round; KeyExpiredError if the terms have ended the one in use."""
         patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
         told = ""
         while aggregate.round <= rounds:
@@ -264,11 +213,7 @@ class Membership:
         return again
 
     def _waiting(self, status: RoundStatus) -> None:
-        """Told now and then what the server waits for: sees whether it is still the server we know.
-
-        StateError if it is an older copy, or one with another past; SealAnewError if it has lost an upload,
-        and the key epoch of its bytes as well.
-        """
+        """Told what is waited for; StateError if the server is an older copy, SealAnewError without key."""
         self._progress.waiting(status)
         if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
             # It may have waited in a buffer since before another answer, so it alone proves nothing.
@@ -303,14 +248,7 @@ class Membership:
                 raise self._retired(upload) from None
 
     def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
-        """What can still be done about an upload that was refused: as it was taken, and the receipt.
-
-        Raises:
-            SealAnewError: its key epoch is over.
-            LedgerError: our ledger does not hold what the server keeps of it.
-            StateError: this client's state, or the server's, is an older copy.
-            RefusedError: nothing can be done.
-        """
+        """A refused upload, as taken after all, and its receipt; SealAnewError if its epoch is over."""
         self._state.audit.refused(self._identity.client_id, "push", refusal.reason)
         if refusal.reason == "LEDGER_BEHIND":
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.

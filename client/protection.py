@@ -1,5 +1,6 @@
-"""What stands between a vector and the wire: clipping to the agreed range, encryption, signature."""
+"""What stands between a vector and the wire: clipping, encryption, signature, and the witness's word."""
 
+import hashlib
 import logging
 import uuid
 from collections.abc import Mapping
@@ -16,17 +17,11 @@ from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.protos.errors import IdentityError
-from fedmosaic.protos.messages import (
-    SECTION_NAMES,
-    AggregateSection,
-    LedgerHead,
-    Profile,
-    Section,
-    Upload,
-    WeightRow,
-)
-from fedmosaic.protos.signing import sign_upload
+from fedmosaic.protos import messages as wire
+from fedmosaic.protos import witnessing
+from fedmosaic.protos.errors import IdentityError, WitnessError
+from fedmosaic.protos.messages import AggregateSection, LedgerHead, Profile, Upload, WeightRow
+from fedmosaic.protos.signing import sign_upload, verifies
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +68,7 @@ class Protection:
             self._keyring.renew(identity.signing_key, roster)
 
     def ready(self, key_epoch: int, round_number: int) -> tuple[str, ...]:
-        """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors.
-
-        Returns the members of the epoch, sorted; none where nothing is encrypted.
-        """
+        """Make ready to seal; sorted members of the epoch, none without encryption; see `Keyring.agree`."""
         if self._keyring is None:
             return ()
         return tuple(sorted(self._keyring.agree(key_epoch, round_number).members))
@@ -92,35 +84,23 @@ class Protection:
             self._keyring.forget()
 
     def open(
-        self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int, size: int
-    ) -> np.ndarray:
-        """Check and decrypt one section of an aggregate of the uploads of a key epoch and round.
-
-        Returns (size,) float64, which under `ckks` must stay in this process; errors as of
-        `ClientCipher.decrypt`.
-        """
+        self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int,
+        size: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Check and decrypt a section, (size,) float64, which under `ckks` must stay in this process."""
         key = None if self._keyring is None else self._keyring.key(key_epoch)
         context = self._context(section.name, key_epoch, round_number, size)
         return self._cipher.decrypt(section.payload, key, context, row)
 
     def seal(
-        self,
-        run_id: str,
-        round_number: int,
-        key_epoch: int,
-        vectors: Mapping[str, np.ndarray],
-        profile: Profile | None,
-        ledger: LedgerHead | None = None,
-    ) -> Upload:
-        """Encrypt and sign one upload of finite vectors by section name, or of none to abstain.
-
-        What is sealed once is stored and re-sent, never sealed again. KeyExpiredError if the epoch is over by
-        the roster's terms; nothing was encrypted then.
-        """
+        self, run_id: str, round_number: int, key_epoch: int, vectors: Mapping[str, np.ndarray],
+        profile: Profile | None, ledger: LedgerHead | None = None,
+    ) -> Upload:  # fmt: skip
+        """Encrypt and sign vectors by name, or none; KeyExpiredError, nothing encrypted, after the epoch."""
         key, nonce, sections, limit = None, bytes(NONCE_BYTES), [], self._roster.terms.encryption.clip
         if vectors and self._keyring is not None:
             key = self._keyring.encryption_key(key_epoch, round_number)
-        for name in SECTION_NAMES:
+        for name in wire.SECTION_NAMES:
             if name not in vectors:
                 continue
             vector = vectors[name]
@@ -133,24 +113,17 @@ class Protection:
             if self._keyring is not None:
                 # A crash between this and storing the upload costs a nonce; the content is sealed anew.
                 nonce = self._keyring.counter.take(key_epoch, round_number, name)
-            sections.append(Section(name, self._cipher.encrypt(vector, key, context, nonce)))
+            sections.append(wire.Section(name, self._cipher.encrypt(vector, key, context, nonce)))
         upload = Upload(round_number, uuid.uuid4().hex, key_epoch, tuple(sections), profile, b"")
         return self.signed(run_id, upload, ledger)
 
     def signed(self, run_id: str, upload: Upload, ledger: LedgerHead | None) -> Upload:
         """The sealed bytes of an upload, signed with a head of the privacy ledger; nothing is encrypted."""
         return sign_upload(
-            self._identity.signing_key,
-            federation=self._roster.federation,
-            run_id=run_id,
-            round_number=upload.round,
-            client_id=self._identity.client_id,
-            key_epoch=upload.key_epoch,
-            sections=upload.sections,
-            profile=upload.profile,
-            ledger=ledger,
-            attempt_id=upload.attempt_id,
-        )
+            self._identity.signing_key, federation=self._roster.federation, run_id=run_id,
+            round_number=upload.round, client_id=self._identity.client_id, key_epoch=upload.key_epoch,
+            sections=upload.sections, profile=upload.profile, ledger=ledger, attempt_id=upload.attempt_id,
+        )  # fmt: skip
 
     def label(self, section: str) -> str:
         """What a section is called in a record and under a countersignature: a family's names the family."""
@@ -158,3 +131,29 @@ class Protection:
 
     def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
         return RoundContext(self._roster.federation, key_epoch, round_number, self.label(section), size)
+
+
+def check_countersigned(
+    roster: Roster, run_id: str, recipient: str, label: str, section: AggregateSection, row: WeightRow,
+    key_epoch: int, round_number: int,
+) -> None:  # fmt: skip
+    """WitnessError for a section that the witness has not countersigned for just these uploads and row."""
+    witness = roster.witness
+    if witness is None:
+        return
+    if not section.countersignature:
+        raise WitnessError(
+            f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
+            "shown it, or hides what it said"
+        )
+    aggregate = hashlib.sha256(section.payload).digest()
+    digest = witnessing.countersigned_digest(
+        federation=roster.federation, run_id=run_id, round_number=round_number, key_epoch=key_epoch,
+        section=label, recipient=recipient, row=row, aggregate_sha256=aggregate,
+        uploads_sha256=section.uploads_sha256,
+    )  # fmt: skip
+    if not verifies(bytes.fromhex(witness.identity_key), section.countersignature, digest):
+        raise WitnessError(
+            f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
+            f"by another key, or of another run, round than {round_number}, recipient, row or sum"
+        )

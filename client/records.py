@@ -1,10 +1,4 @@
-"""Small files that a client writes between two steps of a round, so that a restart goes on from them.
-
-STATE/upload-0003.bin             an upload until its round is closed, re-sent byte for byte
-STATE/profile-average.npz         the average of all profiles that were released
-STATE/clipping.json               how many examples were clipped, for the client's own statement
-LEDGER/profile-<data>-<map>.npy   a noised profile, sent again free of charge
-"""
+"""Small files that a client writes between two steps of a round, so that a restart goes on from them."""
 
 import hashlib
 import io
@@ -15,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -70,13 +64,10 @@ def read_upload(path: Path) -> Upload | None:
         if start != len(content):
             raise WireError("bytes are left over")
     except (struct.error, DecodeError, WireError) as error:
-        raise StateError(
-            f"{path} is damaged ({error}); delete it: the round is then sealed again from the trained adapter"
-        ) from None
-    return Upload(
-        header.round, header.attempt_id, header.key_epoch, tuple(sections), header.profile, header.signature,
-        header.ledger,
-    )  # fmt: skip
+        words = "delete it: the round is then sealed again from the trained adapter"
+        raise StateError(f"{path} is damaged ({error}); {words}") from None
+    about = header.round, header.attempt_id, header.key_epoch
+    return Upload(*about, tuple(sections), header.profile, header.signature, header.ledger)
 
 
 def digest_of(vector: np.ndarray) -> str:
@@ -98,17 +89,13 @@ def write_profile(path: Path, vector: Float32Array) -> str:
 
 
 def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Float32Array:
-    """A stored profile of some length, with the digest that the ledger has of it, if it has one.
-
-    StateError if it cannot be read, or is not the one that was released.
-    """
+    """A stored profile; StateError if unreadable, or not of the digest that the ledger has, if any."""
     try:
         with path.open("rb") as file, _ONE_READER:
             vector: Float32Array = np.load(file, allow_pickle=False)
     except _ARRAY_ERRORS as error:
-        raise StateError(
-            f"{path}: the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
-        ) from None
+        words = f"the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
+        raise StateError(f"{path}: {words}") from None
     if vector.shape != (dimensions,) or vector.dtype != np.float32:
         raise StateError(f"{path}: a profile of shape {vector.shape}, expected ({dimensions},) float32")
     if digest is not None and digest_of(vector) != digest:
@@ -124,12 +111,9 @@ def write_average(path: Path, average: ReleasedProfile) -> None:
     """Store the average of all released profiles."""
     buffer = io.BytesIO()
     np.savez(
-        buffer,
-        vector=average.vector,
-        noise_variance=average.noise_variance,
-        releases=average.releases,
+        buffer, vector=average.vector, noise_variance=average.noise_variance, releases=average.releases,
         last=np.frombuffer(bytes.fromhex(average.last_release_sha256), dtype=np.uint8),
-    )
+    )  # fmt: skip
     write_atomically(path, buffer.getvalue())
 
 
@@ -140,11 +124,9 @@ def read_average(path: Path, dimensions: int) -> ReleasedProfile | None:
     try:
         with path.open("rb") as file, _ONE_READER, np.load(file, allow_pickle=False) as stored:
             average = ReleasedProfile(
-                stored["vector"],
-                float(stored["noise_variance"]),
-                int(stored["releases"]),
+                stored["vector"], float(stored["noise_variance"]), int(stored["releases"]),
                 stored["last"].tobytes().hex(),
-            )
+            )  # fmt: skip
         if average.vector.shape != (dimensions,) or average.releases < 1:
             raise ValueError("it is of another shape")
         return average
@@ -171,12 +153,11 @@ class ClippingRecord:
 
     def shares(self) -> dict[Channel, float]:
         """Share of clipped examples by channel, of the channels that saw any."""
-        return {
-            channel: clipped / examples for channel, (clipped, examples) in self._read().items() if examples
-        }
+        return {channel: clipped / seen for channel, (clipped, seen) in self._read().items() if seen}
 
     def _read(self) -> dict[Channel, tuple[int, int]]:
-        def read(stored: dict[Channel, Any]) -> dict[Channel, tuple[int, int]]:
-            return {channel: (int(clipped), int(examples)) for channel, (clipped, examples) in stored.items()}
-
-        return read_own(self._path, read, "delete it, only the share of clipped examples is lost") or {}
+        remedy = "delete it, only the share of clipped examples is lost"
+        return (
+            read_own(self._path, lambda kept: {k: (int(a), int(b)) for k, (a, b) in kept.items()}, remedy)
+            or {}
+        )

@@ -11,18 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedmosaic.client.ledger import ServerAnchor
-from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.records import (
-    CLIPPING,
-    ClippingRecord,
-    digest_of,
-    profile_path,
-    read_average,
-    read_profile,
-    write_average,
-    write_profile,
-)  # fmt: skip
+from fedmosaic.client import records
+from fedmosaic.client.ledger import AdapterPlan, ServerAnchor
+from fedmosaic.client.records import digest_of
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
@@ -36,7 +27,6 @@ from fedmosaic.protos.errors import BudgetExceededError, PrivacyError
 from fedmosaic.protos.messages import Profile
 
 log = logging.getLogger(__name__)
-
 S = TypeVar("S")
 R = TypeVar("R")
 Randomness = SecureNoise | SeededTestNoise
@@ -47,33 +37,24 @@ ProfileSum = Callable[[], ClippedSum]
 class Releases:
     """What one client has released and may still release.
 
-    Attributes:
-        receive_only: whether the budget has refused the adapter; nothing of it leaves then.
-        clipping: counts of clipped examples.
-        randomness: noise and Poisson samples.
-        anchor: what the server keeps of the ledger.
+    `receive_only` is whether the budget has refused the adapter; nothing of it leaves then. `clipping` counts
+    clipped examples, `randomness` gives noise and Poisson samples, `anchor` is what the server keeps of the
+    ledger.
     """
 
     def __init__(
-        self,
-        ledger: Ledger,
-        terms: Terms,
-        state: ClientState,
-        example_ids: tuple[str, ...],
-        profile_sum: ProfileSum,
-        randomness: Randomness,
-        adapter_plan: AdapterPlan,
-        *,
+        self, ledger: Ledger, terms: Terms, state: ClientState, example_ids: tuple[str, ...],
+        profile_sum: ProfileSum, randomness: Randomness, adapter_plan: AdapterPlan, *,
         disjoint_epochs: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin, or go on with what the ledger and the state directory hold.
 
-        `disjoint_epochs` composes this data epoch in parallel with others that share no example with it,
-        which the ledger proves or refuses. Right only where the epoch of an example does not depend on other
-        examples, as with examples that arrive over time.
+        `disjoint_epochs` composes this data epoch in parallel with others that share no example, which the
+        ledger proves or refuses. Right only where an example's epoch does not depend on others, as if they
+        arrive.
         """
         self.receive_only = False
-        self.clipping = ClippingRecord(state.directory / CLIPPING)
+        self.clipping = records.ClippingRecord(state.directory / records.CLIPPING)
         self.randomness = randomness
         self.anchor = ServerAnchor(ledger, state.record)
         self._ledger = ledger
@@ -95,56 +76,30 @@ class Releases:
         return self._plan
 
     def _release(
-        self,
-        channel: Channel,
-        round_number: int,
-        event: GaussianEvent,
-        total: Callable[[], S],
-        noise: Callable[[S], R],
-        store: Callable[[R], str] | None,
-        **about: Any,
-    ) -> R:
+        self, channel: Channel, round_number: int, event: GaussianEvent, total: Callable[[], S],
+        noise: Callable[[S], R], store: Callable[[R], str] | None, **about: Any,
+    ) -> R:  # fmt: skip
         """Sum, charge, noise, store: the order of every release under differential privacy.
 
-        Args:
-            channel: of the ledger.
-            round_number: for the ledger.
-            event: all noise that `noise` will draw.
-            total: finishes the private sum, or checks that it can be: all that may fail at no cost.
-            noise: makes the noisy release of it.
-            store: makes it durable and gives its SHA-256, hexadecimal; None where `adapter` books it later.
-            **about: mechanism, clipping norm, dimensions, coverage and context, as of `Ledger.reserve`.
-
-        Raises:
-            BudgetExceededError: the budget refuses; no noise was drawn.
+        `event` is all noise that `noise` will draw. `total` finishes or checks the private sum: all that may
+        fail at no cost. `store` makes the release durable and gives its SHA-256, None where `adapter` books
+        it later. BudgetExceededError if the budget refuses; no noise was drawn then.
         """
         summed = total()
         sequence = self._ledger.reserve(
-            channel,
-            round_number,
-            event,
-            data_epoch=self._data_epoch,
-            secure_noise=not self.randomness.is_test,
-            example_ids=self._evidence,
-            **about,
-        )
+            channel, round_number, event, data_epoch=self._data_epoch,
+            secure_noise=not self.randomness.is_test, example_ids=self._evidence, **about,
+        )  # fmt: skip
         released = noise(summed)
         if store is not None:
             self._ledger.released(sequence, store(released))
         return released
 
     def release_adapter(
-        self,
-        round_number: int,
-        event: GaussianEvent,
-        total: Callable[[], S],
-        noise: Callable[[S], R],
+        self, round_number: int, event: GaussianEvent, total: Callable[[], S], noise: Callable[[S], R],
         store: Callable[[R], str] | None = None,
-    ) -> R | None:
-        """A round's release of the shared branch, by `_release`; None in receive-only mode, new or not.
-
-        What DP-SGD trains is stored with the rest of the adapter, and booked by `adapter`.
-        """
+    ) -> R | None:  # fmt: skip
+        """A round's release of P and Q, by `_release`; None in receive-only mode, new or not."""
         if self.receive_only:
             return None
         terms, privacy = self._terms, self._terms.adapter_privacy
@@ -155,10 +110,8 @@ class Releases:
             mechanism |= {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}
         try:
             return self._release(
-                "adapter", round_number, event, total, noise, store,
-                mechanism=mechanism,
-                clipping_norm=privacy.clipping_norm,
-                dimensions=terms.adapter.shared_dimensions,
+                "adapter", round_number, event, total, noise, store, mechanism=mechanism,
+                clipping_norm=privacy.clipping_norm, dimensions=terms.adapter.shared_dimensions,
                 context=self._state.record.run_id,
             )  # fmt: skip
         except BudgetExceededError as error:
@@ -176,11 +129,7 @@ class Releases:
         return channel, round_number, self._data_epoch, self._state.record.run_id
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Book the adapter sections that are about to leave, by name, and return what may leave.
-
-        That is nothing in receive-only mode, or where an earlier process was refused this round's training
-        and ended before it sent.
-        """
+        """Book sections about to leave and give them; nothing in receive-only mode or after a refusal."""
         private = self._terms.adapter.private
         if self.receive_only or (private and self._ledger.refused(*self._key("adapter", round_number))):
             return {}
@@ -200,33 +149,20 @@ class Releases:
             ledger.released(pending.sequence, digest)
             return
         if self._terms.adapter.private:
-            raise PrivacyError(
-                f"round {round_number}: the adapter was not charged to the ledger, so it may not leave"
-            )
+            raise PrivacyError(f"round {round_number}: the adapter was not charged, so it may not leave")
         coverage: Coverage = "cryptography" if self._terms.adapter.encrypted else "nothing"
         sequence = ledger.reserve(
-            channel,
-            round_number,
-            UNPROTECTED,
-            data_epoch=self._data_epoch,
-            secure_noise=True,
-            covered_by=coverage,
-            context=self._state.record.run_id,
-        )
+            channel, round_number, UNPROTECTED, data_epoch=self._data_epoch, secure_noise=True,
+            covered_by=coverage, context=self._state.record.run_id,
+        )  # fmt: skip
         ledger.released(sequence, digest)
 
     def profile(self, round_number: int) -> Profile | None:
-        """The task profile to send, or None to let the server go on with the last one.
-
-        Released once per data epoch and mechanism; while both are unchanged, later rounds and later runs
-        re-use it.
-        """
+        """The task profile to send, released once per data epoch and mechanism; None to keep the last."""
         mechanism = self._terms.profile
         if self._examples < mechanism.minimum_examples:
-            log.warning(
-                "fewer than %d examples: no task profile is released, the server uses uniform weights",
-                mechanism.minimum_examples,
-            )
+            words = "fewer than %d examples: no task profile is released, the server uses uniform weights"
+            log.warning(words, mechanism.minimum_examples)
             return None
         try:
             # Another run on the same data may be about to release the same profile, which is charged once.
@@ -235,9 +171,9 @@ class Releases:
         except BudgetExceededError as error:
             log.warning("%s; going on without a task profile", error)
             return None
-        before = read_average(self._average, mechanism.dimensions)
+        before = records.read_average(self._average, mechanism.dimensions)
         average = update_average(before, released, mechanism, self._terms.relevance.average_decay)
-        write_average(self._average, average)
+        records.write_average(self._average, average)
         # Whatever else the file holds, the profile is sent once more, which costs nothing.
         if self._sent.exists() and self._sent.read_bytes() == average.last_release_sha256.encode():
             return None
@@ -246,14 +182,14 @@ class Releases:
     def _released_profile(self, round_number: int) -> Float32Array:
         """What was stored before, or a release."""
         mechanism, ledger = self._terms.profile, self._ledger
-        path = profile_path(ledger.directory, self._data_epoch, mechanism)
+        path = records.profile_path(ledger.directory, self._data_epoch, mechanism)
         done = ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256)
         if done is not None:
-            return read_profile(path, mechanism.dimensions, done.payload_digest or "")
+            return records.read_profile(path, mechanism.dimensions, done.payload_digest or "")
         pending = ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)
         if pending is not None and path.exists():
             # The noisy bytes were stored and the process died before it could say so.
-            released = read_profile(path, mechanism.dimensions)
+            released = records.read_profile(path, mechanism.dimensions)
             ledger.released(pending.sequence, digest_of(released))
             return released
 
@@ -264,16 +200,14 @@ class Releases:
         event = GaussianEvent(mechanism.noise_multiplier, mechanism.sampling_rate, 1)
         return self._release(
             "profile", round_number, event if event.is_private else UNPROTECTED,
-            self._profile_sum, noise, lambda profile: write_profile(path, profile),
-            mechanism={"name": "task profile", "sha256": mechanism.sha256},
-            clipping_norm=mechanism.clipping_norm,
-            dimensions=mechanism.dimensions,
+            self._profile_sum, noise, lambda profile: records.write_profile(path, profile),
+            mechanism={"name": "task profile", "sha256": mechanism.sha256}, context=mechanism.sha256,
+            clipping_norm=mechanism.clipping_norm, dimensions=mechanism.dimensions,
             covered_by="dp" if event.is_private else "nothing",
-            context=mechanism.sha256,
         )  # fmt: skip
 
     def profile_acknowledged(self) -> None:
         """The server has the profile; it is not sent again until the data changes."""
-        stored = read_average(self._average, self._terms.profile.dimensions)
+        stored = records.read_average(self._average, self._terms.profile.dimensions)
         if stored is not None:
             write_atomically(self._sent, stored.last_release_sha256.encode())

@@ -1,23 +1,21 @@
 """One client's life over the rounds, written against a transport and a learner.
 
-    pull      the aggregate the server made of the last round's uploads, and this round's key epoch
     receive   check the weight row against the policy, decrypt, load into the global branch
     train     the local branch (under DP: the shared branch privately first, the personal one on top)
     profile   release the task profile, once per data epoch
     push      the protected adapter and the profile; after any failure, the same bytes again
 
-Nothing that the server can see depends on what was decrypted: an aggregate that cannot be opened, or cannot
-be trained with, is left out, the reason stays at home, and the calls to the transport are those of any round.
-
-Everything that a crash could lose is on disk before the next step depends on it.
+Nothing that the server can see depends on what was decrypted: an aggregate that cannot be opened, or trained
+with, is left out, the reason stays at home, and the calls to the transport are those of any round. Everything
+that a crash could lose is on disk before the next step depends on it.
 """
 
 import logging
 
 import numpy as np
 
-from fedmosaic.client.countersignature import check_countersigned
 from fedmosaic.client.membership import ROSTER_REASONS, Membership, SealAnewError
+from fedmosaic.client.protection import check_countersigned
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import EncryptionError, PolicyError
@@ -33,13 +31,9 @@ class Session(Membership):
     def run(self) -> None:
         """Take part until the run is finished.
 
-        Raises:
-            RefusedError: the server refuses this client; the reason and the remedy are in the message.
-            IdentityError: the roster, at the start or a new one, is older or has other terms than before.
-            LedgerError: the privacy ledger is behind what the server has kept of it.
-            PolicyError: the server wants another number of rounds than the roster's terms.
-            StateError: the state here is of another run, or the server's is an older copy.
-            TransportError: the server cannot be reached for longer than the transport's patience.
+        RefusedError if the server refuses; IdentityError for an older roster or other terms; LedgerError if
+        the ledger is behind the server's note of it; PolicyError for other rounds than the terms'; StateError
+        for another run or an older copy; TransportError if the patience ends.
         """
         try:
             self._run()
@@ -71,11 +65,7 @@ class Session(Membership):
         """What is left to do once all rounds are over."""
 
     def _resume(self, enrolled: Enrolled) -> int:
-        """Go on from disk. Returns the round to take part in.
-
-        That is the round of an upload that nobody acknowledged, if there is one, even if it is over: the
-        server may have taken it, and only its answer tells.
-        """
+        """Go on from disk, at an unacknowledged upload: only the server's answer tells if it has it."""
         self._state.see(enrolled.round, enrolled.head)
         newest = self._state.latest_adapter()
         if newest is not None:
@@ -176,9 +166,8 @@ class Session(Membership):
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())
         claim = self._releases.anchor.claim()
-        return self._protection.seal(
-            run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
-        )
+        number, epoch = aggregate.round, aggregate.upload_key_epoch
+        return self._protection.seal(run_id, number, epoch, vectors, profile, claim)
 
     def _push(self, upload: Upload) -> int:
         """Send an upload. Returns the number of the next round to take part in."""

@@ -18,11 +18,9 @@ DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
-
 CORE_RATE: Final = 3.0
 """Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
 Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
-
 GATE_RATE: Final = 3.0
 """Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
 
@@ -64,16 +62,12 @@ class ModelSettings(Located):
     """Rank of this client's adapter on an aligned basis; at most the federation's, which is the default."""
 
     @model_validator(mode="after")
-    def _quantised_once(self) -> "ModelSettings":
+    def _consistent(self) -> "ModelSettings":
         if self.quantization is not None and self.gguf_file is not None:
             raise ValueError(
                 f"quantization is {self.quantization!r} and gguf_file {self.gguf_file!r}: a GGUF file is "
                 "quantised already and would be quantised twice; leave one of them out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rank_needs_a_basis(self) -> "ModelSettings":
         if self.rank is not None and self.aligned is None:
             raise ValueError(
                 f"rank is {self.rank} without an aligned checkpoint: bases drawn from a seed have no leading "
@@ -192,15 +186,6 @@ class DataSettings(Located):
     pictures: Path | None = None
     """Folder of the images that prompts name."""
 
-    @property
-    def test_sets(self) -> dict[str, DataSource]:
-        """Every test set by name, the client's own as "self"."""
-        return ({"self": self.test} if self.test else {}) | self.others
-
-    def scored(self, name: str) -> int:
-        """How many examples of a test set are scored; 0 for all."""
-        return self.evaluation_examples if name == "self" else self.others_examples
-
 
 class TrainingSettings(Frozen):
     """How a client trains locally; names as in ``transformers.TrainingArguments``.
@@ -257,7 +242,6 @@ class TrainingSettings(Frozen):
 
 IN_MEMORY: Final = ModelSettings(path="(in memory)")
 """Stands for a model that `fedmosaic.Client` is handed."""
-
 _OF_LOADING: Final = ("gguf_file", "keep_layers", "device", "dtype", "quantization")
 """Keys of `[model]` that have no meaning for a model that is loaded already."""
 
@@ -295,10 +279,7 @@ class ClientSettings(Located):
     """Number of tokens per example that the task profile reads."""
 
     def check_complete(self, *, model: bool = False, train: bool = False, test: bool = False) -> None:
-        """Refuse settings that leave something out, or name what is handed over as well.
-
-        ConfigurationError names what is missing, or there twice; or a tracker that is not installed.
-        """
+        """ConfigurationError for what is missing, both named and handed over, or a tracker not installed."""
         if not model and self.model == IN_MEMORY:
             raise ConfigurationError(
                 "model: missing; name the model's folder or hub id in [model] path, or hand one over, "

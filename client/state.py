@@ -1,20 +1,17 @@
 """What one client keeps on disk, so that a restart goes on where the last process stopped.
 
-    STATE/session.json             which run, the last acknowledged round, what the server said
+    STATE/session.json, rows.json  which run, the last acknowledged round, what the server said; accepted rows
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
-    STATE/rows.json                the weight row that was accepted in every round
     STATE/upload-0003.bin          bytes of the newest upload, to send again until its round is closed
     STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own images
-    STATE/model.json               base model and terms, with which the result is loaded again
-    STATE/traffic.json             bytes sent and received so far
-    STATE/audit.jsonl              what mattered to security (see `fedmosaic.privacy.audit`)
+    STATE/model.json, ledger.json  with what the result is loaded again; which privacy ledger is charged
+    STATE/traffic.json, audit.jsonl    bytes sent and received; what mattered to security
     STATE/roster.json, authority.pem, consortium.pub   what the statement's roster is checked with
-    STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
-Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
-the old file or the new one, never half of one. Nobody but the owner can read any of it.
+Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves the old
+file or the new one, never half of one. Nobody but the owner can read any of it.
 """
 
 import json
@@ -26,18 +23,12 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmosaic.privacy import files
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.federation.roster import Roster, RosterMark
-from fedmosaic.privacy.files import (
-    hold_directory,
-    make_private,
-    naming,
-    private_directory,
-    sync_directory,
-    write_atomically,
-)
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import PolicyError, StateError
 from fedmosaic.protos.messages import WeightRow
 
@@ -51,18 +42,11 @@ _SESSION: Final = "session.json"
 
 
 class SessionRecord(BaseModel):
-    """Which run this state belongs to and how far it got.
+    """Which run this state belongs to and how far it got: no run before the first enrolment, rounds from 0.
 
-    Attributes:
-        federation: name of the federation.
-        client: this client's id.
-        run_id: the server's run; empty before the first enrolment.
-        completed_round: last round whose upload the server acknowledged; 0 before any.
-        received_round: last round that began with an aggregate of the others; 0 before any.
-        received_rounds: how many rounds did.
-        server_round: newest round that the server said was open; 0 before any.
-        server_head: hexadecimal, what the server said of all rounds before that one.
-        roster: what a later roster is judged by, a `RosterMark`; None before the first enrolment.
+    `completed_round` is the last acknowledged, `received_round` the last that began with an aggregate of the
+    others, `server_round` the newest that the server said was open, `server_head` (hexadecimal) what it said
+    of all before; a later roster is judged by `roster`, a `RosterMark`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -117,13 +101,10 @@ class ClientState:
     """The state directory of one client in one federation; `record` says how far the client got."""
 
     def __init__(self, directory: Path, federation: str, client: str) -> None:
-        """Open or create the state; the directory is closed to other users.
-
-        StateError if it belongs to another federation or client, is in use, or is damaged.
-        """
+        """Open or make a state closed to other users; StateError if it is another's, in use, or damaged."""
         self.directory = directory
-        private_directory(directory)
-        self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
+        files.private_directory(directory)
+        self._lock = files.hold_directory(directory / "lock", "give each client its own state_dir")
         self.audit = AuditLog(directory)
         self._rows = directory / "rows.json"
         self._given_up = directory / "given-up.json"
@@ -226,34 +207,23 @@ class ClientState:
         temporary = place.with_name("saving")
         if temporary.exists():
             shutil.rmtree(temporary)
-        private_directory(temporary)
-        with naming(place):
+        files.private_directory(temporary)
+        with files.naming(place):
             save(temporary)
-        make_private(temporary)
+        files.make_private(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         temporary.rename(place)
-        sync_directory(place.parent)
-
-    def replace_adapter(self, round_number: int, save: Callable[[Path], None]) -> None:
-        """Store the adapter of a round that has one; a crash in between leaves none, to be made anew."""
-        place = self.adapter_path(round_number)
-        if place.exists():
-            shutil.rmtree(place)
-        self.save_adapter(round_number, save)
+        files.sync_directory(place.parent)
 
     def adapter_path(self, round_number: int) -> Path:
         """Where the adapter after `round_number` is stored."""
         return self.directory / "adapter" / f"round-{round_number:04d}"
 
     def latest_adapter(self) -> tuple[int, Path] | None:
-        """The newest adapter and its round, or None before any.
-
-        It is of the last completed round or of a later one, trained but not acknowledged: what was released
-        or charged is gone on from, never dropped.
-        """
+        """The newest adapter, acknowledged or not, and its round: what was charged is never dropped."""
         return newest_adapter(self.directory)
 
     def unacknowledged_round(self) -> int | None:
@@ -268,12 +238,8 @@ class ClientState:
     def accept_row(self, section: str, round_number: int, row: WeightRow) -> None:
         """Remember the weight row of a section and round of uploads, and refuse a second, different one.
 
-        Several rows over the same uploads are equations in the single adapters. The record survives restarts,
-        so that asking again does not give a second answer.
-
-        Raises:
-            PolicyError: another row was accepted for this section and round before.
-            StateError: the record is damaged.
+        Several rows over the same uploads are equations in the single adapters; so the record survives
+        restarts. PolicyError if another row was accepted before; StateError if the record is damaged.
         """
         accepted = self._accepted_rows()
         digest = row_digest(row, self.record.client, round_number).hex()
@@ -292,15 +258,12 @@ class ClientState:
 
     def _accepted_rows(self) -> dict[str, tuple[str, int]]:
         """Digest and number of contributors of every accepted row, by round and section."""
-
-        def read(found: dict[str, Any]) -> dict[str, tuple[str, int]]:
-            return {str(label): (str(digest), int(count)) for label, (digest, count) in found.items()}
-
         remedy = (
             "it may be of a version before: restore it from a backup, or delete it: a second weight row of "
             "the rounds so far would then not be told from the first"
         )
-        return read_own(self._rows, read, remedy) or {}
+        found = read_own(self._rows, lambda kept: {k: (str(d), int(n)) for k, (d, n) in kept.items()}, remedy)
+        return found or {}
 
     def give_up(self, round_number: int) -> None:
         """Remember that a round's aggregate is not to be loaded again: training failed with it."""

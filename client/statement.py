@@ -2,7 +2,7 @@
 
 import datetime as dt
 
-from fedmosaic.client.planning import AdapterPlan, plan_adapter
+from fedmosaic.client.ledger import AdapterPlan, plan_adapter
 from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
@@ -11,13 +11,8 @@ from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
 from fedmosaic.privacy.ledger.rows import charges
-from fedmosaic.privacy.statement.models import (
-    ClientInputs,
-    CoalitionRows,
-    PlannedChannel,
-    PrivacyStatement,
-    StatementInputs,
-)
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import CoalitionRows, PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.rounding import round_down
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
@@ -31,11 +26,7 @@ _PLANNING_MARGIN = 0.98
 def statement_inputs(
     roster: Roster, state: ClientState, ledger: Ledger, plan: AdapterPlan
 ) -> StatementInputs:
-    """What a client's own statement is made from and, after `for_handing_over`, the shared one.
-
-    The plan tells what DP would have cost where there is none. Shares of clipped examples are for this
-    client's own eyes.
-    """
+    """What the own statement is made from; the plan tells what DP would cost. Clipped shares stay here."""
     smallest_row = state.smallest_row()
     terms, parameters = roster.terms, roster.terms.encryption
     named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
@@ -45,13 +36,13 @@ def statement_inputs(
         run_id=state.record.run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         clients=(
-            ClientInputs(
+            models.ClientInputs(
                 ledger=tuple(ledger.export()),
                 client_id=state.record.client,
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
                 clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
-                planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
+                planned={"adapter": models.PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
                 largest_delta=terms.adapter_privacy.largest_delta,
             ),
@@ -101,18 +92,17 @@ def person_words(inputs: StatementInputs, examples: int) -> str:
 
 def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
     """The statement for this client's own eyes with one more warning; not for the one handed over."""
-    clients = tuple(
-        client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
-    )
+    (client,) = statement.clients
+    clients = (client.model_copy(update={"warnings": (*client.warnings, warning)}),)
     return statement.model_copy(update={"clients": clients})
 
 
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:
     """What k recipients hold together, up to the first k that solves with the rows of one round.
 
-    Every recipient holds one weight row per round from the second on. Rows over the same adapters are linear
-    equations in them; recipients that are one another's contributors know their own adapters, which leaves
-    contributors - (k - 1) unknown. R - 1 aggregates' equations add up if adapters hardly move.
+    Each holds one weight row per round from the second on, linear equations in the same adapters. Recipients
+    that contribute to one another know their own adapters, which leaves contributors - (k - 1) unknown; R - 1
+    aggregates add up if adapters hardly move.
     """
     return tuple(
         CoalitionRows(

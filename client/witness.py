@@ -68,10 +68,7 @@ class Review:
 
 
 def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
-    """Read an answer of the server, and no more of it than the terms and its announcement allow.
-
-    WireError, EncryptionError or IdentityError if a piece is out of place, too large, or of no member.
-    """
+    """Read no more of an answer than the terms and its announcement allow; WireError if it is more."""
     review, payload, size = Review(), bytearray(), 0
     for part in parts:
         if part.HasField("waiting"):
@@ -94,16 +91,10 @@ def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
 
 
 def run(settings: WitnessSettings) -> tuple[int, int]:
-    """Witness a run until its last round.
+    """Witness a run to its last round; how many aggregates were countersigned, and how many refused.
 
-    Returns:
-        How many aggregates were countersigned, and how many were refused.
-
-    Raises:
-        IdentityError: the kit is not the witness's.
-        StateError: the state is in use or damaged, or the server is an older copy of itself.
-        TransportError: the server could not be reached for `retry_seconds`.
-        WireError: what the server sends is no review.
+    IdentityError if the kit is not the witness's; StateError, TransportError, WireError as of state and
+    server.
     """
     kit = _own_kit(settings.kit)
     private_directory(settings.state_dir)

@@ -5,11 +5,10 @@
 
     model = get_peft_model(base_model, CoLoraConfig(r=16, task_type="CAUSAL_LM"))
 
-Importing this package registers the method with PEFT. A saved adapter can be loaded with PEFT alone
-once this import has been done: `import fedmosaic.client.colora`.
+Importing this package registers the method with PEFT, which then loads saved adapters by itself.
 
-Reference: "Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients",
-arXiv 2506.11024, ICLR 2026.
+Reference: "Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients", arXiv
+2506.11024, ICLR 2026.
 """
 
 from peft import mapping as _mapping
@@ -28,7 +27,9 @@ from fedmosaic.client.colora.state import (
     set_trainable,
 )
 from fedmosaic.client.colora.vectors import (
+    aligned_config,
     copy_branch,
+    load_basis,
     read_family,
     read_shared,
     shared_layout,
@@ -42,25 +43,9 @@ for _name in (PEFT_TYPE, SPOKEN_TYPE):
     _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_name] = CoLoraConfig  # type: ignore[index]  # keyed by the closed enum
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = CoLoraModel  # type: ignore[index]  # keyed by the closed enum
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = CoLoraModel.prefix  # type: ignore[index]  # keyed by the closed enum
-
 __all__ = [
-    "BranchedLoraLinear",
-    "CoLoraConfig",
-    "CoLoraLayer",
-    "CoLoraLinear",
-    "Placement",
-    "adapted_layers",
-    "copy_branch",
-    "find_decoder_layers",
-    "fix_gate",
-    "get_basis",
-    "read_family",
-    "read_shared",
-    "set_active_branches",
-    "set_basis",
-    "set_trainable",
-    "shared_layout",
-    "target_layers",
-    "write_family",
-    "write_shared",
-]
+    "BranchedLoraLinear", "CoLoraConfig", "CoLoraLayer", "CoLoraLinear", "Placement", "adapted_layers",
+    "aligned_config", "copy_branch", "find_decoder_layers", "fix_gate", "get_basis", "load_basis",
+    "read_family", "read_shared", "set_active_branches", "set_basis", "set_trainable", "shared_layout",
+    "target_layers", "write_family", "write_shared",
+]  # fmt: skip

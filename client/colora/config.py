@@ -12,36 +12,23 @@ from fedmosaic.protos.errors import ConfigurationError
 PEFT_TYPE = "COLORA"
 SPOKEN_TYPE = "COLORA, a method of the package fedmosaic: import fedmosaic.client.colora before loading"
 """The method's name in files: PEFT without this package raises KeyError with it, so it says what to do."""
-
 BRANCHES = ("local", "global", "personal")
 
 
 @dataclass
 class CoLoraConfig(PeftConfig):
-    """How Co-LoRA adapts a model; used like any PEFT configuration.
+    """How Co-LoRA adapts a model; used like any PEFT configuration, and a ConfigurationError out of range.
 
     Clients that exchange shared adapters must agree on `r`, `alpha`, `blocks`, `target_modules` and the
-    basis; the layout's hash guards that (`fedmosaic.client.colora.shared_layout`). A value outside its range
-    is a ConfigurationError.
-
-    Attributes:
-        r: Rank: P is (r, r), Q is (r,). At least 1.
-        alpha: The adapter's output is scaled by s = alpha / r. Above 0.
-        blocks: Number of relative-depth blocks N_B = number of Co-LoRA layers.
-        layer_rule: See `placement.target_layers`.
-        shared_layers: 0-based Co-LoRA layers, one per block; overrides layer_rule. Filled in on injection.
-        other_layers: lora: ordinary two-branch LoRA on all other layers; none: leave them alone.
-        gate: scalar: one learnable β per adapted linear module (the paper). There is no other.
-        gate_noise_std: 0; adapters that were saved with another gate are refused.
-        personal_branch: Add a third, ungated branch to every adapted module; it never leaves the client.
-        basis_seed: Seed of the frozen A and B, and of LoRA's initial A.
-        basis_label: Name of the basis, hashed into the layout; seed:<basis_seed> unless set_basis names it.
-        target_modules: Linear modules of a decoder layer, such as q_proj; None for all. Filled in on
-            injection.
-        model_depth: Number of decoder layers of the adapted model. Filled in on injection.
-        active_branches: By `shared` and `family`, the branches in the forward pass; all that are not named.
-            Filled in when an adapter is saved.
-        fixed_gate: By `shared` and `family`, a constant in [0, 1] in the gate's place. Filled in likewise.
+    basis; the layout's hash guards that (`shared_layout`). P is (r, r), Q (r,), the output scaled by s =
+    alpha / r; `blocks` is the number N_B of Co-LoRA layers, chosen by `layer_rule`
+    (`placement.target_layers`) or 0-based in `shared_layers`; `other_layers` carry two-branch LoRA, or none.
+    The gate is one β per adapted module; adapters saved with another `gate` or `gate_noise_std` are refused.
+    `personal_branch` adds a third, ungated branch that never leaves the client. `basis_seed` draws A, B and
+    LoRA's initial A; `basis_label` names the basis in the layout. `target_modules` are linear modules of a
+    decoder layer; None for all. By `shared` and `family`, `active_branches` take part in the forward pass and
+    `fixed_gate`, in [0, 1], stands in the gate's place. Layers, modules and `model_depth` are filled in on
+    injection, branches and fixed gates when an adapter is saved.
     """
 
     r: int = 16

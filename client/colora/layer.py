@@ -35,11 +35,9 @@ DEFAULT_TRAINABLE = frozenset({"local", "personal", GATE})
 class AdapterSettings:
     """Facts and switches of one adapter on one module.
 
-    Attributes:
-        placement: Where the module sits. rank: Rank r. alpha: α of the scale s = α/r. basis_label: Name of
-        the frozen basis. branches: Branches that exist; of them `active` take part in the forward pass, the
-        others are not computed. trainable: Which of the branches and `gate` are trained while the adapter is
-        active. fixed_gate: A constant in [0, 1] that replaces β̃, or None.
+    Of the `branches` that exist those `active` take part in the forward pass, the others are not computed;
+    `trainable` are those of them and `gate` that are trained while the adapter is active; `fixed_gate` is a
+    constant in [0, 1] that replaces β̃. The scale is s = α/r.
     """
 
     placement: Placement
@@ -109,8 +107,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         linear = self.get_base_layer()
         if not isinstance(linear, nn.Linear):
             raise ModelError(
-                f"Co-LoRA adapts only torch.nn.Linear, not {type(linear).__name__}. "
-                "Leave it out of target_modules."
+                f"Co-LoRA adapts only Linear, not {type(linear).__name__}; leave it out of target_modules"
             )
         return linear
 
@@ -118,14 +115,11 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         """Add an adapter to this module."""
         branches = BRANCHES if config.personal_branch else BRANCHES[:2]
         self.settings[adapter_name] = AdapterSettings(
-            placement=placement,
-            rank=config.r,
-            alpha=config.alpha,
-            basis_label=config.basis_label or f"seed:{config.basis_seed}",
-            branches=branches,
+            placement=placement, rank=config.r, alpha=config.alpha,
+            basis_label=config.basis_label or f"seed:{config.basis_seed}", branches=branches,
             active=frozenset((config.active_branches or {}).get(placement.kind, branches)) & {*branches},
             fixed_gate=(config.fixed_gate or {}).get(placement.kind),
-        )
+        )  # fmt: skip
         self._create_tensors(adapter_name, config, placement)
         self.colora_gate[adapter_name] = nn.Parameter(torch.zeros(1))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -164,14 +158,10 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
 
     def set_trainable_groups(self, adapter_name: str, groups: Iterable[str]) -> None:
         """Choose what is trained while the adapter is active: any of its branches and `gate`."""
-        settings = self.settings[adapter_name]
-        settings.trainable = frozenset(groups)
+        chosen = self.settings[adapter_name].trainable = frozenset(groups)
         # PEFT re-applies this declaration whenever it switches adapters or gradients.
         self.frozen_peft_weight_names[adapter_name] = tuple(
-            name
-            for group, names in self.group_containers.items()
-            if group not in settings.trainable
-            for name in names
+            name for group, names in self.group_containers.items() if group not in chosen for name in names
         )
         self.set_requires_grad(adapter_name, requires_grad=False)
         if adapter_name in self.active_adapters:
@@ -183,11 +173,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         return torch.sigmoid(self.colora_gate[adapter_name]) if fixed is None else fixed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' affine maps to the base module; Q needs a bias, which is made where absent.
-
-        A ModelError says that the base weights are quantised, or with `safe_merge` that the result is not
-        finite.
-        """
+        """Add the maps to the base, Q as a bias; ModelError if quantised, or unsafe and not finite."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.settings:
                 delta = self.merge_delta(name)
@@ -226,9 +212,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         if delta.bias is not None:
             bias = sign * delta.bias.to(wide) if bias is None else bias + sign * delta.bias.to(wide)
         if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ModelError(
-                "The merged weights are not finite; the adapter is broken. Nothing was merged here."
-            )
+            raise ModelError("The merged weights are not finite: the adapter is broken; nothing was merged")
         base.weight.data = weight.to(base.weight.dtype)
         if bias is not None and base.bias is None:
             base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)

@@ -1,16 +1,21 @@
-"""Injection of Co-LoRA into a base model."""
+"""Injection of Co-LoRA into a base model, and a configuration that describes the biases of merging.
+
+Q becomes a bias of the merged linear module. Most decoders have none there, and `from_pretrained` drops what
+a configuration does not describe. Llama's describes biases on all its linear modules, and Qwen2 and Mistral
+without a sliding window are Llamas but for the name; the modules that Q did not touch get biases of zero.
+"""
 
 import copy
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, cast
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from fedmosaic.client.colora.biases import with_described_biases
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
@@ -24,25 +29,16 @@ from fedmosaic.protos.errors import ModelError
 
 
 class CoLoraModel(BaseTuner):
-    """Puts Co-LoRA on the shared layers of a base model and two-branch LoRA on the others.
-
-    Created by `peft.get_peft_model(model, CoLoraConfig(...))`. The configuration is copied, and what was
-    resolved on injection (layers, modules, depth, name of the basis) is written into the copy, so that
-    it is saved with the adapter and checked when the adapter is loaded.
-    """
+    """Puts Co-LoRA on shared and LoRA on other layers; what it resolved is written into the configuration."""
 
     prefix = "colora_"
     tuner_layer_cls = CoLoraLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared by PEFT
 
     def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False, state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Adapt the modules that the configuration names; ModelError if it does not fit the model."""
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -70,10 +66,8 @@ class CoLoraModel(BaseTuner):
     @staticmethod
     def _check_against_other_adapters(model: nn.Module, plan: Mapping[str, Placement]) -> None:
         for name, placement in plan.items():
-            existing = model.get_submodule(name)
-            if isinstance(existing, CoLoraLayer) and isinstance(existing, CoLoraLinear) != (
-                placement.kind == "shared"
-            ):
+            existing, shared = model.get_submodule(name), placement.kind == "shared"
+            if isinstance(existing, CoLoraLayer) and isinstance(existing, CoLoraLinear) != shared:
                 raise ModelError(
                     f"{name} carries Co-LoRA in one adapter and ordinary LoRA in another. "
                     "Give all adapters of a model the same blocks, layer_rule and shared_layers."
@@ -84,15 +78,9 @@ class CoLoraModel(BaseTuner):
         return key in self._plan
 
     def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+        self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, target_name: str,
+        parent: nn.Module, current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         config, placement = _as_colora(peft_config), self._plan[current_key]
         if isinstance(target, CoLoraLayer):
             target.update_layer(adapter_name, config, placement)
@@ -142,3 +130,64 @@ def _as_colora(peft_config: PeftConfig) -> CoLoraConfig:
     if not isinstance(peft_config, CoLoraConfig):
         raise ModelError(f"Co-LoRA needs a CoLoraConfig, got {type(peft_config).__name__}.")
     return peft_config
+
+
+_FLAGS: Final = ("attention_bias", "mlp_bias")
+_LLAMAS: Final = frozenset({"qwen2", "mistral"})
+
+
+def with_described_biases(model: nn.Module) -> nn.Module | None:
+    """The model, or a Llama of its tensors, whose configuration describes every bias, or None."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return None
+    has = {name for name, _ in model.named_parameters()}
+    for architecture, candidate in _candidates(type(model), config):
+        with torch.device("meta"):
+            described = architecture(candidate)
+        lacking = {name for name, _ in described.named_parameters()} ^ has
+        if any(name in has or not name.endswith(".bias") for name in lacking):
+            continue
+        for name in lacking:
+            linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".bias")))
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+        if architecture is type(model):
+            _set_flags(config)
+            return model
+        return _handed_on(model, described)
+    return None
+
+
+def _candidates(architecture: Any, config: PretrainedConfig) -> Iterator[tuple[Any, PretrainedConfig]]:
+    flagged = copy.deepcopy(config)
+    _set_flags(flagged)
+    yield architecture, flagged
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    # Whether any layer attends to a window, which Llama's do not.
+    slides = kinds is not None and {*kinds} != {"full_attention"}
+    slides |= kinds is None and window is not None and window < config.max_position_embeddings
+    if config.model_type not in _LLAMAS or slides:
+        return
+    known, given = LlamaConfig().to_dict(), config.to_dict()
+    kept = {name: given[name] for name in known if name in given and name not in ("model_type", *_FLAGS)}
+    yield LlamaForCausalLM, LlamaConfig(**kept, attention_bias=True, mlp_bias=True)
+
+
+def _set_flags(config: PretrainedConfig) -> None:
+    text = config.get_text_config()
+    for flag in _FLAGS:
+        if hasattr(text, flag):
+            setattr(text, flag, True)
+
+
+def _handed_on(model: Any, described: Any) -> nn.Module:
+    described.load_state_dict(model.state_dict(), assign=True)
+    described.tie_weights()
+    for name, values in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        described.get_submodule(owner)._buffers[leaf] = values
+    described.config.dtype = model.config.dtype
+    described.generation_config = model.generation_config
+    described.requires_grad_(False)
+    converted: nn.Module = described.train(model.training)
+    return converted

@@ -23,14 +23,7 @@ _NOT_LANGUAGE = frozenset(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one adapted linear module sits.
-
-    Attributes:
-        name: Full module name in the base model, such as `model.layers.3.self_attn.q_proj`.
-        module: Name within the decoder layer, such as `self_attn.q_proj`; equal across widths.
-        layer: Index of the decoder layer, 0-based.
-        block: Index of the relative-depth block of a Co-LoRA layer, 0-based; None on family layers.
-    """
+    """Where one adapted linear module sits, layer and block 0-based; the block is None on family layers."""
 
     name: str
     module: str
@@ -46,17 +39,11 @@ class Placement:
 def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tuple[int, ...]:
     """Return the decoder layer, 0-based, that closes each of N_B `blocks` of equal relative depth.
 
-    The rule `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the depth (halves
-    go to the deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, with the last block always at the last layer,
-    so that the last block takes up all remainders. `first` takes the first N_B layers, whatever the depth:
-    what is compared with, not what is of use.
+    `relative_depth` takes the layer whose end is nearest to k/N_B of the depth (halves go deeper), `authors`
+    k·⌊depth/N_B⌋ − 1 with the last block at the last layer, `first` the first N_B layers: for comparison
+    only. ConfigurationError for no block or an unknown rule; ModelError with fewer layers than blocks.
 
-    Raises:
-        ConfigurationError: `blocks` is below 1 or the rule is unknown.
-        ModelError: The model has fewer layers than there are blocks.
-
-    Reference:
-        arXiv 2506.11024, "block-wise aggregation"; `get_target_layers` in the authors' code.
+    Reference: arXiv 2506.11024, "block-wise aggregation"; `get_target_layers` in the authors' code.
     """
     if blocks < 1:
         raise ConfigurationError(f"blocks is {blocks}; Co-LoRA needs at least 1 block.")
@@ -76,11 +63,7 @@ def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tupl
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Full name and stack of decoder layers of a language model or of a LLaVA-style model's language part.
-
-    The model is one of transformers, or any module with one list of layers named `layers`, `h` or `blocks`
-    outside vision and audio towers; a ModelError lists what is there if none or more than one fits.
-    """
+    """Name and stack of decoder layers of a language part; a ModelError lists what is there if unclear."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = getattr(text_config, "num_hidden_layers", None)
@@ -129,9 +112,7 @@ def linear_names(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
 def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
     """Choose modules of a decoder layer, sorted, by names or last parts such as `q_proj`; None for all."""
     if not available:
-        raise ModelError(
-            "The decoder layers have no torch.nn.Linear module to adapt; Co-LoRA supports only those."
-        )
+        raise ModelError("The decoder layers have no torch.nn.Linear, which alone Co-LoRA adapts")
     if wanted is None:
         return tuple(sorted(available))
     fitting = {want: [n for n in available if n == want or n.endswith(f".{want}")] for want in wanted}
@@ -145,26 +126,14 @@ def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tu
 
 
 def plan_placements(
-    model: nn.Module,
-    shared_layers: Sequence[int],
-    target_modules: Sequence[str] | None,
-    *,
-    family: bool,
-) -> Mapping[str, Placement]:
-    """Say where every adapted module sits, by full module name; ModelError if that is nowhere.
-
-    `shared_layers` are the Co-LoRA layers, strictly increasing, one per block; `target_modules` are names
-    within a layer, None for all; `family` is whether the other layers carry ordinary LoRA. The model may
-    already carry other adapters.
-    """
+    model: nn.Module, shared_layers: Sequence[int], target_modules: Sequence[str] | None, *, family: bool,
+) -> Mapping[str, Placement]:  # fmt: skip
+    """Where each adapted module sits by full name: `shared_layers` one per block; ModelError if nowhere."""
     prefix, layers = find_decoder_layers(model)
     if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):
         raise ModelError(f"shared_layers {list(shared_layers)} should be strictly increasing and not empty.")
     if shared_layers[0] < 0 or shared_layers[-1] >= len(layers):
-        raise ModelError(
-            f"shared_layers {list(shared_layers)} lie outside the model, which has layers 0 to "
-            f"{len(layers) - 1}."
-        )
+        raise ModelError(f"shared_layers {list(shared_layers)} lie outside layers 0 to {len(layers) - 1}")
     present = [set(linear_names(layer)) for layer in layers]
     chosen = select_modules(tuple({name for names in present for name in names}), target_modules)
     plan: dict[str, Placement] = {}

@@ -1,9 +1,7 @@
 """What is trained, what takes part in the forward pass, and which basis is used.
 
-All functions take any module that contains Co-LoRA layers: a PEFT model, its base model, or a wrapper
-such as Opacus' GradSampleModule; they work on the one active adapter. `layers` is `shared` for Co-LoRA
-modules, `family` for ordinary LoRA, or `all`; the other layers stay as they are. Active branches and fixed
-gates are saved with an adapter once `record_switches` was called; what is trained is not.
+All functions take any module that contains Co-LoRA layers and work on the one active adapter. `layers` is
+`shared` for Co-LoRA modules, `family` for LoRA, or `all`; the other layers stay as they are.
 """
 
 import math
@@ -14,10 +12,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from fedmosaic.client.colora.basis import orthonormality_error
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.layer import GATE, CoLoraLayer
-from fedmosaic.client.colora.linear import CoLoraLinear
+from fedmosaic.client.colora.linear import CoLoraLinear, orthonormality_error
 from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ModelError
 
@@ -33,15 +30,12 @@ def find_adapter(model: nn.Module) -> str:
         raise ModelError(
             "The model has no Co-LoRA adapter; make one with peft.get_peft_model(model, CoLoraConfig(...))."
         )
-    active: list[str] = sorted(
-        {name for layer in layers for name in layer.active_adapters if name in layer.settings}
-    )
+    active = [*{name for layer in layers for name in layer.active_adapters if name in layer.settings}]
     if len(active) != 1:
         raise ModelError(
-            f"{len(active)} adapters are active ({', '.join(active) or 'none'}); activate one of "
-            f"{', '.join(known)} with model.set_adapter."
+            f"{len(active)} adapters are active; activate one of {', '.join(known)} with model.set_adapter"
         )
-    return active[0]
+    return str(active[0])
 
 
 def _adapted(model: nn.Module) -> list[CoLoraLayer]:
@@ -77,11 +71,7 @@ def shared_modules(model: nn.Module) -> list[CoLoraLinear]:
 
 
 def set_trainable(model: nn.Module, groups: Collection[str], *, layers: str = "all") -> None:
-    """Choose what is trained, any of `local`, `global`, `personal`, `gate`; freeze the rest of the adapter.
-
-    The choice survives `disable_adapter()` and `set_adapter()`; while the adapter is inactive, nothing of
-    it is trained. A group that does not exist is a ModelError.
-    """
+    """Choose which of `local`, `global`, `personal`, `gate` are trained; ModelError if one does not exist."""
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     for layer in chosen:
         _check_groups("groups", groups, {*layer.settings[name].branches, GATE})
@@ -90,12 +80,7 @@ def set_trainable(model: nn.Module, groups: Collection[str], *, layers: str = "a
 
 
 def set_active_branches(model: nn.Module, branches: Collection[str], *, layers: str = "all") -> None:
-    """Choose which of `local`, `global`, `personal` take part; the others are not computed at all.
-
-    The gate weighs `local` against `global` while both are active; one of them alone has weight 1. `personal`
-    is always added ungated. Without any branch the layers are those of the base model. A branch that does not
-    exist, or a merged adapter, is a ModelError.
-    """
+    """Choose which branches are computed; the gate weighs `local` against `global`. ModelError as for all."""
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     check_not_merged(chosen)
     for layer in chosen:
@@ -121,9 +106,7 @@ def fix_gate(model: nn.Module, value: float | None, *, layers: str = "all") -> N
     flows into the forward pass. It lies in [0, 1], and the adapter is not merged, or a ModelError says so.
     """
     if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
-        raise ModelError(
-            f"The gate's value is {value}; it should lie in [0, 1], or be None to use the learned gate."
-        )
+        raise ModelError(f"The gate's value is {value}; it should lie in [0, 1], or be None to learn it")
     name, chosen = find_adapter(model), adapted_layers(model, layers)
     check_not_merged(chosen)
     for layer in chosen:
@@ -167,12 +150,9 @@ def get_basis(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "custom") -> None:
     """Replace the frozen bases of all Co-LoRA modules, as after an alignment between architectures.
 
-    For exactly the Co-LoRA modules, by full name, `bases` hold A (r, d_in) with orthonormal rows and B
-    (d_out, r) with orthonormal columns, to `ORTHONORMALITY_TOLERANCE`. The label is part of the layout's
-    hash: equal for all clients aligned to the same anchor, different from every other basis.
-
-    Raises:
-        ModelError: The bases are not these, or the adapter is merged. Nothing was changed then.
+    By full name, A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, to
+    `ORTHONORMALITY_TOLERANCE`. The label is part of the layout's hash: equal for all clients aligned to the
+    same anchor. ModelError, and nothing was changed, if the bases are not these or the adapter is merged.
     """
     name = find_adapter(model)
     modules = {layer.settings[name].placement.name: layer for layer in shared_modules(model)}
@@ -185,15 +165,11 @@ def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "cus
             "The bases should name exactly the Co-LoRA modules. "
             f"Missing: {missing or 'none'}; unknown: {unknown or 'none'}."
         )
-    checked = {
-        key: [
-            _checked(f"{key}: {side}", given, current, side == "A")
-            for side, given, current in zip(
-                "AB", bases[key], (layer.colora_A[name], layer.colora_B[name]), strict=True
-            )
-        ]
-        for key, layer in modules.items()
-    }
+    checked = {}
+    for key, layer in modules.items():
+        a, b = bases[key]
+        given_a = _checked(f"{key}: A", a, layer.colora_A[name], by_rows=True)
+        checked[key] = given_a, _checked(f"{key}: B", b, layer.colora_B[name], by_rows=False)
     for key, layer in modules.items():
         layer.colora_A[name].copy_(checked[key][0])
         layer.colora_B[name].copy_(checked[key][1])
@@ -203,12 +179,10 @@ def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "cus
         config.basis_label = label
 
 
-def _checked(
-    what: str, given: torch.Tensor | np.ndarray, current: torch.Tensor, by_rows: bool
-) -> torch.Tensor:
-    tensor = torch.as_tensor(given).detach().to(device=current.device, dtype=torch.float32)
-    if tensor.shape != current.shape:
-        raise ModelError(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(current.shape)}.")
+def _checked(what: str, given: torch.Tensor | np.ndarray, now: torch.Tensor, by_rows: bool) -> torch.Tensor:
+    tensor = torch.as_tensor(given).detach().to(device=now.device, dtype=torch.float32)
+    if tensor.shape != now.shape:
+        raise ModelError(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(now.shape)}.")
     if not tensor.isfinite().all():
         raise ModelError(f"{what} has values that are not finite.")
     error = orthonormality_error(tensor.T if by_rows else tensor)

@@ -20,7 +20,6 @@ _CUSTOMARY: Final = frozenset(
     "text title".split()
 )
 """Fields that other programs' data sets have."""
-
 _ROLES: Final = ("system", "user", "assistant")
 
 
@@ -34,15 +33,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One supervised example, as text.
+    """One supervised example, as text, with a name that is unique within its data set.
 
-    Attributes:
-        id: Name of the example, unique within its data set.
-        prompt: What the model reads; not empty. Of a conversation, the texts before its last turn.
-        answer: What the model should reply; not empty. Of a conversation, its last turn.
-        choices: The closed set of answers to choose from, `answer` among them; empty for open answers.
-        turns: The conversation, which ends with the assistant's turn; empty for a prompt and its answer.
-        person: Whose record it is; empty if that is not told.
+    Of a conversation, in `turns`, the prompt is the texts before its last turn, and the answer that; neither
+    is empty. `choices` are the closed set of answers, if any; `person` is whose record it is, if that is
+    told.
     """
 
     id: str
@@ -80,10 +75,7 @@ R = TypeVar("R", bound=Record)
 
 
 def by_unit(examples: Sequence[R], unit: Unit) -> list[tuple[R, ...]]:
-    """The units that a guarantee is for, in the order of their first examples: each alone, or by person.
-
-    ConfigurationError if the unit is a person and an example says none.
-    """
+    """The units of a guarantee, by first example; ConfigurationError if a person is wanted and not told."""
     if unit == "example":
         return [(example,) for example in examples]
     grouped: dict[str, list[R]] = {}
@@ -106,11 +98,7 @@ def unit_ids(examples: Sequence[Record], unit: Unit) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples of one source, at least one, and how they were read.
-
-    `label` and `columns` are for people; `named` tells whether a column names the examples, else their names
-    are made from what they say.
-    """
+    """A source's examples, at least one, and how they were read; `named` by a column, or by content."""
 
     label: str
     examples: tuple[Example, ...] = field(repr=False)
@@ -149,19 +137,11 @@ def read_public_examples(path: Path) -> tuple[Example, ...]:
 def read_set(
     source: DataSource | Iterable[Any], columns: ColumnSettings | None = None, *, public: bool = False
 ) -> ExampleSet:
-    """Read a source of any kind.
+    """Read a file, a folder, a split on a hub, or rows that a caller in Python holds.
 
-    Args:
-        source: File, folder, split on a hub, or rows that a caller in Python holds.
-        columns: Names of the columns to read, other columns being left out; by default the parts' own names,
-            and other columns are refused.
-        public: Name examples that have no name by their place in the file. Otherwise either all have one or
-            names are made from what the examples say: the same whatever their order, `-2` and so on added to
-            repetitions.
-
-    Raises:
-        ConfigurationError: The source cannot be read or holds nothing, a row is no example, or a name occurs
-            twice. The message names the row, never its contents.
+    `columns` name what is read, others being left out; by default the parts' own names, others refused.
+    `public` names the nameless by place. Else all have a name, or names follow from what examples say, in any
+    order, `-2` and so on added to repetitions. ConfigurationError names the row at fault, never its contents.
     """
     names = columns or ColumnSettings()
     part_of = {getattr(names, part): part for part in _PARTS}
@@ -176,9 +156,8 @@ def read_set(
         examples.append(_example(record, names, where))
         places.append(where)
     if not examples:
-        raise ConfigurationError(
-            f"{source if isinstance(source, Path) else label_of(source)} holds no example; give at least one"
-        )
+        place = source if isinstance(source, Path) else label_of(source)
+        raise ConfigurationError(f"{place} holds no example; give at least one")
     named = bool(examples[0].id)
     _check_names(examples, places, named=named)
     shown = (part if getattr(names, part) == part else f"{getattr(names, part)} as {part}" for part in used)
@@ -215,8 +194,7 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
     if "messages" in record:
         if "prompt" in record or "answer" in record:
             raise ConfigurationError(
-                f"{where} has {names.messages!r} beside {names.prompt!r} or {names.answer!r}; give a "
-                "conversation, or a prompt and its answer"
+                f"{where} has {names.messages!r} beside {names.prompt!r} or {names.answer!r}; give one form"
             )
         turns = _turns(record["messages"], names.messages, where)
         record["prompt"] = "\n".join(turn.content for turn in turns[:-1])
@@ -225,16 +203,13 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
         if part in record or part in ("prompt", "answer"):
             _check_text(record.get(part), getattr(names, part), where)
     choices = listed(record.get("choices"))
-    if not isinstance(choices, list | tuple) or not all(
-        isinstance(choice, str) and choice for choice in choices
-    ):
+    texts = isinstance(choices, list | tuple) and all(isinstance(one, str) and one for one in choices)
+    if not isinstance(choices, list | tuple) or not texts:
         raise ConfigurationError(f"{where}: {names.choices!r} must be a list of texts that are not empty")
     for choice in choices:
         _check_text(choice, names.choices, where)
     if choices and (record["answer"] not in choices or len(set(choices)) != len(choices)):
-        raise ConfigurationError(
-            f"{where}: {names.choices!r} must differ from each other and contain the answer"
-        )
+        raise ConfigurationError(f"{where}: {names.choices!r} must differ and contain the answer")
     name, person = record.get("id", ""), record.get("person", "")
     return Example(name, record["prompt"], record["answer"], tuple(choices), turns, person)
 
@@ -247,9 +222,8 @@ def _check_text(value: object, name: str, where: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(
-            f"{where}: {name!r} holds half a character (a lone surrogate); take it out"
-        ) from None
+        words = f"{where}: {name!r} holds half a character (a lone surrogate); take it out"
+        raise ConfigurationError(words) from None
 
 
 def listed(value: object) -> object:
@@ -267,9 +241,7 @@ def listed(value: object) -> object:
 def _turns(value: object, name: str, where: str) -> tuple[Turn, ...]:
     found = listed(value)
     if not isinstance(found, list | tuple) or not found:
-        raise ConfigurationError(
-            f"{where}: {name!r} must be a list of messages, objects with role and content"
-        )
+        raise ConfigurationError(f"{where}: {name!r} must be a list of objects with role and content")
     turns = []
     for number, message in enumerate(found, 1):
         place = f"{where}, message {number}"
@@ -277,15 +249,11 @@ def _turns(value: object, name: str, where: str) -> tuple[Turn, ...]:
         if set(fields) != {"role", "content"}:
             raise ConfigurationError(f"{place} must be an object with role and content, and nothing else")
         if fields["role"] not in _ROLES or (fields["role"] == "system" and number > 1):
-            raise ConfigurationError(
-                f"{place}: role must be 'user' or 'assistant', or 'system' in the first message"
-            )
+            raise ConfigurationError(f"{place}: role must be user or assistant, or system in the first")
         _check_text(fields["content"], "content", place)
         turns.append(Turn(fields["role"], fields["content"]))
     if turns[-1].role != "assistant" or not any(turn.role == "user" for turn in turns[:-1]):
-        raise ConfigurationError(
-            f"{where}: {name!r} must have a user's turn and end with the assistant's, which is learned"
-        )
+        raise ConfigurationError(f"{where}: {name!r} must have a user's turn and end with the assistant's")
     return tuple(turns)
 
 
@@ -297,17 +265,13 @@ def _check_names(examples: list[Example], places: list[str], *, named: bool) -> 
             raise ConfigurationError(f"{where} {words}; name every example or none")
         earlier = first.setdefault(example.id, where) if named else where
         if earlier != where:
-            raise ConfigurationError(
-                f"{where} has the id of {earlier.rsplit(', ', 1)[-1]}; every example needs its own id"
-            )
+            other = earlier.rsplit(", ", 1)[-1]
+            raise ConfigurationError(f"{where} has the id of {other}; every example needs its own id")
 
 
 def _named(examples: list[Example]) -> tuple[Example, ...]:
-    """The examples, named by a hash of what they say.
-
-    Who corrects a text makes another example of it. The ledger therefore never takes these names as proof
-    that two states of the data share nobody's record.
-    """
+    """The examples, named by a hash of what they say."""
+    # A corrected text is another example: the ledger takes no such names as proof that data share nobody.
     seen: Counter[str] = Counter()
     found = []
     for example in examples:
@@ -336,7 +300,7 @@ def read_sets(
     source = settings.train if train is None else train
     if source is None:
         raise ConfigurationError("data.train: missing; name the training examples")
-    tests = {name: read_set(place, settings.columns) for name, place in settings.test_sets.items()}
-    if test is not None:
-        tests = {"self": read_set(test, settings.columns)} | tests
+    own = settings.test if test is None else test
+    sets = ({} if own is None else {"self": own}) | settings.others
+    tests = {name: read_set(place, settings.columns) for name, place in sets.items()}
     return ClientData(read_set(source, settings.columns), tests)

@@ -1,14 +1,9 @@
 """Rows of a source, one dictionary each, with the place that messages name.
 
-    X.json                 a list of objects
-    X.csv, X.tsv           with a header
-    X.parquet              read by pyarrow
-    a folder               what `datasets` saved (`save_to_disk`), one split
-    hub:NAME:SPLIT         loaded by `datasets`
-    any other file         JSON lines
-
-Files and folders are read where they lie: no copy goes into the cache that `datasets` keeps in the user's
-home. What is private is in no message: rows are named by number.
+A file of JSON lines, `.json` (a list of objects), `.csv` or `.tsv` (with a header) or `.parquet`, a folder
+that `datasets` saved (one split), or hub:NAME:SPLIT. Files and folders are read where they lie: no copy goes
+into the cache that `datasets` keeps in the user's home. Nothing private is in a message: rows are named by
+number.
 """
 
 import csv
@@ -26,7 +21,6 @@ from fedmosaic.protos.errors import ConfigurationError
 
 Row = tuple[str, object]
 """Where a row stands ("train.csv, line 3"), and what is there: columns by name if it is sound."""
-
 IN_PYTHON: Final = "examples"
 _LONGEST_CELL: Final = 1 << 27
 _EXTRA: Final = "pip install 'fedmosaic[datasets]'"
@@ -34,10 +28,7 @@ _HUB_ERRORS: Final = (OSError, ValueError, LookupError, RuntimeError, TypeError)
 
 
 def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows of a source in order; ConfigurationError if it cannot be read.
-
-    Where `wanted` names columns, others need not be read.
-    """
+    """The rows of a source in order; ConfigurationError if unreadable."""
     if isinstance(source, HubData):
         return _dataset_rows(_from_hub(source), str(source), wanted)
     if not isinstance(source, Path):
@@ -73,9 +64,8 @@ def _lines(path: Path) -> Iterator[Row]:
                 # Files of Windows that were laid end to end have a byte order mark in the middle, too.
                 yield where, parse_json(line.removeprefix("\ufeff"))
             except ValueError as error:
-                raise ConfigurationError(
-                    f"{where} is not JSON ({error}); write one JSON object per line"
-                ) from None
+                words = f"{where} is not JSON ({error}); write one JSON object per line"
+                raise ConfigurationError(words) from None
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -98,8 +88,7 @@ def _csv(path: Path) -> Iterator[Row]:
         header = next(reader, [])
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
             raise ConfigurationError(
-                f"{path} has one column, whose name holds a separator; save it with commas between columns, "
-                "or with tabs as .tsv"
+                f"{path} has one column, whose name holds a separator; save it with commas, or tabs as .tsv"
             )
         if len(set(header)) < len(header):
             raise ConfigurationError(f"{path} has two columns of one name; give each its own")
@@ -126,9 +115,8 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield f"{path}, row {number}", _plain(record)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"cannot read the examples in {path}: {type(error).__name__}; give a whole Parquet file"
-        ) from None
+        words = f"cannot read the examples in {path}: {type(error).__name__}; give a whole Parquet file"
+        raise ConfigurationError(words) from None
 
 
 def _from_folder(path: Path) -> Any:
@@ -142,15 +130,13 @@ def _from_folder(path: Path) -> Any:
         )
     if not (path / "state.json").is_file():
         raise ConfigurationError(
-            f"cannot read the examples in {path}: Is a directory, and not one that `datasets` saved "
-            "(save_to_disk); name a file in it"
+            f"cannot read the examples in {path}: Is a directory, which `datasets` has not saved; name a file"
         )
     try:
         return library.load_from_disk(str(path))
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ConfigurationError(
-            f"cannot read the examples in {path}: {type(error).__name__}; save the data set again"
-        ) from None
+        words = f"cannot read the examples in {path}: {type(error).__name__}; save the data set again"
+        raise ConfigurationError(words) from None
 
 
 def _from_hub(source: HubData) -> Any:
@@ -176,8 +162,7 @@ def _library(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigurationError(
-            f"{what} is read by the library `datasets`, which is not installed here: {_EXTRA}; JSON lines, "
-            "JSON and CSV need nothing more"
+            f"{what} needs the library `datasets` ({_EXTRA}); JSON lines, JSON and CSV need nothing more"
         ) from None
 
 

@@ -1,4 +1,1 @@
-"""DP-SGD on the shared branch: per-example gradients, clipping, noise, and the checks before them.
-
-Stands on `client.model` and `client.colora`; books every event through its caller.
-"""
+"""DP-SGD on the shared branch and the checks before it; stands on model and colora, its caller books."""

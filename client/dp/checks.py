@@ -11,18 +11,15 @@ from typing import Final
 import torch
 from torch import nn
 
-from fedmosaic.client.dp.branch import public_branches
-from fedmosaic.client.dp.engine import core_parameters, example_gradient
+from fedmosaic.client.dp.engine import core_parameters, example_gradient, public_branches
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, on_device_of, training_mode
 from fedmosaic.protos.errors import ModelError, PrivacyError
 
 REPEAT_TOLERANCE: Final = 1e-3
 """Relative distance allowed between two gradients of one example with others computed in between."""
-
 _NOISE_FACTOR: Final = 10.0
 """The same, in units of what two computations in a row differ by where the hardware is not repeatable."""
-
 # Share of the bound that the received branch lies at, and the texts' lengths: each time the longest one is
 # longer than all before, so that what is scaled by the longest text so far shows.
 _TRIED: Final = ((0.0, (4, 7, 13)), (1.0, (4, 9, 21)))
@@ -41,26 +38,15 @@ def public_examples(model: nn.Module, lengths: Sequence[int]) -> list[EncodedExa
 
 
 def assert_only_shared_branch(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    private_parameters: Mapping[str, nn.Parameter],
-    *,
+    model: nn.Module, cores: Mapping[str, nn.Linear], private_parameters: Mapping[str, nn.Parameter], *,
     losses: ExampleLosses = example_losses,
-) -> None:
+) -> None:  # fmt: skip
     """Prove that nothing but the cores is trained and that no private tensor reaches the loss.
 
-    The second part follows the data: the private tensors are made differentiable for one forward pass
-    and must not appear in its graph, not even multiplied by zero.
-
-    Args:
-        model: The model as it is about to be trained.
-        cores: Cores of the shared branch.
-        private_parameters: Every tensor that was or will be trained without differential privacy
-            (personal branch, other LoRA tensors, gates), by name.
-        losses: Loss of each example.
-
-    Raises:
-        PrivacyError: Another parameter is trainable, or a private tensor takes part in the forward pass.
+    The second part follows the data: the private tensors, every one that was or will be trained without
+    differential privacy (personal branch, other LoRA tensors, gates), are made differentiable for one forward
+    pass and must not appear in its graph, not even multiplied by zero. PrivacyError if another parameter is
+    trainable, or a private tensor takes part in the forward pass.
     """
     of_cores = {id(parameter) for core in cores.values() for parameter in core.parameters()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in of_cores]
@@ -88,21 +74,14 @@ def assert_only_shared_branch(
 
 
 def check_engine(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    *,
-    clip: float,
-    losses: ExampleLosses = example_losses,
-) -> None:
+    model: nn.Module, cores: Mapping[str, nn.Linear], *, clip: float, losses: ExampleLosses = example_losses,
+) -> None:  # fmt: skip
     """Try on public texts of several lengths that every core learns, and that no example moves another's row.
 
     To be called once, before anything private or received is in the model. Rows are tried with a received
     branch of zeros and with one whose every entry lies at the bound of what can be received, `clip`, which
-    amplifies the least dependence.
-
-    Raises:
-        ModelError: A core takes no part in the loss, a gradient is zero or not finite, something in the
-            model carries one example to the next, or dropout cannot be switched off.
+    amplifies the least dependence. ModelError if a core takes no part in the loss, a gradient is zero or not
+    finite, something in the model carries one example to the next, or dropout cannot be switched off.
     """
     refuse_state(model)
     device = next(model.parameters()).device
@@ -179,11 +158,9 @@ def _check_moves(
 
 
 def _check_alone(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    examples: Sequence[EncodedExample],
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
     losses: ExampleLosses,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor]:  # fmt: skip
     def row(example: EncodedExample) -> torch.Tensor:
         gradient = example_gradient(model, cores, example, losses)
         # As the clipping has it: what is not finite counts as zero.

@@ -1,23 +1,25 @@
-"""Private training of the shared branch: DP-SGD on the cores P and Q, and on nothing else.
+"""Private training of the shared branch: DP-SGD on the cores P and Q, and on nothing else; then the rest.
 
-One step draws a Poisson sample of the examples, clips each example's gradient to the norm C, adds the
-clipped gradients up, adds N(0, σ²C²) to every coordinate of the sum, and divides by a public constant:
+One step draws a Poisson sample of the examples, clips each example's gradient to the norm C, adds the clipped
+gradients up, adds N(0, σ²C²) to every coordinate of the sum, and divides by a public constant:
 
     g̃ = ( Σ_{i in B} clip_C(g_i) + N(0, σ²C² I) ) / expected_batch_size
 
 The realised batch size is private under add/remove and divides nothing. An empty sample releases noise like
-any other and is charged like any other. What the optimizer makes of g̃ is post-processing, so the cores
-after the round are a release with the cost of the round's steps, provided that the values they started from
-were public or an earlier release, and that no other private tensor takes part in the forward pass
-(`fedmosaic.client.dp.checks`). One example moves the sum by at most C whatever it is, whatever the others
-are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is in evaluation mode
-throughout: dropout draws from one stream for all examples, and a layer with running statistics carries one
-example to the next. One thing remains outside the guarantee: the time of a step grows with the size of its
-sample.
+any other and is charged like any other. What the optimizer makes of g̃ is post-processing, so the cores after
+the round are a release with the cost of the round's steps, provided that the values they started from were
+public or an earlier release, and that no other private tensor takes part in the forward pass (`checks`). One
+example moves the sum by at most C whatever it is, the others are, and was received (`engine` says why). The
+model is in evaluation mode throughout: dropout draws from one stream for all examples, and a layer with
+running statistics carries one example to the next. One thing remains outside the guarantee: the time of a
+step grows with the size of its sample.
 
-Reference:
-    Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
-    Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
+In a round P and Q come first, alone, everything that has ever seen private data without noise out of the
+forward pass; then the personal branch, the other layers' LoRA and the gate, without DP, which never leave.
+The order is the guarantee: what is trained second cannot reach what is released.
+
+Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
+Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
 """
 
 import logging
@@ -29,22 +31,33 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedmosaic.client.dp.checks import assert_only_shared_branch
+from fedmosaic.client.colora import set_active_branches, set_trainable
+from fedmosaic.client.data.records import by_unit
+from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine
 from fedmosaic.client.dp.engine import (
     check_cores,
     clip_and_sum,
     core_parameters,
     dimensions_of,
     example_gradient,
+    only_shared_branch,
+    private_parameters,
 )
+from fedmosaic.client.ledger import group_grid
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, in_bfloat16, training_mode
+from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.records import digest_of
+from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism import gaussian
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
-from fedmosaic.privacy.mechanism.noise import NoiseSource, Randomness, poisson_sample
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.privacy.mechanism.noise import IntArray, NoiseSource, Randomness, poisson_sample
+from fedmosaic.privacy.mechanism.shares import noisy_share
+from fedmosaic.protos.errors import ConfigurationError, PrivacyError
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +65,9 @@ log = logging.getLogger(__name__)
 class PrivateTrainingSettings(Frozen):
     """How the shared branch is trained privately; all of it public and fixed before the run.
 
-    Attributes:
-        steps: Noisy steps of one round; each is charged, whatever its sample holds.
-        sampling_rate: Probability q that an example takes part in a step.
-        expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
-        max_grad_norm: Clipping norm C of one example's gradient over all cores, from public data.
-        noise_multiplier: σ, the noise's standard deviation over C.
-        bf16: Wide products in bfloat16; gradients of the cores, clipping and noise are exact as ever.
+    Each of `steps` is charged, whatever its sample holds: an example takes part with probability q,
+    `sampling_rate`, its gradient over all cores is clipped to C, `max_grad_norm`, from public data, and σ,
+    `noise_multiplier`, is the noise's deviation over C. bf16 leaves core gradients, clipping and noise exact.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
@@ -77,36 +86,26 @@ class PrivateTrainingSettings(Frozen):
 
 
 def private_steps(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    examples: Sequence[EncodedExample],
-    settings: PrivateTrainingSettings,
-    *,
-    private_parameters: Mapping[str, nn.Parameter],
-    randomness: Randomness,
-    losses: ExampleLosses = example_losses,
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings, *, private_parameters: Mapping[str, nn.Parameter],
+    randomness: Randomness, losses: ExampleLosses = example_losses,
     progress: Callable[[int, int], None] | None = None,
-) -> Callable[[], ClippedSum]:
+) -> Callable[[], ClippedSum]:  # fmt: skip
     """DP-SGD on the cores, checked and not yet begun; the new values in them will be one release.
 
-    What takes part is checked on public tokens, with public values in the place of what was received; no
-    data is touched. The caller charges `settings.event` and then calls what it is given, once. A failure
+    What takes part is checked on public tokens, with public values in the place of what was received; no data
+    is touched. The caller charges `settings.event` and then calls what it is given, once. A failure
     afterwards leaves the charge standing. No value that was received, or is private, can end the training: a
-    gradient that is not finite counts as zero. That the model has gradients to clip is tried before, once, by
-    `fedmosaic.client.dp.checks.check_engine`.
+    gradient that is not finite counts as zero. That there are gradients to clip is tried before, once, by
+    `checks.check_engine`.
 
     The cores start from values that are public or an earlier release, all else in the model is frozen, and
     `private_parameters`, which private data reaches without noise, must be out of the forward pass. A seeded
     `randomness` voids the guarantee.
 
-    Returns:
-        What takes the steps. It returns how many gradients there were over all of them, clipped or rejected
-        ones among them: private, for the client's own people. Its sum is empty.
-
-    Raises:
-        ConfigurationError: There is no example.
-        PrivacyError: A private tensor takes part.
-        ModelError: The cores cannot be trained privately.
+    Returns what takes the steps. It gives how many gradients there were over all of them, clipped or rejected
+    ones among them: private, for the client's own people. Its sum is empty. ConfigurationError if there is no
+    example; PrivacyError if a private tensor takes part; ModelError if the cores cannot be trained privately.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
@@ -136,14 +135,10 @@ def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> Non
 
 
 def _steps(
-    model: nn.Module,
-    cores: Mapping[str, nn.Linear],
-    examples: Sequence[EncodedExample],
-    settings: PrivateTrainingSettings,
-    randomness: Randomness,
-    losses: ExampleLosses,
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings, randomness: Randomness, losses: ExampleLosses,
     progress: Callable[[int, int], None] | None,
-) -> ClippedSum:
+) -> ClippedSum:  # fmt: skip
     parameters = core_parameters(cores)
     kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.Adam
     optimizer = kind(parameters, lr=settings.learning_rate)
@@ -166,3 +161,101 @@ def _steps(
         # No error: how large the weights are that a step is too small for may come from what was received.
         log.error("private training moved no weight; raise the learning rate of the shared branch")
     return counts
+
+
+# The received branch has this constant share while the local one is trained: the learnt gate has seen
+# private data, so it may not take part.
+GLOBAL_WEIGHT = 0.5
+
+
+def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> None:
+    """Try on public values that a fresh adapted model can be trained privately, before anything comes in."""
+    losses = in_bfloat16() if training.bf16 else example_losses
+    # As in every round but the first: the personal branches are open when the private step begins.
+    open_personal_branches(model, terms.adapter)
+    with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+        check_cores(cores)
+        assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
+        check_engine(model, cores, clip=terms.encryption.clip, losses=losses)
+
+
+def train_shared(
+    model: nn.Module, examples: Sequence[EncodedExample], terms: Terms, training: TrainingSettings,
+    releases: Releases, round_number: int, progress: Progress,
+) -> None:  # fmt: skip
+    """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow it."""
+    plan, privacy = releases.adapter_plan, terms.adapter_privacy
+    settings = PrivateTrainingSettings(
+        learning_rate=training.private_learning_rate, steps=privacy.steps_per_round,
+        sampling_rate=plan.sampling_rate, expected_batch_size=privacy.expected_batch_size,
+        max_grad_norm=privacy.clipping_norm, noise_multiplier=plan.noise_multiplier, bf16=training.bf16,
+    )  # fmt: skip
+    progress.stage(round_number, "private training", settings.steps)
+    with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+        counts = releases.release_adapter(
+            round_number,
+            settings.event,
+            lambda: private_steps(
+                model, cores, examples, settings, private_parameters=private_parameters(model),
+                randomness=releases.randomness, progress=lambda step, _total: progress.advance(step),
+            ),
+            lambda steps: steps(),
+        )  # fmt: skip
+    if counts is None:
+        return
+    releases.clipping.add("adapter", counts.clipped, counts.rows)
+    if counts.rows:
+        share = 100 * counts.clipped / counts.rows
+        log.info("round %d: %.0f %% of the gradients were clipped", round_number, share)
+
+
+def group_share(
+    model: nn.Module, examples: Sequence[EncodedExample], terms: Terms, training: TrainingSettings,
+    releases: Releases, round_number: int, progress: Progress, members: int,
+) -> IntArray | None:  # fmt: skip
+    """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
+
+    Gives (D,) integers for the secure sum alone; None where the budget allows no more. MechanismError if the
+    group is too large for the bits of the terms; PrivacyError if the plan charges another noise than they
+    add.
+    """
+    plan, grid = releases.adapter_plan, group_grid(terms, members)
+    if plan.noise_multiplier != terms.group_sums.noise_multiplier:
+        raise PrivacyError(
+            f"the ledger would be charged for σ = {plan.noise_multiplier}, the roster's sums have "
+            f"{terms.group_sums.noise_multiplier}: plan from the roster's terms"
+        )
+    losses = in_bfloat16() if training.bf16 else example_losses
+    units = by_unit(examples, terms.unit)
+
+    def clipped() -> ClippedSum:
+        with only_shared_branch(model) as cores, training_mode(model, False):
+            check_cores(cores)
+            assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
+            chosen = poisson_sample(len(units), plan.sampling_rate, releases.randomness)
+            progress.stage(round_number, "private gradients", len(chosen))
+            total = ClippedSum.empty(dimensions_of(cores))
+            for done, index in enumerate(chosen, start=1):
+                # What one person's examples add up to is clipped as one: that bounds what it contributes,
+                # however many they are.
+                own = [example_gradient(model, cores, example, losses) for example in units[index]]
+                row = torch.stack(own).sum(dim=0)
+                total = total + clip_and_sum(row[None], terms.adapter_privacy.clipping_norm, grid.steps)
+                progress.advance(done)
+        return total
+
+    def noisy(total: ClippedSum) -> IntArray:
+        releases.clipping.add("adapter", total.clipped, total.rows)
+        return noisy_share(total, grid, releases.randomness)
+
+    event = GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1)
+    return releases.release_adapter(round_number, event, clipped, noisy, digest_of)
+
+
+def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:
+    """Take every branch into the forward pass and train only what never leaves."""
+    set_active_branches(model, {"local", "global", "personal"}, layers="shared")
+    set_trainable(model, {"personal", "gate"}, layers="shared")
+    if terms.other_layers == "lora":
+        set_active_branches(model, {"local"}, layers="family")
+        set_trainable(model, {"local"}, layers="family")

@@ -1,13 +1,9 @@
 """What a foreign model and its tokenizer must do before anything is trained, scored or probed with them.
 
 Every model comes from somewhere else, so its properties are tried and not assumed, at load, on public tokens:
-a refusal then says nothing about the data and costs neither a round nor budget.
-
-    prompts    two prompts stay two prompts, as text through the chat template and as tokens
-    causal     no logit depends on a later token, or the model reads the answer that it is to predict
-    adapted    every adapted module is called, and its trained part has a gradient
-    lengths    what is read and written fits the model's positions
-    ids        every token has a row of the embedding
+a refusal then says nothing about the data and costs neither a round nor budget. Two prompts stay two prompts;
+no logit depends on a later token; every adapted module is called and its trained part has a gradient; what is
+read and written fits the model's positions; every token has a row of the embedding.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,44 +16,35 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.model.examples import IGNORED, answer_tokens, prompt_tokens
-from fedmosaic.client.model.fingerprint import base_model
-from fedmosaic.client.model.loss import cut_at, example_losses, logits_at, on_device_of, training_mode
+from fedmosaic.client.model.loss import (
+    base_model,
+    cut_at,
+    example_losses,
+    logits_at,
+    on_device_of,
+    training_mode,
+)
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _TOKENS: Final = 24
 """Public tokens of one sequence; the first third is what later tokens must not change."""
-
 _LEAK: Final = {"float32": 1e-4, "narrow": 0.05}
 """Most change of earlier logits by later tokens, relative to what those change at their own positions.
 
 Measured on tiny random models: causal ones give 0, with experts up to 8e-7; ones that see later tokens 3e-3
 at least. Narrow types round experts' products differently with the batch, so there the gradient has to
 tell."""
-
 _GRADIENT_LEAK: Final = 1e-6
 """Most gradient of earlier logits with respect to later tokens, relative to earlier ones: 0 if causal."""
-
 _WORDS_TRIED: Final = 400
-
 FOREIGN_ERRORS: Final = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-)
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError
+)  # fmt: skip
 """What the code of a model raises when it is called in a way that it does not expect."""
 
 
 def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model, named `source` in messages and in evaluation mode, that learns no answer from a prompt.
-
-    Raises:
-        ModelError: Prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees
-            the tokens that it is to predict.
-    """
+    """ModelError for a `source` that loses prompts, gives no finite logits on tokens, or sees later ones."""
     _check_prompts(source, tokenizer)
     first, second = _public_ids(model, tokenizer)
     # Equal in their first third and different after it.
@@ -139,19 +126,14 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
     most = context_length(model)
     if most is not None and length > most:
         raise ConfigurationError(
-            f"{setting} is {length}, the model {type(base_model(model)).__name__} has {most} positions; "
-            f"lower it to at most {most}"
+            f"{setting} is {length}, {type(base_model(model)).__name__} has {most} positions; lower it"
         )
 
 
 def check_ids(
     model: nn.Module, tokens: Iterable[Sequence[int] | torch.Tensor], what: str, setting: str
 ) -> None:
-    """Refuse tokens that the model's embedding has no row for, where they occur: ModelError.
-
-    A tokenizer may know more tokens than its model embeds, as long as no text uses them. `tokens` are ids of
-    each example of `what` in turn, for messages, and `setting` is where the model is named.
-    """
+    """ModelError for tokens of `what` without a row, where they occur: a tokenizer may know unused ones."""
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
     if table is None or getattr(table, "images_above_rows", False):
@@ -204,11 +186,7 @@ def _logits(model: nn.Module, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
-    """Largest gradient of the first `kept` positions' logits with respect to a later token's embedding.
-
-    Relative to the largest with respect to an earlier one; exactly 0 for a causal model in any dtype. 0 also
-    where the embedding is not called as a module.
-    """
+    """Largest gradient of `kept` logits by a later token over that by an earlier one; 0 if causal."""
     table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
     with cut_at(table) as seen, torch.enable_grad():
         total = _logits(model, ids, kept).logsumexp(dim=-1).sum()

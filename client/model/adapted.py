@@ -9,8 +9,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import CoLoraConfig, shared_layout
-from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
-from fedmosaic.client.colora.vectors import SharedLayout
+from fedmosaic.client.colora.vectors import (
+    SharedLayout,
+    aligned_config,
+    basis_name,
+    embedded_layout,
+    load_basis,
+)
 from fedmosaic.client.model.acceptance import check_adapter
 from fedmosaic.client.model.load import LoadedModel, adapt, load_model
 from fedmosaic.client.settings import ModelSettings
@@ -21,12 +26,7 @@ from fedmosaic.protos.errors import ModelError
 def load_adapted(
     settings: ModelSettings, adapter: AdapterTerms, base: LoadedModel | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a base model, or take one that was accepted, and put a fresh adapter of the agreed shape into it.
-
-    Raises:
-        ModelError: the model cannot be loaded, lacks modules that the adapter needs or never calls them, or
-            is aligned to another basis than the roster's; see `fedmosaic.client.model.acceptance`.
-    """
+    """A base model with a fresh adapter of the agreed shape; ModelError if they do not fit together."""
     _check_basis(settings, adapter)
     bare, tokenizer = base or load_model(settings)
     model = adapt(bare, adapter_config(settings, adapter))
@@ -60,22 +60,14 @@ def _check_basis(settings: ModelSettings, adapter: AdapterTerms) -> None:
 
 
 def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConfig:
-    """The configuration of a fresh adapter of the agreed shape, on the basis that the settings name.
-
-    Raises:
-        ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums.
-    """
+    """A fresh adapter's configuration; ModelError for a rank above the federation's, or a lower in sums."""
     common: dict[str, Any] = {"other_layers": adapter.other_layers, "personal_branch": adapter.private}
     common["basis_seed"] = adapter.basis_seed
     if settings.aligned is None:
         return CoLoraConfig(
-            r=adapter.rank,
-            alpha=adapter.alpha,
-            blocks=adapter.blocks,
-            layer_rule=adapter.layer_rule,
-            target_modules=list(adapter.target_modules),
-            **common,
-        )
+            r=adapter.rank, alpha=adapter.alpha, blocks=adapter.blocks, layer_rule=adapter.layer_rule,
+            target_modules=list(adapter.target_modules), **common,
+        )  # fmt: skip
     rank = settings.rank or adapter.rank
     if rank > adapter.rank:
         raise ModelError(f"model.rank is {rank}, the federation's is {adapter.rank}; take at most that")

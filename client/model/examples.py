@@ -1,12 +1,9 @@
 """Examples as tokens, and as padded batches.
 
-A supervised example is a prompt and an answer, or a conversation. The prompt, or what others say, is context
-only. The answer's tokens and the end-of-sequence token after it, or the assistant's turns, are what the model
-is trained on (labels elsewhere are ``IGNORED``).
-
-What is context and what is learned are tokenised apart and then joined. A tokenizer may merge characters
-across a border, so tokenising the joined text would let the tokens of the prompt depend on the answer; a
-generated answer always starts from the prompt's own tokens, and training has to look the same.
+The answer's tokens and the end of sequence after it, or the assistant's turns, are what the model is trained
+on (labels elsewhere are ``IGNORED``). What is context and what is learned are tokenised apart and then
+joined: a tokenizer may merge characters across a border, so that the tokens of the prompt would depend on the
+answer, while a generated answer always starts from the prompt's own tokens.
 """
 
 import re
@@ -29,27 +26,17 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
-
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PUBLIC_PROMPT: Final = "Does the parcel weigh nine grams?"
 _TAKES_PARTS: Final[WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, bool]]] = WeakKeyDictionary()
 """By tokenizer: the chat template that was tried, and whether it wants content as a list of parts."""
-
-
 Piece = tuple[list[int], bool]
 """Tokens, and whether they are learned."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """One example as tokens.
-
-    Attributes:
-        id: Name of the example.
-        input_ids: (T,) int64, prompt tokens, then answer tokens, then end of sequence.
-        labels: (T,) int64, ``input_ids`` on the answer and the end of sequence, ``IGNORED`` on the prompt.
-        person: Whose record it is; empty if that is not told.
-    """
+    """One example as (T,) int64 tokens; labels are ``IGNORED`` outside the answer and its end of sequence."""
 
     id: str
     input_ids: torch.Tensor = field(repr=False)
@@ -58,28 +45,20 @@ class EncodedExample:
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    max_length: int,
-    *,
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *,
     setting: str = "max_length",
-) -> list[EncodedExample]:
+) -> list[EncodedExample]:  # fmt: skip
     """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
     The tokenizer's chat template is used if it has one. An example has at most ``max_length`` tokens, answer
-    and end of sequence included; `setting` is where that is set, for messages.
-
-    Raises:
-        ConfigurationError: There is no example, one has an empty prompt or answer, or an answer leaves no
-            room for a prompt token within ``max_length``.
-        ModelError: The tokenizer has no end-of-sequence token.
+    and end of sequence included; `setting` is where that is set, for messages. ConfigurationError if there is
+    no example, one has an empty prompt or answer, or an answer leaves no room for a prompt token; ModelError
+    if the tokenizer has no end of sequence.
     """
     if not examples:
         raise ConfigurationError("there is no example to encode; give at least one")
-    return [
-        _encode(tokenizer, example, index, max_length, setting)
-        for index, example in enumerate(examples, start=1)
-    ]
+    numbered = enumerate(examples, start=1)
+    return [_encode(tokenizer, example, index, max_length, setting) for index, example in numbered]
 
 
 def _encode(
@@ -93,8 +72,7 @@ def _encode(
     room = max_length - len(supervised)
     if room < 1:
         raise ConfigurationError(
-            f"the answer of example {index} leaves no room for its prompt within {setting} {max_length}; "
-            f"raise {setting} or shorten the answer"
+            f"the answer of example {index} leaves no room within {setting} {max_length}: raise or shorten it"
         )
     ids = [token for tokens, _ in context for token in tokens]
     labels = [token if learned else IGNORED for tokens, learned in context for token in tokens]
@@ -122,10 +100,7 @@ def _kept_labels(labels: list[int], context: Sequence[Piece], kept: int) -> list
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens after which the model is to answer, without an end-of-sequence token at the end.
-
-    The tokenizer's chat template is used if it has one, else a line break ends the prompt.
-    """
+    """Tokens after which the model is to answer: its chat template's, else a line break ends the prompt."""
     if tokenizer.chat_template:
         return answer_tokens(tokenizer, rendered_prompt(tokenizer, prompt))
     tokens = list(tokenizer(prompt + "\n")["input_ids"])
@@ -150,12 +125,9 @@ def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Turn],
-    *,
-    open_turn: bool = False,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, open_turn: bool = False,
     parts: bool | None = None,
-) -> str:
+) -> str:  # fmt: skip
     if not tokenizer.chat_template:
         raise ModelError(
             "the data hold conversations (messages), and the model's tokenizer has no chat template; choose "
@@ -223,14 +195,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad B ≥ 1 examples on the right to one length T; padding is masked and carries no loss.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64.
-
-    Raises:
-        ModelError: The batch is empty.
-    """
+    """Pad B ≥ 1 examples on the right: ``input_ids``, ``attention_mask``, ``labels``, each (B, T) int64."""
     if not batch:
         raise ModelError("an empty batch cannot be padded; give at least one example")
 
@@ -262,13 +227,7 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> lis
 
 
 def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: int = 1) -> list[Piece]:
-    """An example, of this number, as tokens without any cut: context and what is learned, the answer last.
-
-    Raises:
-        ConfigurationError: The template refuses the conversation.
-        ModelError: There is no template for a conversation, or what it makes of earlier turns changes with
-            later ones.
-    """
+    """An example as uncut tokens: context and what is learned, the answer last; numbered in errors."""
     end = int(tokenizer.eos_token_id)
     if not example.turns:
         answer = [*answer_tokens(tokenizer, example.answer), end]
@@ -314,11 +273,9 @@ def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
         return []
     render: Any = render_jinja_template
     rendered = render(
-        conversations=[_messages(turns, _wants_parts(tokenizer))],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+        conversations=[_messages(turns, _wants_parts(tokenizer))], chat_template=template,
+        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+    )  # fmt: skip
     return [(int(start), int(end)) for start, end in rendered[1][0]]
 
 

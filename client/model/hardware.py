@@ -10,7 +10,6 @@ from torch.nn import functional
 from fedmosaic.protos.errors import ModelError
 
 log = logging.getLogger(__name__)
-
 _PRODUCTS: Final = 4
 
 
@@ -31,11 +30,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The type of frozen weights that a `fedmosaic.client.settings.DtypeName` names, to compute on a device.
-
-    Raises:
-        ModelError: there is no such type.
-    """
+    """The type of frozen weights that a `settings.DtypeName` names, on a device; ModelError if none."""
     if wanted != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         name = str(wanted).removeprefix("torch.")
@@ -58,11 +53,7 @@ def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype
 
 
 def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Best time of several products of the size of a small decoder's.
-
-    Processors with bfloat16 units (AVX-512 BF16, AMX) are two to three times as fast in bfloat16; those
-    without are about ten times as slow. A processor's name does not tell which, a product does.
-    """
+    """Best time of a small decoder's product; a processor's name does not tell if it has bfloat16 units."""
     inputs = torch.zeros(128, 576, dtype=dtype, device=device)
     weight = torch.zeros(1536, 576, dtype=dtype, device=device)
     best = float("inf")

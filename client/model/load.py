@@ -26,10 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
@@ -41,7 +38,6 @@ from fedmosaic.protos.errors import ModelError
 
 _LOADING_ERRORS = (*FOREIGN_ERRORS, OSError, ImportError, SafetensorError)
 """What transformers and its readers raise for files that they cannot use."""
-
 _CARD = """# Co-LoRA adapter of a client of fedmosaic
 
 **Keep it inside.** It holds all branches, the personal one and the gate included, which were trained on
@@ -58,8 +54,6 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder", dtype="f
 
 If the base model was cut in depth, load and cut it first, and give it to `PeftModel.from_pretrained`.
 """
-
-
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """A base model and its tokenizer."""
 
@@ -68,20 +62,13 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """Load what the settings name, where and in which type they ask for; see `load_base_model` for errors."""
     device = choose_device(settings.device)
     return load_base_model(
-        settings.path,
-        choose_dtype(settings.dtype, device),
-        gguf_file=settings.gguf_file,
-        keep_layers=settings.keep_layers,
-        device=device,
-        quantization=settings.quantization,
-    )
+        settings.path, choose_dtype(settings.dtype, device), gguf_file=settings.gguf_file,
+        keep_layers=settings.keep_layers, device=device, quantization=settings.quantization,
+    )  # fmt: skip
 
 
 def empty_model(settings: ModelSettings) -> PreTrainedModel:
-    """The model that the settings name, with shapes and types but no weights (on the device `meta`).
-
-    Weights are in the type that `load_model` would give them, dense whatever the quantisation.
-    """
+    """The model that the settings name, in shapes and types alone (on `meta`), dense if quantised."""
     options = _options(settings.path, settings.gguf_file)
     try:
         config = AutoConfig.from_pretrained(settings.path, **options)
@@ -96,14 +83,9 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
 
 
 def load_base_model(
-    path_or_hub_id: str | Path,
-    dtype: torch.dtype | str = torch.float32,
-    *,
-    gguf_file: str | None = None,
-    keep_layers: int | None = None,
-    device: torch.device | str = "cpu",
-    quantization: str | None = None,
-) -> LoadedModel:
+    path_or_hub_id: str | Path, dtype: torch.dtype | str = torch.float32, *, gguf_file: str | None = None,
+    keep_layers: int | None = None, device: torch.device | str = "cpu", quantization: str | None = None,
+) -> LoadedModel:  # fmt: skip
     """Load a causal language model, or a LLaVA-style vision-language model, and its tokenizer.
 
     A folder that exists is read without network. Weights are read from safetensors (or GGUF, dequantised)
@@ -112,13 +94,10 @@ def load_base_model(
     fused one (SDPA) where the model has it. `keep_layers` keeps the first n decoder layers, the final norm
     and the head.
 
-    Returns:
-        The model in evaluation mode, and the tokenizer with a padding token and right padding.
-
-    Raises:
-        ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, has a
-            tokenizer without an end of text, fails `acceptance.check_language_model`, `keep_layers` or
-            `dtype` make no sense, or bitsandbytes is not installed.
+    Gives the model in evaluation mode, and the tokenizer with a padding token and right padding. ModelError
+    if the model cannot be found or read, lacks weights, is of an unsupported kind, has a tokenizer without an
+    end of text, or fails `acceptance.check_language_model`; if `keep_layers` or `dtype` make no sense, or
+    bitsandbytes is not installed.
     """
     exact_products()
     source = str(path_or_hub_id)
@@ -131,13 +110,9 @@ def load_base_model(
         _cut_config(config, keep_layers)
         with _unused_weights_untold() if keep_layers is not None else nullcontext():
             loaded = _model_class(config).from_pretrained(
-                source,
-                config=config,
-                dtype=precision,
-                output_loading_info=True,
-                **_weight_options(gguf_file, quantization, precision, place),
-                **options,
-            )
+                source, config=config, dtype=precision, output_loading_info=True,
+                **_weight_options(gguf_file, quantization, precision, place), **options,
+            )  # fmt: skip
     except _LOADING_ERRORS as error:
         raise _cannot_load(source, error) from error
     # With output_loading_info a pair comes back, which the annotations of transformers leave out.
@@ -159,14 +134,7 @@ def load_base_model(
 
 
 def accept_model(model: Any, tokenizer: Any) -> LoadedModel:
-    """Try a model and tokenizer that a caller in Python has loaded, as `load_base_model` tries what it loads.
-
-    Of the model only the ids for padding are set, if they are not; the tokenizer that is given back is a
-    copy.
-
-    Raises:
-        ModelError: as `load_base_model`; or the model carries adapters, or is none of transformers.
-    """
+    """Try a loaded model and tokenizer as `load_base_model` does; ModelError if it carries adapters."""
     if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
             f"model is a {type(model).__name__} and tokenizer a {type(tokenizer).__name__}; hand over a "
@@ -209,20 +177,14 @@ def adapt(model: PreTrainedModel, config: CoLoraConfig) -> PeftModel:
 
 @contextmanager
 def without_rename_notice() -> Iterator[None]:
-    """Keep from users that PEFT reads a property of transformers by its old name.
-
-    They can do nothing about it: 0.21.2 is PEFT's newest version, and every log would begin with the notice.
-    """
+    """Keep PEFT's notice of an old name from users: 0.21.2 is its newest version, and all logs have it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Save the adapter and what of it is in the forward pass, in PEFT's form; the folder is made if absent.
-
-    The files hold every branch and the gate: treat them as private unless all was trained privately.
-    """
+    """Save all branches and the gate in PEFT's form, and which are in use: private unless all is by DP."""
     record_switches(model)
     model.save_pretrained(str(folder))
     # PEFT's own card is empty but for the place of the base model on this machine.
@@ -249,10 +211,7 @@ def _weight_options(
         # Weights go straight to an accelerator, so that the processor's memory never holds them all.
         return {"use_safetensors": True} | ({} if device.type == "cpu" else {"device_map": {"": device}})
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], "
-            "or leave quantization out"
-        )
+        raise ModelError(f"quantization is {quantization!r}; install fedmosaic[quantization] for it")
     four_bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -276,9 +235,9 @@ def _unused_weights_untold() -> Iterator[None]:
 def _model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """The class to load a configuration's model with; ModelError if it is of an unsupported kind."""
     # Some vision-language configurations are registered as causal language models too, without vision.
-    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForCausalLM
     raise ModelError(
         f"Models of type {config.model_type!r} are neither causal language models nor vision-language "
@@ -324,11 +283,7 @@ def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _keep_way_back(model: nn.Module) -> None:
-    """Let gradients through weights in 4 bits on a processor.
-
-    There bitsandbytes repacks weights when they are first evaluated, for products that have no way back:
-    training afterwards would lose, without a word, all gradients through these layers.
-    """
+    """Let gradients through 4 bits on a processor, where bitsandbytes repacks weights and loses them."""
     linear: Any
     for linear in model.modules():
         if hasattr(linear, "support_avx512bf16_for_cpu"):

@@ -1,21 +1,44 @@
-"""The training loss, one number per example.
+"""The training loss, one number per example, and the model under all wrappers.
 
-The loss of an example is the mean over that example's own answer tokens and never a mean over the
-tokens of the batch. Its gradient then depends on that example alone, which is what clipping per
-example needs; the plain training uses the same loss so that both optimise one objective.
+The loss of an example is the mean over that example's own answer tokens and never a mean over the tokens of
+the batch. Its gradient then depends on that example alone, which is what clipping per example needs; the
+plain training uses the same loss so that both optimise one objective.
 """
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from fedmosaic.client.model.examples import IGNORED
-from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.protos.errors import ModelError
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's own weights by their bfloat16 value, adapters and wrappers left out."""
+    base = base_model(model)
+    adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
+    digest = hashlib.sha256(b"fedmosaic probe 1\n")
+    weights = dict(base.named_parameters())
+    for name in sorted(weights, key=lambda full: full.replace(".base_layer.", ".")):
+        if name.startswith(adapted) and ".base_layer." not in name:
+            continue
+        weight = weights[name].detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name.replace('.base_layer.', '.')} {list(weight.shape)}\n".encode())
+        digest.update(weight.view(torch.int16).numpy().astype("<i2", copy=False).data)
+    return digest.hexdigest()
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper; its methods are found at run time only."""
+    find: Any = getattr(model, "get_base_model", None)
+    return model if find is None else find()
+
 
 Batch = Mapping[str, torch.Tensor]
 ExampleLosses = Callable[[nn.Module, Batch], torch.Tensor]
@@ -44,10 +67,7 @@ def example_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def logits_at(model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype.
-
-    `batch` are inputs (B, T) of the model's forward; ``labels`` are left out.
-    """
+    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # The vocabulary is the widest axis by far: positions that carry no loss are worth leaving out.
     if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:

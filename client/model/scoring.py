@@ -1,10 +1,8 @@
 """Scoring of a test set: the most likely choice where an example has choices, what is written where not.
 
-A choice is scored by its mean log-likelihood per token after the prompt. Where the choices of an example
-already differ in their first token, that token decides and one forward pass over the prompt scores them all;
-for choices of one token each both ways order the choices alike. A written answer counts as right if it has
-the words of the right one, without regard to case and punctuation. Both measures are shares of right
-examples; which of them a score is stands beside it.
+A choice is scored by its mean log-likelihood per token after the prompt; where the choices already differ in
+their first token, that decides, from one pass over the prompt. A written answer counts as right if it has the
+words of the right one, without case and punctuation. Which measure a score is stands beside it.
 """
 
 import math
@@ -34,23 +32,15 @@ from fedmosaic.client.model.loss import logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _WORD: Final = re.compile(r"\w+(?:['’.,]\w+)*")
-
 _SPARE_TOKENS: Final = 8
 """Room to write beyond the longest right answer, so that one which goes on is not taken for it."""
-
 BY_CHOICE: Final = "most likely choice"
 BY_WRITING: Final = "written answer, same words"
 
 
 @dataclass(frozen=True)
 class Score:
-    """How much of a test set is right.
-
-    Attributes:
-        right: Whether each example is, in order. Private.
-        measure: What counts as right.
-        commonest: Share of examples that the commonest answer alone gets right; None without choices.
-    """
+    """Right or not, by example, which is private; what counts as right; the share of the commonest answer."""
 
     right: tuple[bool, ...] = field(repr=False)
     measure: str
@@ -63,20 +53,14 @@ class Score:
 
 
 def score_examples(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
     max_length: int,
-) -> Score:
+) -> Score:  # fmt: skip
     """Score each example by its choices, or by what the model writes if it has none.
 
-    A prompt and its answer have at most `max_length` tokens, prompts cut from the left.
-
-    Raises:
-        ConfigurationError: There is no example, or one cannot be scored.
-        ModelError: A score is not finite, or the model cannot write.
+    A prompt and its answer have at most `max_length` tokens, prompts cut from the left. ConfigurationError if
+    there is no example, or one cannot be scored; ModelError if a score is not finite, or the model cannot
+    write.
     """
     if not examples:
         raise ConfigurationError("there is no example to score; give at least one")
@@ -96,38 +80,24 @@ def score_examples(
 
 
 def answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-    max_new_tokens: int,
-) -> list[str]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
+    max_length: int, max_new_tokens: int,
+) -> list[str]:  # fmt: skip
     """The most likely choice of every example that has some, and what the model writes for the others."""
     closed = [example for example in examples if example.choices]
     opened = [example for example in examples if not example.choices]
     chosen = most_likely_choices(model, tokenizer, closed, batch_size, max_length=max_length)
-    written = written_answers(
-        model, tokenizer, opened, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
-    )
+    room = {"max_length": max_length, "max_new_tokens": max_new_tokens}
+    written = written_answers(model, tokenizer, opened, batch_size, **room)
     choice, text = iter(chosen), iter(written)
     return [e.choices[next(choice)] if e.choices else next(text) for e in examples]
 
 
 def check_scorable(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    max_length: int,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int,
     what: str,
-) -> None:
-    """Refuse what `score_examples` could not score, without scoring it; `what` names it in messages.
-
-    Raises:
-        ConfigurationError: An answer is too long for the model's positions.
-        ModelError: A token has no row in the embedding, or the model cannot write and would have to.
-    """
+) -> None:  # fmt: skip
+    """Refuse, without scoring, what `score_examples` would; `what` names the set in messages."""
     texts = (
         [*question_tokens(tokenizer, e), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
         for e in examples
@@ -155,34 +125,19 @@ class _Question(NamedTuple):
 
 
 def most_likely_choices(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
     max_length: int,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     """Index of the most likely choice of every example, the first of several; see `choice_scores`."""
     rows = choice_scores(model, tokenizer, examples, batch_size, max_length=max_length)
     return [max(range(len(row)), key=row.__getitem__) for row in rows]
 
 
 def choice_scores(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
     max_length: int,
-) -> list[list[float]]:
-    """Scores of every example's choices: log-likelihoods up to a constant of the example.
-
-    A prompt and a choice have at most `max_length` tokens, the prompt cut from the left.
-
-    Raises:
-        ConfigurationError: An example cannot be scored: fewer than two choices, or its answer not among them.
-        ModelError: A score is not finite.
-    """
+) -> list[list[float]]:  # fmt: skip
+    """Log-likelihoods of each example's choices up to a constant; ConfigurationError for unscorable ones."""
     questions = [_question(tokenizer, example, n, max_length) for n, example in enumerate(examples, start=1)]
     tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
     check_ids(model, tokens, "the examples to score", "model.path")
@@ -195,9 +150,7 @@ def choice_scores(
             values = score(model, padding_token(tokenizer), [questions[i] for i in chosen], batch_size)
             scores.update(zip(chosen, values, strict=True))
     if not all(math.isfinite(score) for row in scores.values() for score in row):
-        raise ModelError(
-            "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
-        )
+        raise ModelError("a choice's score is not finite; weights are damaged or their dtype is narrow")
     return [row for _, row in sorted(scores.items())]
 
 
@@ -213,8 +166,7 @@ def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, 
     left = room - max(len(choice) for choice in choices)
     if left < 1:
         raise ConfigurationError(
-            f"a choice of example {index} leaves no room for the prompt within max_length {room}; "
-            "raise max_length or shorten the choice"
+            f"a choice of example {index} leaves no room within max_length {room}; raise it or shorten that"
         )
     return _Question(cut_prompt(tokenizer, question_tokens(tokenizer, example), left), choices)
 
@@ -280,23 +232,15 @@ def same_words(written: str, answer: str) -> bool:
 
 
 def written_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-    max_new_tokens: int = 16,
-    streamer: Any = None,
-) -> list[str]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int, *,
+    max_length: int, max_new_tokens: int = 16, streamer: Any = None,
+) -> list[str]:  # fmt: skip
     """Let the model answer, greedily, with at most `max_new_tokens`, without regard to choices.
 
     Prompts are cut from the left to `max_length` tokens, or fewer where the model's positions end before the
     answer would. A `streamer` of transformers is told of every token, in batches of one prompt.
-
-    Raises:
-        ConfigurationError: The positions leave no room for a prompt.
-        ModelError: A token has no row in the embedding, or the model cannot write.
+    ConfigurationError if the positions leave no room for a prompt; ModelError if a token has no row, or the
+    model cannot write.
     """
     if not examples:
         return []
@@ -316,14 +260,9 @@ def written_answers(
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
             try:
                 out: torch.Tensor = generator.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=pad,
-                    eos_token_id=tokenizer.eos_token_id,
-                    streamer=streamer,
-                )
+                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                    pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, streamer=streamer,
+                )  # fmt: skip
             except (ValueError, TypeError, AttributeError, LookupError) as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the "

@@ -13,38 +13,74 @@ from torch import nn
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.model.examples import EncodedExample, collate
-from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.client.model.loss import (
     Batch,
     ExampleLosses,
+    base_model,
     example_losses,
     in_bfloat16,
     on_device_of,
     training_mode,
 )
-from fedmosaic.client.model.sampling import EpochSampler as EpochSampler
 from fedmosaic.client.settings import Role
 from fedmosaic.client.settings import TrainingSettings as TrainingSettings
-from fedmosaic.protos.errors import ConfigurationError, ModelError, TrainingError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError, TrainingError
+
+_STATE: Final = ("size", "seed", "epoch", "position")
+
+
+class EpochSampler:
+    """Walks over all examples in a fresh random order per epoch, and can be stopped and resumed."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        """Begin over `size` examples; equal seeds give equal orders."""
+        if size < 1 or seed < 0:
+            raise ConfigurationError(
+                f"a sampler over {size} examples with seed {seed}; give at least one and a seed of 0 or more"
+            )
+        self._size, self._seed, self._epoch, self._position = size, seed, 0, 0
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` indices; an epoch's end inside them is stepped over."""
+        taken: list[int] = []
+        while len(taken) < count:
+            order = np.random.default_rng([self._seed, self._epoch]).permutation(self._size)
+            part = order[self._position : self._position + count - len(taken)].tolist()
+            taken += part
+            self._position += len(part)
+            if self._position == self._size:
+                self._epoch, self._position = self._epoch + 1, 0
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the walk stands, as plain integers."""
+        values = (self._size, self._seed, self._epoch, self._position)
+        return dict(zip(_STATE, values, strict=True))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another sampler stood; over another number of examples, with the next epoch."""
+        values = [state.get(name) for name in _STATE] if isinstance(state, dict) else []
+        if not values or any(type(value) is not int or value < 0 for value in values):
+            raise StateError(f"the sampler's state must hold {', '.join(_STATE)}, none below 0")
+        size, seed, epoch, position = (state[name] for name in _STATE)
+        if position >= size:
+            raise StateError(f"the sampler's state is at example {position} of {size}")
+        # Their order within the epoch that was left says nothing about the examples that there are now.
+        self._seed = seed
+        self._epoch, self._position = (epoch, position) if size == self._size else (epoch + 1, 0)
+
 
 Progress = Callable[[int, int, float], None]
 """Called after every optimizer step with the step (from 1), the planned steps and the step's mean loss.
 
 The loss is a function of private examples: show it to the client's own people, send it nowhere.
 """
-
 _AVERAGED_STEPS: Final = 10
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What one call of `train_local` did. Losses and counts depend on private data and stay here.
-
-    Attributes:
-        first_loss: Mean loss (nats per token) of the first steps, at most ten and at most half of all.
-        last_loss: Mean loss of as many last steps.
-        weights_unmoved: Names of the trainable tensors that did not change.
-    """
+    """Mean losses (nats per token) of first and last steps, private; tensors that did not move."""
 
     first_loss: float = field(repr=False)
     last_loss: float = field(repr=False)
@@ -52,10 +88,7 @@ class TrainingReport:
 
 
 def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
-    """Sort every trainable tensor, by name, into one group of learning rate; ModelError if there is none.
-
-    The groups follow the tensors themselves, not their names: a module named ``gate_proj`` is no gate.
-    """
+    """Trainable tensors by learning rate and name; a ``gate_proj`` is no gate. ModelError if none."""
     roles: dict[int, Role] = {}
     for module in model.modules():
         if isinstance(module, CoLoraLayer):
@@ -73,49 +106,38 @@ def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def train_local(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    settings: TrainingSettings,
-    *,
-    pad_token_id: int,
-    sampler: EpochSampler | None = None,
-    losses: ExampleLosses = example_losses,
+    model: nn.Module, examples: Sequence[EncodedExample], settings: TrainingSettings, *, pad_token_id: int,
+    sampler: EpochSampler | None = None, losses: ExampleLosses = example_losses,
     progress: Progress | None = None,
-) -> TrainingReport:
+) -> TrainingReport:  # fmt: skip
     """Fine-tune whatever is trainable in the model with AdamW; deterministic by seed.
 
     The tensors are changed in place, the training mode is restored. The examples come in the order of the
-    sampler, which is moved on, or of a fresh one of the settings' seed.
-
-    Raises:
-        ConfigurationError: There is no example.
-        ModelError: Nothing is trainable.
-        TrainingError: A loss or gradient is not finite, or no weight changed. Nothing is put back.
+    sampler, which is moved on, or of a fresh one of the settings' seed. ConfigurationError without an
+    example; ModelError if nothing is trainable; TrainingError if a loss or gradient is not finite, or no
+    weight changed: nothing is put back.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
     order = EpochSampler(len(examples), settings.seed) if sampler is None else sampler
     groups = trainable_by_role(model)
     optimizer = _optimizer(groups, settings)
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup))
-    )
+    rising = max(1, settings.warmup)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rising))
     trained = {name: parameter for group in groups.values() for name, parameter in group.items()}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     history: list[float] = []
-    with (
-        training_mode(model, True),
-        checkpointing(model, settings.gradient_checkpointing),
-        _seeded(settings.seed, order, model),
-    ):
+    recomputed = checkpointing(model, settings.gradient_checkpointing)
+    with training_mode(model, True), recomputed, _seeded(settings.seed, order, model):
         for step in range(1, settings.steps + 1):
             batches = (
                 collate([examples[i] for i in order.take(settings.per_device_train_batch_size)], pad_token_id)
                 for _ in range(settings.gradient_accumulation_steps)
             )
             history.append(_accumulate(model, batches, settings, loss_of, step))
-            _clip(trained.values(), settings.max_grad_norm, step)
+            norm = torch.nn.utils.clip_grad_norm_([*trained.values()], settings.max_grad_norm or math.inf)
+            _check_finite("gradient", norm, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             warmup.step()
@@ -181,11 +203,6 @@ def _accumulate(
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         total += float(loss.detach())
     return total
-
-
-def _clip(parameters: Iterable[nn.Parameter], max_grad_norm: float, step: int) -> None:
-    bound = max_grad_norm if max_grad_norm > 0.0 else math.inf
-    _check_finite("gradient", torch.nn.utils.clip_grad_norm_(list(parameters), bound), step)
 
 
 def _check_finite(what: str, value: torch.Tensor, step: int) -> None:

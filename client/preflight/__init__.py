@@ -1,4 +1,1 @@
-"""Everything that can be found out before a client enrols; `fedmosaic doctor` runs the same.
-
-Nothing is spent or changed here, and nothing sent but one question to the server.
-"""
+"""All that can be found out before enrolling, as for `fedmosaic doctor`; nothing is spent or changed."""

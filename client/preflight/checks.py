@@ -1,8 +1,8 @@
 """Everything that can be found out before a client enrols, cheap things first.
 
 A client runs it before its first round, so that nothing is refused after training that could have been
-refused before; `fedmosaic doctor` runs the same and goes on where a check fails. Nothing is spent or changed
-here, and nothing sent but one question: whether the server would enrol this client.
+refused before; `fedmosaic doctor` goes on where a check fails. Nothing is spent or changed, and nothing sent
+but one question: whether the server would enrol this client.
 """
 
 import os
@@ -15,21 +15,19 @@ from typing import Any, Final
 
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import DataLedger, ledger_parameters
+from fedmosaic.client.ledger import AdapterPlan, DataLedger, ledger_parameters, plan_adapter
 from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenizer
-from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
-from fedmosaic.client.profile.maker import client_probe, public_map, read_as_text
+from fedmosaic.client.profile.probe import client_probe, public_map, read_as_text
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import Connect, GrpcTransport
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Connect, GrpcTransport, Traffic
 from fedmosaic.privacy.encryption.records import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
@@ -44,10 +42,7 @@ _SPARE_BYTES: Final = 1 << 28
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is checked.
-
-    It needs the success of other checks, by name; `run` returns what was found in a few words, or raises.
-    """
+    """One check: the checks, by name, whose success it needs; `run` gives what was found, or raises."""
 
     name: str
     needs: tuple[str, ...]
@@ -56,11 +51,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller in Python hands over instead of naming it in the settings.
-
-    A loaded causal language model of transformers with its tokenizer, examples to train on and to score, and
-    what opens the channel to the server.
-    """
+    """What a caller hands over instead of naming it: model and tokenizer, examples, the channel."""
 
     model: tuple[Any, Any] | None = None
     train: Iterable[Any] | None = None
@@ -69,55 +60,35 @@ class Given:
 
 
 class Preflight:
-    """The checks of one client, and what they have read and loaded on the way.
-
-    `warnings` has what was found that stops nobody, one line each; `reading` what was read, one line per set.
-    """
+    """A client's checks, what they read and loaded; `warnings` stop nobody, `reading` has a line per set."""
 
     def __init__(
-        self,
-        settings: ClientSettings,
-        progress: Progress,
-        *,
-        server_patience_seconds: float = 300.0,
-        scratch: Path | None = None,
-        traffic: Traffic | None = None,
-        given: Given | None = None,
-    ) -> None:
-        """Prepare; nothing is read yet. ConfigurationError as of `ClientSettings.check_complete`.
-
-        `scratch` is where the model's side may write instead of the state directory.
-        """
+        self, settings: ClientSettings, progress: Progress, *, server_patience_seconds: float = 300.0,
+        scratch: Path | None = None, traffic: Traffic | None = None, given: Given | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare; nothing is read yet. The model's side may write in `scratch` instead of the state."""
         self._given = given or Given()
-        settings.check_complete(
-            model=self._given.model is not None,
-            train=self._given.train is not None,
-            test=self._given.test is not None,
-        )
-        self.settings = settings
+        model, train, test = (x is not None for x in (self._given.model, self._given.train, self._given.test))
+        settings.check_complete(model=model, train=train, test=test)
+        self.settings, self.progress = settings, progress
         self.warnings: list[str] = []
         self.reading: list[str] = []
         self._lengths: Lengths | None = None
-        self.progress = progress
-        self._patience = server_patience_seconds
-        self._scratch = scratch
+        self._patience, self._scratch = server_patience_seconds, scratch
         self._traffic = traffic or Traffic()
 
     def checks(self) -> tuple[Check, ...]:
         """All checks, in order."""
         return (
-            Check("kit", (), self._check_kit),
-            Check("certificate", ("kit",), self._check_certificate),
-            Check("state", ("kit",), self._check_state),
-            Check("disk", ("kit",), self._check_disk),
-            Check("data", (), self._check_data),
-            Check("texts", ("data",), self._check_texts),
+            Check("kit", (), self._check_kit), Check("certificate", ("kit",), self._check_certificate),
+            Check("state", ("kit",), self._check_state), Check("disk", ("kit",), self._check_disk),
+            Check("data", (), self._check_data), Check("texts", ("data",), self._check_texts),
             Check("server", ("kit", "certificate", "state"), self._check_server),
             Check("budget", ("kit", "data"), self._check_budget),
             Check("memory", ("kit",), self._check_memory),
             Check("probe", ("kit", "data", "texts"), self._check_probe),
             Check("model", ("kit", "data", "texts"), self._check_model),
-        )
+        )  # fmt: skip
 
     def require(self, warn: Callable[[str], None]) -> None:
         """Make every check and `warn` of each warning; the first that fails raises."""
@@ -147,9 +118,8 @@ class Preflight:
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
         target = agreed_epsilon(self.settings, self.kit)
-        return plan_adapter(
-            self.kit.roster.terms, len(self._unit_ids), self._parameters(target).delta, target
-        )
+        delta = self._parameters(target).delta
+        return plan_adapter(self.kit.roster.terms, len(self._unit_ids), delta, target)
 
     @cached_property
     def learner(self) -> ModelLearner:
@@ -166,14 +136,10 @@ class Preflight:
         """The way to the server; whoever asks for it closes it."""
         kit = self.kit
         return GrpcTransport(
-            self.settings.server,
-            authority=kit.authority,
-            certificate=kit.tls_certificate,
-            private_key=kit.tls_key,
-            retry_seconds=self._patience,
-            traffic=self._traffic,
+            self.settings.server, authority=kit.authority, certificate=kit.tls_certificate,
+            private_key=kit.tls_key, retry_seconds=self._patience, traffic=self._traffic,
             connect=self._given.connect,
-        )
+        )  # fmt: skip
 
     @cached_property
     def record(self) -> SessionRecord | None:
@@ -213,8 +179,7 @@ class Preflight:
             return f"{directory} will be made" if place != directory else f"{directory} is fresh"
         if (record.federation, record.client) != (roster.federation, self.kit.member_id()):
             raise StateError(
-                f"{directory} belongs to client {record.client!r} of federation {record.federation!r}; give "
-                "each client its own state_dir"
+                f"{directory} is of {record.client!r} of {record.federation!r}; give each its own state_dir"
             )
         return f"{directory} is at round {record.completed_round} of {roster.terms.schedule.rounds}"
 
@@ -226,8 +191,7 @@ class Preflight:
         free = shutil.disk_usage(place).free
         if free < needed:
             raise StateError(
-                f"{place} has {_size(free)} free, and a round needs about {_size(needed)}; make room, or "
-                "give a state_dir on another disk"
+                f"{place} has {_size(free)} free, a round needs {_size(needed)}; make room, or move state_dir"
             )
         return f"{_size(free)} free, about {_size(needed)} needed"
 

@@ -9,21 +9,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.data.records import ClientData, Example, ExampleSet, by_unit
+from fedmosaic.client.data.records import ClientData, ExampleSet, by_unit
 from fedmosaic.client.model.examples import answer_tokens, example_pieces
-from fedmosaic.client.vision.inputs import located
-from fedmosaic.client.vision.words import images_in, without_images
+from fedmosaic.client.vision.inputs import images_in, located, without_images
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.protos.errors import ConfigurationError
 
 
 def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") -> list[str]:
-    """Check what needs no model; returns warnings, one line each.
-
-    Raises:
-        ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
-            but training examples; or persons are protected and a training example names none.
-    """
+    """Warnings, one line each; ConfigurationError for unscorable tests, missing images or persons."""
     by_unit(data.train.examples, unit)
     for found in (data.train, *data.tests.values()):
         for number, example in enumerate(found.examples, start=1):
@@ -33,17 +27,18 @@ def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") 
                     f"{where} has 1 choice; give two or more with the answer among them, or leave choices "
                     "out to have the written answer scored"
                 )
-            _check_images(pictures, where, example)
+            for image in images_in(example.prompt):
+                if pictures is None:
+                    raise ConfigurationError(
+                        f"{where} names the image {image!r}; say in data.pictures which folder images lie in"
+                    )
+                located(pictures, image)
     return _warnings(data, unit)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a set's examples are in tokens, for one tokenizer, answer and end of text included.
-
-    `longest` counts no images; `learned` is the most tokens that carry loss in one example; `cut` counts
-    examples that are longer than what is read, which `warning` tells in one line.
-    """
+    """A set's lengths in tokens: longest, most with loss, how many are cut, and a `warning` of those."""
 
     longest: int
     learned: int
@@ -54,13 +49,7 @@ class Lengths:
 def read_lengths(
     tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, setting: str
 ) -> Lengths:
-    """How much of a set is read within `max_length` tokens, answer and end of text included.
-
-    Raises:
-        ConfigurationError: an answer or choice leaves no room for its prompt, or the chat template refuses a
-            conversation; the example is numbered.
-        ModelError: conversations cannot be given to this model.
-    """
+    """How much is read within `max_length`; ConfigurationError, numbered, if an answer leaves no room."""
     cut = lost = total = longest = learned = 0
     for number, example in enumerate(map(without_images, found.examples), start=1):
         *context, (written, _) = example_pieces(tokenizer, example, number)
@@ -75,9 +64,7 @@ def read_lengths(
         over = max(0, prompt + answer - max_length)
         cut, lost, total = cut + bool(over), lost + over, total + prompt
         longest = max(longest, prompt + answer)
-        learned = max(
-            learned, len(written) + sum(len(tokens) for tokens, is_learned in context if is_learned)
-        )
+        learned = max(learned, len(written) + sum(len(piece) for piece, loss in context if loss))
     warning = (
         f"{found.label}: {cut} of {len(found.examples)} examples are longer than {setting} = {max_length} "
         f"tokens (the longest has {longest:,}); {_percent(lost, total)} of their prompts' tokens are not "
@@ -89,15 +76,6 @@ def read_lengths(
 def _percent(part: int, whole: int) -> str:
     share = 100 * part / whole
     return f"{share:.0f} %" if 1 <= share <= 99 else f"{share:.2g} %"
-
-
-def _check_images(folder: Path | None, where: str, example: Example) -> None:
-    for image in images_in(example.prompt):
-        if folder is None:
-            raise ConfigurationError(
-                f"{where} names the image {image!r}; say in data.pictures which folder images lie in"
-            )
-        located(folder, image)
 
 
 def _warnings(data: ClientData, unit: Unit) -> list[str]:

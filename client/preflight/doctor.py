@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,7 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import FedMosaicError
 
 _COLUMNS: Final = 80
-_SERVER_PATIENCE_SECONDS: Final = 5.0
+_SECONDS: Final = 5.0
 _PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
 _INDENT: Final = " " * 20
 
@@ -60,9 +60,7 @@ def _diagnose(path: Path) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
-        preflight = Preflight(
-            settings, Progress(), server_patience_seconds=_SERVER_PATIENCE_SECONDS, scratch=Path(scratch)
-        )
+        preflight = Preflight(settings, Progress(), server_patience_seconds=_SECONDS, scratch=Path(scratch))
         with closing(preflight):
             return 0 if _examine(preflight) else 1
 
@@ -93,13 +91,9 @@ def _examine(preflight: Preflight) -> bool:
 
 
 def _versions() -> list[str]:
-    found = [f"fedmosaic {__version__}", f"python {platform.python_version()}"]
-    for name in _PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} missing")
-    return found
+    here = {found.metadata["Name"]: found.version for found in distributions()}
+    ours = [f"fedmosaic {__version__}", f"python {platform.python_version()}"]
+    return ours + [f"{name} {here.get(name, 'missing')}" for name in _PACKAGES]
 
 
 @contextmanager
@@ -107,11 +101,9 @@ def _on_this_machine() -> Iterator[None]:
     """Ask no hub, and be quiet: a model that is not here is named, where a client would download it."""
     ours = logging.getLogger("fedmosaic")
     before = (
-        huggingface_hub.constants.HF_HUB_OFFLINE,
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-        ours.level,
-    )
+        huggingface_hub.constants.HF_HUB_OFFLINE, transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(), ours.level,
+    )  # fmt: skip
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers

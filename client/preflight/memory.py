@@ -31,26 +31,17 @@ from fedmosaic.protos.errors import ModelError
 
 _KEPT_PER_TRAINED: Final = 3
 """AdamW's two moments, and the values before training that its report compares with."""
-
 _NF4_BYTES: Final = 0.5 + 1.0 / 64 + 4.0 / (64 * 256)
 """Of one weight: 4 bits, 8 bits for the scale of 64, 32 bits for the scale of 256 scales."""
-
 _CUDA_CONTEXT: Final = 600 << 20
 """Of the driver, its kernels and cuBLAS's workspace; PyTorch does not count it as its own."""
-
-
 _SMALL: Final = 500
 """How often a model's weights fit into what is free where it is not worth a second to work out the rest."""
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a client needs on its device at most, by what for, and bytes that the device has.
-
-    `weights` are the frozen model's; `training` is optimizer, gradients and activations at the most crowded
-    moment of a step; `probe` its weights and pass over one example, 0 if on another device; `context` what
-    the device's driver takes; `remedies` would make it less, by setting.
-    """
+    """Bytes needed by what for, training or probe at their most crowded, what is there, and remedies."""
 
     device: str
     weights: int
@@ -86,11 +77,7 @@ class MemoryNeed:
 def check_memory(
     settings: ClientSettings, adapter: AdapterTerms, lengths: Lengths | None = None
 ) -> tuple[str, bool]:
-    """What a client needs against what its device has, in words, and whether it fits now.
-
-    Without the lengths of the examples, the longest that the settings allow are assumed, a quarter of it
-    learned. ModelError if the weights alone are more than the device has, or as of `memory_need`.
-    """
+    """Need against what the device has, in words, and whether it fits; ModelError if weights alone do not."""
     device = choose_device(settings.model.device)
     free, _ = free_memory(device)
     weights = weight_bytes(empty_model(settings.model), settings.model)
@@ -107,12 +94,7 @@ def check_memory(
 def memory_need(
     settings: ClientSettings, adapter: AdapterTerms, *, longest: int = 0, supervised: int = 0
 ) -> MemoryNeed:
-    """Work out what a client needs. No weight is read, and nothing is put on the device.
-
-    The longest example has `longest` tokens, by default all that are allowed; a batch has at most
-    `supervised` answer tokens, by default a quarter of that. ModelError if a configuration cannot be read,
-    the model cannot carry the adapter, or the device is not there.
-    """
+    """What a client needs, by `longest` and `supervised` tokens; nothing is loaded. ModelError if unfit."""
     device = choose_device(settings.model.device)
     training = settings.training
     model = adapt(empty_model(settings.model), adapter_config(settings.model, adapter))
@@ -131,16 +113,12 @@ def memory_need(
         probe = weight_bytes(bare, settings.probe) + _peak(_ProbePass(bare, settings.profile_max_length))
     free, total = free_memory(device)
     return MemoryNeed(
-        device=str(device),
-        weights=weight_bytes(model, settings.model),
+        device=str(device), weights=weight_bytes(model, settings.model),
         adapter=sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" in name),
-        training=_KEPT_PER_TRAINED * trained + step,
-        probe=probe,
-        context=_CUDA_CONTEXT if device.type == "cuda" else 0,
-        free=free,
-        total=total,
+        training=_KEPT_PER_TRAINED * trained + step, probe=probe,
+        context=_CUDA_CONTEXT if device.type == "cuda" else 0, free=free, total=total,
         remedies=_remedies(settings),
-    )
+    )  # fmt: skip
 
 
 def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:

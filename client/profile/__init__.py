@@ -1,5 +1,1 @@
-"""The task profile: probe, public map, and its release.
-
-Stands on `client.model`. Of `client.dp` it takes one check: that no layer keeps anything
-of earlier examples.
-"""
+"""The task profile: probe, public map and sum. Of `dp` it takes one check: no layer keeps a state."""

@@ -20,7 +20,7 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.colora.layer import MergeDelta
-from fedmosaic.client.colora.state import find_adapter, shared_modules
+from fedmosaic.client.colora.state import find_adapter
 from fedmosaic.client.model.examples import prompt_tokens
 from fedmosaic.client.model.load import adapt
 from fedmosaic.client.model.loss import training_mode
@@ -42,11 +42,7 @@ _NOTHING: Final = 1e-6
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one model's logits are from another's on public prompts.
-
-    The largest difference of a logit; the largest L2 norm of the difference at a position over that of the
-    logits there; and the share of positions whose likeliest next token is another.
-    """
+    """Distance of logits from another model's: largest, L2 over norm, share of other likeliest tokens."""
 
     absolute: float
     relative: float
@@ -95,32 +91,16 @@ def only_released(model: PeftModel) -> PeftModel:
     if not isinstance(config, CoLoraConfig):
         raise ModelError(f"the adapter is a {type(config).__name__}; only Co-LoRA's has a shared branch")
     bases, released = get_basis(model), read_shared(model, "local")
+    kept = "r alpha blocks layer_rule shared_layers target_modules basis_seed task_type".split()
     fresh = CoLoraConfig(
-        r=config.r,
-        alpha=config.alpha,
-        blocks=config.blocks,
-        layer_rule=config.layer_rule,
-        shared_layers=config.shared_layers,
-        target_modules=config.target_modules,
-        other_layers="none",
-        basis_seed=config.basis_seed,
-        task_type=config.task_type,
+        **{name: getattr(config, name) for name in kept}, other_layers="none",
         active_branches={"shared": ["local"]},
-    )
+    )  # fmt: skip
     made = adapt(cast(PreTrainedModel, model.unload()), fresh)
     set_basis(made, bases, label=config.basis_label or "custom")
     write_shared(made, released, "local")
     made.train(False)
     return made
-
-
-@torch.no_grad()
-def clear_biases(model: nn.Module) -> None:
-    """Set every Q to zero."""
-    name = find_adapter(model)
-    for layer in shared_modules(model):
-        for branch in layer.settings[name].branches:
-            layer.core(name, branch).bias.zero_()
 
 
 @torch.no_grad()
@@ -153,14 +133,9 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
             tensors[f"{prefix}.lora_B.bias"] = zeros if delta.bias is None else delta.bias
     # PEFT scales LoRA and its bias by alpha/r; s is in the factors already.
     LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=_shortest(model, deltas),
-        lora_bias=biased,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+        r=rank, lora_alpha=rank, target_modules=_shortest(model, deltas), lora_bias=biased,
+        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+    ).save_pretrained(str(folder))  # fmt: skip
     contiguous = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return rank
@@ -192,11 +167,7 @@ def _shortest(model: PeftModel, deltas: dict[str, MergeDelta]) -> list[str]:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter in its weights, described by its own configuration.
-
-    ModelError if base weights are quantised, or no architecture describes the biases that Q becomes. The
-    model is merged then and not to be used.
-    """
+    """The base model with the adapter in its weights; ModelError if quantised, or Q has no place there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Merging Q gave biases", UserWarning)
         try:

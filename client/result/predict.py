@@ -60,10 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_questions(path: Path) -> list[Example]:
-    """Read rows to be answered; what they have besides prompt, choices and id is left alone.
-
-    ConfigurationError if a row has no prompt, or choices that are none. The row is named, not its content.
-    """
+    """Rows to answer; ConfigurationError names a row without a prompt, or whose choices are none."""
     rows = []
     for number, (where, row) in enumerate(rows_of(path), 1):
         if not isinstance(row, Mapping):

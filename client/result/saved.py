@@ -52,17 +52,12 @@ class SavedModel(Frozen):
         """What is written when a client begins."""
         terms = roster.terms
         return cls(
-            federation=roster.federation,
-            client=client,
-            rounds=terms.schedule.rounds,
-            protection=terms.adapter.protection,
-            backend=terms.encryption.backend,
-            blend_received=settings.training.blend_received,
-            model=settings.model,
-            max_length=settings.training.max_length,
-            pictures=settings.data.pictures,
+            federation=roster.federation, client=client, rounds=terms.schedule.rounds,
+            protection=terms.adapter.protection, backend=terms.encryption.backend,
+            blend_received=settings.training.blend_received, model=settings.model,
+            max_length=settings.training.max_length, pictures=settings.data.pictures,
             projector=settings.projector,
-        )
+        )  # fmt: skip
 
     def write(self, state: Path) -> None:
         """Write it into a state directory, whose adapter may hold what an earlier start blended into it."""
@@ -74,19 +69,12 @@ class SavedModel(Frozen):
 
 
 def read_saved(state: Path, config: Path | None = None) -> SavedModel:
-    """Read what a client wrote when it began, or write it from `client.toml` for a state of a version before.
-
-    Raises:
-        StateError: there is none, or it is damaged.
-        ConfigurationError: `config` cannot be read, or is of another state directory.
-    """
+    """What a client wrote when it began, or from `config` now; StateError if none or damaged."""
     file = state / RECORD
     if config is not None and not file.exists():
         settings = read_configuration(config, ClientSettings).located(config.parent)
         if settings.state_dir.resolve() != state.resolve():
-            raise ConfigurationError(
-                f"{config} has state_dir {settings.state_dir}, not {state}; give its own"
-            )
+            raise ConfigurationError(f"{config} has state_dir {settings.state_dir}, not {state}")
         kit = open_kit(settings.kit)
         SavedModel.of(settings, kit.roster, kit.member_id()).write(state)
     if not file.exists():
@@ -100,9 +88,8 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
     try:
         return read_configuration(file, SavedModel)
     except ConfigurationError as error:
-        raise StateError(
-            f"{error}; delete that file and give --config with the client's client.toml"
-        ) from None
+        words = f"{error}; delete that file and give --config with the client's client.toml"
+        raise StateError(words) from None
 
 
 @dataclass(frozen=True)
@@ -135,23 +122,10 @@ class Opening:
 
 
 def open_model(
-    state: Path,
-    *,
-    device: str | None = None,
-    base: str | None = None,
-    config: Path | None = None,
+    state: Path, *, device: str | None = None, base: str | None = None, config: Path | None = None,
     needs: Sequence[Example] = (),
-) -> OpenedModel:
-    """Load the member's own model from its state directory.
-
-    `base` is a folder or hub id, where the base model is not where it was; `needs` are examples whose images
-    it will read.
-
-    Raises:
-        StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
-        ModelError: the base model cannot be loaded, or is another one.
-        ConfigurationError: there is no such device, or no place of the base model.
-    """
+) -> OpenedModel:  # fmt: skip
+    """The member's own model, ready for `needs`' images; StateError or ModelError if it cannot be opened."""
     saved = read_saved(state, config)
     newest = newest_adapter(state)
     if newest is None:

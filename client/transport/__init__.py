@@ -1,4 +1,1 @@
-"""The client's way to the server: gRPC over mutual TLS, connection errors told apart, bytes counted.
-
-Knows no models and no keys of the group.
-"""
+"""The way to the server: gRPC over mutual TLS, errors told apart, bytes counted; no models, no keys."""

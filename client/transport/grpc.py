@@ -1,34 +1,70 @@
 """What a session asks of the server, and the gRPC transport that carries it."""
 
+import json
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from fedmosaic.client.transport.connection import Patience, open_channel
-from fedmosaic.client.transport.traffic import Channel, Traffic
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
-from fedmosaic.privacy.files import file_marks
+from fedmosaic.privacy.files import file_marks, write_atomically
 from fedmosaic.protos import bounds, wire
+from fedmosaic.protos import messages as m
 from fedmosaic.protos.errors import IdentityError, WireError
-from fedmosaic.protos.messages import (
-    Aggregate,
-    Enrolled,
-    Enrolment,
-    KeyMessage,
-    Receipt,
-    RelayedKeyMessage,
-    Report,
-    RoundStatus,
-    Upload,
-)
+from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, Receipt, RoundStatus, Upload
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+
+Channel = Literal["adapter", "profile", "keys", "control"]
+CHANNELS: Final[tuple[Channel, ...]] = ("adapter", "profile", "keys", "control")
+
+
+class Traffic:
+    """Serialised bytes by channel, without HTTP/2 and TLS; `adapter` is chunks, `keys` the key agreement."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Begin to count, or go on with the file that `save` writes; StateError if that is damaged."""
+        self._lock = threading.Lock()
+        self._sent: Counter[Channel] = Counter()
+        self._received: Counter[Channel] = Counter()
+        self._path = path
+        if path is not None:
+            read_own(path, self._go_on, "delete it: only the count of bytes is lost")
+
+    def _go_on(self, stored: dict[str, dict[str, int]]) -> None:
+        for channel in CHANNELS:
+            self._sent[channel] = int(stored[channel]["sent"])
+            self._received[channel] = int(stored[channel]["received"])
+
+    def save(self) -> None:
+        """Store the counts, if there is a file for them."""
+        if self._path is not None:
+            write_atomically(self._path, json.dumps(self.as_dict()).encode())
+
+    def sent(self, channel: Channel, size: int) -> None:
+        """Count bytes that were sent."""
+        with self._lock:
+            self._sent[channel] += size
+
+    def received(self, channel: Channel, size: int) -> None:
+        """Count bytes that were received."""
+        with self._lock:
+            self._received[channel] += size
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """Bytes sent and received by channel; JSON-compatible."""
+        with self._lock:
+            return {c: {"sent": self._sent[c], "received": self._received[c]} for c in CHANNELS}
+
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,10 +86,7 @@ class Transport(Protocol):
         """Compare the terms of both sides and learn where the run is."""
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
-        """Wait until this round, or a later one, is open and return what to load before it.
-
-        `on_wait` is told now and then what the server waits for.
-        """
+        """Wait until this round, or a later one, is open; `on_wait` is told what the server waits for."""
 
     def push(self, upload: Upload) -> Receipt:
         """Send an upload; sending the same one again is harmless."""
@@ -64,7 +97,7 @@ class Transport(Protocol):
     def report(self, statement: bytes) -> None:
         """Hand over the privacy statement, a JSON object."""
 
-    def post_key_message(self, message: KeyMessage) -> None:
+    def post_key_message(self, message: m.KeyMessage) -> None:
         """Leave a message of the key agreement; leaving the same one again is harmless."""
 
     def read_key_messages(
@@ -83,22 +116,11 @@ class GrpcTransport:
     """`Transport` over gRPC with mutual TLS. Blocking; one per client process."""
 
     def __init__(
-        self,
-        address: str,
-        *,
-        authority: Path,
-        certificate: Path,
-        private_key: Path,
-        retry_seconds: float = 300.0,
-        wait_seconds: float = 25.0,
-        traffic: Traffic | None = None,
+        self, address: str, *, authority: Path, certificate: Path, private_key: Path,
+        retry_seconds: float = 300.0, wait_seconds: float = 25.0, traffic: Traffic | None = None,
         connect: Connect = open_channel,
-    ) -> None:
-        """Prepare a connection with PEM files of a kit; it is opened by the first call.
-
-        One call waits `wait_seconds` at the server, at most 60; without any progress for `retry_seconds` the
-        transport gives up. IdentityError if a file is not acceptable.
-        """
+    ) -> None:  # fmt: skip
+        """Prepare; a call waits at most 60 s at the server, and patience ends after `retry_seconds`."""
         self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)
         self._connect = connect
@@ -139,12 +161,9 @@ class GrpcTransport:
         self._channel, self._stub = channel, rpc.FederationStub(channel)
 
     def _unary(
-        self,
-        name: str,
-        method: Callable[[], Callable[..., B]],
-        request: Message,
+        self, name: str, method: Callable[[], Callable[..., B]], request: Message,
         channel: Channel = "control",
-    ) -> B:
+    ) -> B:  # fmt: skip
         """One request and its answer, counted; `method` takes it from the stub of the present channel."""
         response = self._call(name, lambda: self._attempt(method(), request, channel))
         self._traffic.received(channel, response.ByteSize())
@@ -165,11 +184,9 @@ class GrpcTransport:
 
         def attempt() -> bool:
             request = pb.PullRequest(
-                round=round_number,
-                wait_milliseconds=int(self._wait * 1000),
-                resume_offset=len(download.received),
-                resume_sha256=download.sha256,
-            )
+                round=round_number, wait_milliseconds=int(self._wait * 1000),
+                resume_offset=len(download.received), resume_sha256=download.sha256,
+            )  # fmt: skip
             self._traffic.sent("control", request.ByteSize())
             for part in self._stub.Pull(request, timeout=self._wait + _CALL_SECONDS):
                 download.messages += 1
@@ -240,9 +257,9 @@ class GrpcTransport:
 
     def report(self, statement: bytes) -> None:
         """See `Transport.report`."""
-        self._unary("report", lambda: self._stub.Report, wire.encode(Report(statement), pb.ReportRequest))
+        self._unary("report", lambda: self._stub.Report, wire.encode(m.Report(statement), pb.ReportRequest))
 
-    def post_key_message(self, message: KeyMessage) -> None:
+    def post_key_message(self, message: m.KeyMessage) -> None:
         """See `Transport.post_key_message`."""
         request = wire.encode(message, pb.PostKeyMessageRequest)
         self._unary("post key message", lambda: self._stub.PostKeyMessage, request, "keys")
@@ -263,7 +280,7 @@ class GrpcTransport:
             size = 0
             for part in self._stub.ReadKeyMessages(request, timeout=wait + _CALL_SECONDS):
                 self._traffic.received("keys", part.ByteSize())
-                message = wire.decode(part, RelayedKeyMessage)
+                message = wire.decode(part, m.RelayedKeyMessage)
                 found[message.sender] = message.payload
                 if len(found) > bounds.MAX_MEMBERS:
                     raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")

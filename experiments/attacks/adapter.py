@@ -13,8 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from fedmosaic.client.dp.branch import only_shared_branch
-from fedmosaic.client.dp.engine import clip_and_sum, example_gradient
+from fedmosaic.client.dp.engine import clip_and_sum, example_gradient, only_shared_branch
 from fedmosaic.client.dp.training import noisy_sum
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import Example, encode_examples

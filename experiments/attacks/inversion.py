@@ -17,8 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import read_shared
-from fedmosaic.client.dp.branch import only_shared_branch
-from fedmosaic.client.dp.engine import clip_and_sum, example_gradient
+from fedmosaic.client.dp.engine import clip_and_sum, example_gradient, only_shared_branch
 from fedmosaic.client.dp.training import noisy_sum
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, padding_token
 from fedmosaic.client.model.loss import training_mode

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmosaic.client.model.examples import Example, encode_examples, read_examples, read_public_examples
 from fedmosaic.client.model.load import load_model
-from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
+from fedmosaic.client.profile.fit import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks.federation import weight_matrix

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from fedmosaic.client.model.examples import answer_tokens, collate
 from fedmosaic.client.model.loss import Batch, ExampleLosses, on_device_of, training_mode
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.model.training import train_local
+from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.experiments.methods import distillation
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, ServerSide, Strategy

@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from fedmosaic.client.client import RESULT
 from fedmosaic.client.model.examples import EncodedExample, encode_examples, read_public_examples
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.model.training import EpochSampler, TrainingSettings
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
 from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer, check_uploads

@@ -17,7 +17,7 @@ from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.model.load import load_model, without_rename_notice
 from fedmosaic.client.model.loss import logits_at
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.client.vision.tower import has_tower
+from fedmosaic.client.vision.projector import has_tower
 from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.loss import ExampleLosses, example_losses
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.model.training import EpochSampler, TrainingSettings, train_local
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
 from fedmosaic.protos.errors import ModelError
 

@@ -82,7 +82,7 @@ def agreed_adapter(scenario: Scenario) -> AdapterTerms:
     named = [client.model.aligned for client in scenario.clients if client.model.aligned]
     if scenario.adapter.basis or not named:
         return scenario.adapter
-    from fedmosaic.client.colora.aligned import basis_name
+    from fedmosaic.client.colora.vectors import basis_name
 
     return scenario.adapter.model_copy(update={"basis": basis_name(named[0])})
 

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fedmosaic.client.data.records import Example, read_examples, row_of
-from fedmosaic.experiments.scenario.streams import Stream, arrivals
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
@@ -18,6 +17,8 @@ from fedmosaic.protos.errors import ConfigurationError
 if TYPE_CHECKING:  # whoever only starts processes loads no model's library
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+    from fedmosaic.experiments.scenario.streams import Stream
 
 EVALUATIONS = "evaluations.json"
 _BATCH = 32
@@ -39,10 +40,12 @@ def training_examples(client: ScenarioClient) -> list[Example]:
     return [example for task in training_tasks(client) for example in task]
 
 
-def client_stream(scenario: Scenario, index: int) -> Stream | None:
+def client_stream(scenario: Scenario, index: int) -> "Stream | None":
     """The stream of a client, or None where all its examples are there from the start."""
     if scenario.stream == "all":
         return None
+    from fedmosaic.experiments.scenario.streams import Stream, arrivals
+
     training = scenario.training
     tasks, seed = training_tasks(scenario.clients[index]), client_seed(scenario, index)
     slices = arrivals(tasks, scenario.schedule.rounds, scenario.stream, seed)

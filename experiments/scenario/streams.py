@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from fedmosaic.client.data.records import Example
-from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.model.training import EpochSampler
 from fedmosaic.protos.errors import ConfigurationError
 
 Order = Literal["static", "dynamic"]

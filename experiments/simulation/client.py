@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from fedmosaic.client.learner import SAMPLER, ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.model.examples import EncodedExample, Example
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.profile.maker import ProfileProbe, check_probe, load_probe, public_map
+from fedmosaic.client.model.training import EpochSampler
+from fedmosaic.client.profile.probe import ProfileProbe, check_probe, load_probe, public_map
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import ProfileSum, Randomness, Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings

@@ -10,8 +10,7 @@ from typing import Final
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmosaic.client.model.examples import EncodedExample, encode_examples
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.model.training import EpochSampler, TrainingSettings
 from fedmosaic.experiments.scenario.participants import training_examples
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel

@@ -17,8 +17,7 @@ from fedmosaic.client.client import RESULT
 from fedmosaic.client.colora import fix_gate, read_family, set_active_branches, set_trainable
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import EncodedExample
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.model.training import EpochSampler, TrainingSettings, train_local
 from fedmosaic.client.state import read_record
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.scenario.participants import Evaluation

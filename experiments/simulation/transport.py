@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.protos.errors import TransportError
 from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, KeyMessage, Receipt, RoundStatus, Upload
 from fedmosaic.server.coordinator import Coordinator

@@ -14,14 +14,13 @@ from typing import Final
 
 from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.data.records import unit_ids
-from fedmosaic.client.ledger import ServerAnchor, open_ledger
+from fedmosaic.client.ledger import ServerAnchor, open_ledger, plan_adapter
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.planning import plan_adapter
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import STATEMENT
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.experiments.scenario import participants
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.client import SharedProbe, StreamLearner, StreamReleases

@@ -32,8 +32,8 @@ from torch import nn
 from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_shared
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import shared_modules
-from fedmosaic.client.dp.branch import only_shared_branch
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.dp.engine import only_shared_branch
+from fedmosaic.client.group_session import GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.model.examples import EncodedExample, Example, collate, encode_examples, padding_token
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses

@@ -6,7 +6,7 @@ from typing import Final
 
 from fedmosaic.client.assets import Asset, fetch, read_member, read_members
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.vision.words import marker
+from fedmosaic.client.vision.inputs import marker
 from fedmosaic.protos.errors import ConfigurationError
 
 EASY_VQA: Final = Asset(

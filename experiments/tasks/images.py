@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from fedmosaic.client.vision.words import marker
+from fedmosaic.client.vision.inputs import marker
 from fedmosaic.experiments.tasks.labelled import stable_hash
 from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, part_of
 from fedmosaic.protos.errors import ConfigurationError

@@ -12,14 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, encode_examples, padding_token
-from fedmosaic.client.model.fingerprint import fingerprint
+from fedmosaic.client.model.loss import fingerprint
 from fedmosaic.client.model.scoring import score_examples
 from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
-from fedmosaic.client.vision.efficientnet import CHANNELS
-from fedmosaic.client.vision.features import GRID, SIZE, image_features
-from fedmosaic.client.vision.inputs import located
+from fedmosaic.client.vision.features import CHANNELS, GRID, SIZE, image_features
+from fedmosaic.client.vision.inputs import located, number_images, put_images, tokenizer_with_images
 from fedmosaic.client.vision.projector import ProjectedFeatures, Projector, ProjectorRecord
-from fedmosaic.client.vision.words import number_images, put_images, tokenizer_with_images
 from fedmosaic.protos.errors import ModelError
 
 _SCORED_BATCH = 32

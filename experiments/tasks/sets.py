@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.vision.words import images_in, without_images
+from fedmosaic.client.vision.inputs import images_in, without_images
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks.images import SIBLINGS
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash

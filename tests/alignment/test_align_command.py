@@ -36,14 +36,14 @@ from fedmosaic.alignment.transfer import (
     ZERO_SHOT,
 )
 from fedmosaic.client.colora import get_basis, read_shared, shared_layout, write_shared
-from fedmosaic.client.colora.aligned import (
+from fedmosaic.client.colora.linear import orthonormality_error
+from fedmosaic.client.colora.vectors import (
     aligned_config,
     embedded_layout,
     load_basis,
     read_embedded,
     write_embedded,
 )
-from fedmosaic.client.colora.basis import orthonormality_error
 from fedmosaic.client.model.examples import collate, encode_examples, padding_token
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses

@@ -14,7 +14,7 @@ from fedmosaic.alignment.subspace import (
     shared_rotation,
     sharing,
 )
-from fedmosaic.client.colora.basis import draw_orthonormal, orthonormality_error
+from fedmosaic.client.colora.linear import draw_orthonormal, orthonormality_error
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 RANK = 4

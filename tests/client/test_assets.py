@@ -32,13 +32,9 @@ def make_wheel(path: Path, members: dict[str, bytes]) -> Asset:
             archive.writestr(name, content)
     content = path.read_bytes()
     return Asset(
-        project="tinycorpus",
-        version="1.0",
-        filename="tinycorpus-1.0-py3-none-any.whl",
-        sha256=hashlib.sha256(content).hexdigest(),
-        size=len(content),
-        licence="MIT",
-    )
+        project="tinycorpus", version="1.0", filename="tinycorpus-1.0-py3-none-any.whl",
+        sha256=hashlib.sha256(content).hexdigest(), size=len(content), licence="MIT",
+    )  # fmt: skip
 
 
 class Index:
@@ -58,14 +54,17 @@ class Index:
         (directory / asset.filename).write_bytes(content)
 
 
+Served = tuple[Asset, Index]
+
+
 @pytest.fixture
-def served(tmp_path: Path) -> tuple[Asset, Index]:
+def served(tmp_path: Path) -> Served:
     path = tmp_path / "index" / "tinycorpus-1.0-py3-none-any.whl"
     asset = make_wheel(path, {"tinycorpus/data.txt": b"words " * 1000, "tinycorpus/more.txt": b"more"})
     return asset, Index(path)
 
 
-def test_a_finished_download_is_never_fetched_again(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+def test_a_finished_download_is_never_fetched_again(tmp_path: Path, served: Served) -> None:
     asset, index = served
     first = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
     second = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
@@ -76,7 +75,7 @@ def test_a_finished_download_is_never_fetched_again(tmp_path: Path, served: tupl
 
 @pytest.mark.parametrize("failure", [ConfigurationError("connection lost"), KeyboardInterrupt()])
 def test_a_broken_download_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, served: tuple[Asset, Index], failure: BaseException
+    tmp_path: Path, served: Served, failure: BaseException
 ) -> None:
     asset, index = served
     cache = tmp_path / "cache"
@@ -89,7 +88,7 @@ def test_a_broken_download_leaves_nothing_and_the_next_one_succeeds(
     assert fetch(asset, cache, console=QUIET, download=index).is_file()
 
 
-def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: Served) -> None:
     asset, index = served
     other = replace(asset, sha256="0" * 64)
     with pytest.raises(ConfigurationError, match="is not the file with the pinned SHA-256 0000"):
@@ -99,7 +98,7 @@ def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: tupl
     assert not (tmp_path / "cache" / "packages").exists()
 
 
-def test_a_prefilled_cache_needs_no_network(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+def test_a_prefilled_cache_needs_no_network(tmp_path: Path, served: Served) -> None:
     asset, index = served
     target = tmp_path / "cache" / "packages" / asset.filename
     target.parent.mkdir(parents=True)
@@ -110,7 +109,7 @@ def test_a_prefilled_cache_needs_no_network(tmp_path: Path, served: tuple[Asset,
 
 @pytest.mark.parametrize("size_kept", [True, False])
 def test_a_damaged_file_in_the_cache_is_fetched_again(
-    tmp_path: Path, served: tuple[Asset, Index], size_kept: bool
+    tmp_path: Path, served: Served, size_kept: bool
 ) -> None:
     asset, index = served
     path = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
@@ -118,15 +117,13 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content if size_kept else content[:-1]))
     os.utime(path, ns=(1, 1))
-    assert (
-        fetch(asset, tmp_path / "cache", console=QUIET, download=index).read_bytes()
-        == index.served.read_bytes()
-    )
+    again = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    assert again.read_bytes() == index.served.read_bytes()
     assert index.requests == 2
 
 
 def test_the_remains_of_killed_downloads_are_removed_but_not_those_under_way(
-    tmp_path: Path, served: tuple[Asset, Index]
+    tmp_path: Path, served: Served
 ) -> None:
     cache = tmp_path / "cache"
     old, recent = cache / "staging-old", cache / "staging-recent"
@@ -139,7 +136,7 @@ def test_the_remains_of_killed_downloads_are_removed_but_not_those_under_way(
     assert recent.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, served: Served) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(ConfigurationError, match=r"cannot be written.*FEDMOSAIC_CACHE"):
@@ -153,7 +150,7 @@ def test_the_cache_is_where_the_environment_says() -> None:
 
 
 def test_pip_fetches_by_hash_and_honours_its_own_settings(
-    tmp_path: Path, served: tuple[Asset, Index], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asset, index = served
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -172,7 +169,7 @@ def test_credentials_of_an_index_are_not_repeated() -> None:
 
 
 def test_a_python_without_pip_is_explained(
-    tmp_path: Path, served: tuple[Asset, Index], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tmp_path / "python"
     bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"No module named pip\")'\n")

@@ -1,6 +1,7 @@
 """Damaged files of a client's state: each is named, and what the message says to do puts the client right."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -10,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.planning import AdapterPlan
+from builders import tiny_mechanism
+from fedmosaic.client.ledger import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
-from fedmosaic.client.records import ClippingRecord
+from fedmosaic.client.records import ClippingRecord, read_average, read_profile
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.result.file import ResultFile
+from fedmosaic.client.result.ending import ResultFile
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, RoundStatus, WeightRow
 
@@ -38,11 +39,7 @@ DAMAGE = {
     "array": b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 60,
 }
 damaged = pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE.keys())
-MECHANISM = ProfileMechanism(
-    probe="none",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-)
+MECHANISM = tiny_mechanism()
 ROW = WeightRow(("ben", "cid", "dee"), (2, 3, 3), 3)
 
 
@@ -102,14 +99,8 @@ def releases(place: Path) -> tuple[Releases, Ledger, ClientState]:
     def summed() -> ClippedSum:
         return ClippedSum(np.ones(MECHANISM.dimensions, dtype=np.int64), 0, 0, 60)
 
-    terms = Terms.model_validate(
-        {
-            "profile": MECHANISM,
-            "adapter": {"protection": "none"},
-            "encryption": {"backend": "plain"},
-            "allow_plaintext": True,
-        }
-    )
+    plain = {"encryption": {"backend": "plain"}, "allow_plaintext": True}
+    terms = Terms.model_validate({"profile": MECHANISM, "adapter": {"protection": "none"}} | plain)
     state = ClientState(place, "f", "ada")
     ledger = Ledger.open(state.ledger_path, "ada", 1e-3, None, accountant="rdp")
     ids = tuple(f"e{number}" for number in range(60))
@@ -127,8 +118,6 @@ def test_a_damaged_average_is_named_and_costs_nothing_to_delete(content: bytes, 
         made.profile(2)
     average.unlink()
     again = made.profile(2)
-    assert first is not None
-    assert again is not None
     assert np.array_equal(first.vector, again.vector)
     assert ledger.epsilon() == spent
     ledger.close()
@@ -136,9 +125,7 @@ def test_a_damaged_average_is_named_and_costs_nothing_to_delete(content: bytes, 
 
 
 @damaged
-def test_a_damaged_note_of_what_was_sent_costs_a_message_and_no_privacy(
-    content: bytes, tmp_path: Path
-) -> None:
+def test_a_damaged_note_of_what_was_sent_costs_no_privacy(content: bytes, tmp_path: Path) -> None:
     made, ledger, state = releases(tmp_path)
     made.profile(1)
     made.profile_acknowledged()
@@ -202,3 +189,32 @@ def test_a_line_of_the_log_names_its_round_once(caplog: pytest.LogCaptureFixture
     with caplog.at_level("INFO"):
         LoggedProgress().waiting(status)
     assert caplog.messages == ["round 1: 1 of 2 uploads, waiting for b"]
+
+
+def test_counts_add_up_over_releases_and_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "clipping.json"
+    ClippingRecord(path).add("adapter", 3, 10)
+    ClippingRecord(path).add("adapter", 2, 30)
+    ClippingRecord(path).add("profile", 7, 7)
+    assert ClippingRecord(path).shares() == {"adapter": 5 / 40, "profile": 1.0}
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_channel_that_saw_no_example_has_no_share(tmp_path: Path) -> None:
+    record = ClippingRecord(tmp_path / "clipping.json")
+    assert record.shares() == {}
+    record.add("adapter", 0, 0)
+    assert record.shares() == {}
+
+
+@pytest.mark.parametrize("change", [(b"(32,", b"(32["), (b"}", b"\x00")])
+def test_an_array_whose_header_is_no_python_is_damaged(change: tuple[bytes, bytes], tmp_path: Path) -> None:
+    """NumPy parses the header as Python, and lets errors of the tokenizer through."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(32, dtype=np.float32))
+    path = tmp_path / "profile.npy"
+    path.write_bytes(buffer.getvalue().replace(*change))
+    with pytest.raises(StateError, match="cannot be read"):
+        read_profile(path, 32)
+    with pytest.raises(StateError, match="is damaged"):
+        read_average(path, 32)

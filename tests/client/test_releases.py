@@ -9,48 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.ledger import budgeted_channels
-from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
+from builders import tiny_mechanism
+from fedmosaic.client.ledger import AdapterPlan, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.terms import (
-    AdapterPrivacyTerms,
-    AdapterTerms,
-    Protection,
-    ScheduleTerms,
-    Terms,
-)
+from fedmosaic.privacy.federation.terms import AdapterTerms, Protection, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import Float64Array, SecureNoise
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5
-MECHANISM = ProfileMechanism(
-    probe="none",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-    noise_multiplier=2.0,
-)
+MECHANISM = tiny_mechanism(noise_multiplier=2.0)
 EVENT = GaussianEvent(1.0, 0.02, 5)
 IDS = tuple(f"e{i}" for i in range(400))
 
 
 def terms(protection: Protection = "dp", **changes: object) -> Terms:
-    return Terms.model_validate(
-        {
-            "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a",), protection=protection),
-            "adapter_privacy": AdapterPrivacyTerms(expected_batch_size=8, steps_per_round=5),
-            "profile": MECHANISM,
-            "schedule": ScheduleTerms(rounds=3),
-            "encryption": {"backend": "plain"},
-            "allow_plaintext": True,
-            **changes,
-        }
-    )
+    adapter = AdapterTerms(rank=4, blocks=2, target_modules=("a",), protection=protection)
+    fields = {"adapter": adapter, "adapter_privacy": {"expected_batch_size": 8, "steps_per_round": 5}}
+    fields |= {"profile": MECHANISM, "schedule": {"rounds": 3}, "encryption": {"backend": "plain"}}
+    return Terms.model_validate(fields | {"allow_plaintext": True} | changes)
 
 
 class Client:
@@ -76,12 +57,9 @@ class Client:
 
     @contextmanager
     def opened(
-        self,
-        ids: tuple[str, ...] = IDS,
-        summed: Callable[[], ClippedSum] | None = None,
-        *,
+        self, ids: tuple[str, ...] = IDS, summed: Callable[[], ClippedSum] | None = None, *,
         disjoint_epochs: bool = False,
-    ) -> Iterator[Releases]:
+    ) -> Iterator[Releases]:  # fmt: skip
         state = ClientState(self.place, "f", "ada")
         path, channels = self.books / LEDGER, budgeted_channels(self.terms)
         ledger = Ledger.open(path, "ada", DELTA, self.target, accountant="rdp", budgeted_channels=channels)
@@ -146,17 +124,12 @@ def test_an_adapter_is_summed_charged_noised_and_stored_in_this_order(client: Cl
 
 def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Client) -> None:
     with client.opened() as releases:
-        first = releases.profile(1)
-        again = releases.profile(1)
+        first, again = releases.profile(1), releases.profile(1)
     with client.opened() as releases:
         later = releases.profile(3)
-    assert first is not None
-    assert again is not None
-    assert later is not None
     np.testing.assert_array_equal(first.vector, again.vector)
     np.testing.assert_array_equal(first.vector, later.vector)
-    assert client.draws == 1
-    assert len(client.reserved("profile")) == 1
+    assert (client.draws, len(client.reserved("profile"))) == (1, 1)
 
 
 def _second_run(client: Client) -> Client:
@@ -219,8 +192,7 @@ def test_an_acknowledged_profile_is_not_sent_again_until_the_data_changes(client
         assert releases.profile(2) is None
     with client.opened(ids=(*IDS, "new")) as releases:
         assert releases.profile(2) is not None
-    assert client.draws == 2
-    assert len(client.reserved("profile")) == 2
+    assert (client.draws, len(client.reserved("profile"))) == (2, 2)
 
 
 def test_the_average_is_taken_over_noised_releases_and_costs_nothing_more(client: Client) -> None:
@@ -228,11 +200,9 @@ def test_the_average_is_taken_over_noised_releases_and_costs_nothing_more(client
         first = releases.profile(1)
     with client.opened(ids=(*IDS, "new")) as releases:
         average = releases.profile(2)
-    assert first is not None
     stored = [np.load(path) for path in client.books.glob("profile-*.npy")]
     (second,) = (vector for vector in stored if not np.array_equal(vector, first.vector))
     decay = client.terms.relevance.average_decay
-    assert average is not None
     np.testing.assert_allclose(average.vector, decay * first.vector + (1 - decay) * second, rtol=1e-6)
     # Noise added to the average instead would leave its variance at σ²C², and cost a release each time.
     expected = (decay**2 + (1 - decay) ** 2) * MECHANISM.noise_variance
@@ -256,10 +226,8 @@ def test_bytes_stored_by_a_process_that_died_are_released_as_they_are(client: Cl
     stored = np.load(next(client.books.glob("profile-*.npy")))
     with client.opened() as releases:
         profile = releases.profile(1)
-    assert profile is not None
     np.testing.assert_array_equal(profile.vector, stored)
-    assert client.draws == 1
-    assert len(client.reserved("profile")) == 1
+    assert (client.draws, len(client.reserved("profile"))) == (1, 1)
 
 
 def test_a_draw_that_was_lost_before_it_was_stored_stays_charged_beside_the_new_one(client: Client) -> None:
@@ -276,8 +244,7 @@ def test_a_draw_that_was_lost_before_it_was_stored_stays_charged_beside_the_new_
             releases.profile(1)
     with client.opened() as releases:
         assert releases.profile(1) is not None
-    assert client.draws == 2
-    assert len(client.reserved("profile")) == 2
+    assert (client.draws, len(client.reserved("profile"))) == (2, 2)
 
 
 @pytest.mark.parametrize("change", ["one value", "another draw", "another shape", "lost"])
@@ -298,8 +265,7 @@ def test_a_stored_profile_that_is_not_the_released_one_is_not_sent(client: Clien
     told = r"not the one that was released|shape|and was released"
     with client.opened() as releases, pytest.raises(StateError, match=told):
         releases.profile(2)
-    assert client.draws == 1
-    assert len(client.reserved("profile")) == 1
+    assert (client.draws, len(client.reserved("profile"))) == (1, 1)
 
 
 def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -> None:
@@ -315,7 +281,6 @@ def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -
     def run(client: Client) -> None:
         with client.opened(summed=slow) as releases:
             profile = releases.profile(1)
-            assert profile is not None
             sent[client.place] = profile.vector
 
     threads = [threading.Thread(target=run, args=(client,)) for client in (first, second)]

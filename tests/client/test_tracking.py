@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 
-from fedmosaic.client import tracking
+from fedmosaic.client import progress as tracking
+from fedmosaic.client.progress import Tracker
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.tracking import Tracker
 from fedmosaic.protos.errors import ConfigurationError
 
 SETTINGS = {
-    "kit": "kit",
-    "server": "here:1",
-    "state_dir": "state",
-    "model": {"path": "m"},
-    "probe": {"path": "m"},
-}
+    "kit": "kit", "server": "here:1", "state_dir": "state", "model": {"path": "m"}, "probe": {"path": "m"},
+}  # fmt: skip
 
 
 def test_nothing_is_tracked_unless_asked_for(tmp_path: Path) -> None:
@@ -30,9 +26,7 @@ def test_nothing_is_tracked_unless_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmosaic.client.settings.find_spec", lambda _: None)
     settings = ClientSettings.model_validate({**SETTINGS, "report_to": ["wandb"]})
     with pytest.raises(
@@ -55,9 +49,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert values == {"loss": [(7, 2.5)], "score/self": [(7, 0.75)]}
 
 
-def test_no_tracker_follows_its_environment_to_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_tracker_follows_its_environment_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLFLOW_TRACKING_URI and WANDB_MODE, set for other work, must not make a private loss a release."""
     monkeypatch.setitem(os.environ, "MLFLOW_TRACKING_URI", "http://shared:5000")
     monkeypatch.setitem(os.environ, "WANDB_MODE", "online")

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from fedmosaic.client.client import Participant
-from fedmosaic.client.ledger import budgeted_channels
-from fedmosaic.client.planning import AdapterPlan
+from fedmosaic.client.ledger import AdapterPlan, budgeted_channels
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session

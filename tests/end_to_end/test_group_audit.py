@@ -9,12 +9,11 @@ import torch
 from end_to_end import federation_of_vectors as fv
 from end_to_end.federation_of_vectors import PROFILE, Client, VectorLearner, in_process, run_all
 from fedmosaic.client.colora import write_shared
-from fedmosaic.client.dp import round as private_round
-from fedmosaic.client.dp.branch import only_shared_branch
-from fedmosaic.client.dp.engine import example_gradient
+from fedmosaic.client.dp import training as private_round
+from fedmosaic.client.dp.engine import example_gradient, only_shared_branch
+from fedmosaic.client.ledger import AdapterPlan, group_grid
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure

@@ -20,7 +20,7 @@ from end_to_end import federation_of_vectors as fv
 from end_to_end.test_trained_adapters import ModelClient, random_model
 from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.planning import AdapterPlan
+from fedmosaic.client.ledger import AdapterPlan
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent

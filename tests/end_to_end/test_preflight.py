@@ -283,7 +283,7 @@ def test_the_client_itself_stops_before_it_loads_trains_or_charges(
 def test_the_doctor_goes_on_with_what_can_still_be_checked(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_SERVER_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(doctor, "_SECONDS", 0.5)
     no_server(config)
     one_choice(config)
     assert doctor.main([str(config)]) == 1

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedmosaic.client.client import Participant
-from fedmosaic.client.planning import AdapterPlan
+from fedmosaic.client.ledger import AdapterPlan
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState

@@ -16,7 +16,7 @@ from fedmosaic.client.model.examples import (
     cut_prompt,
     prompt_tokens,
 )
-from fedmosaic.client.profile.basis import BasisSettings, fit_basis, standardise_rows
+from fedmosaic.client.profile.fit import BasisSettings, fit_basis, standardise_rows
 from fedmosaic.client.profile.probe import Probe
 from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction

@@ -12,12 +12,9 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 from tiny import LINEARS, tiny_decoder, tiny_llava
 
 SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 2,
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
     "num_key_value_heads": 1,
-}
+}  # fmt: skip
 
 
 def llava(depth: int = 3) -> LlavaForConditionalGeneration:
@@ -45,9 +42,7 @@ def test_the_first_layers_share_whatever_the_depth() -> None:
 
 
 @pytest.mark.parametrize(("depth", "blocks", "expected"), AUTHORS_TABLE)
-def test_authors_rule_reproduces_the_published_table(
-    depth: int, blocks: int, expected: tuple[int, ...]
-) -> None:
+def test_authors_rule_is_the_published_table(depth: int, blocks: int, expected: tuple[int, ...]) -> None:
     assert target_layers(depth, blocks, "authors") == expected
     assert (target_layers(depth, blocks) == expected) == (depth % blocks == 0), "both rules agree there"
 

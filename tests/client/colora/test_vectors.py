@@ -27,7 +27,7 @@ from fedmosaic.client.colora import (
     write_family,
     write_shared,
 )
-from fedmosaic.client.colora.basis import draw_orthonormal
+from fedmosaic.client.colora.linear import draw_orthonormal
 from fedmosaic.protos.errors import ModelError
 from tiny import LINEARS as MODULES
 from tiny import tiny_decoder

@@ -9,8 +9,8 @@ from torch import nn
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig, adapted_layers, fix_gate, set_active_branches, set_trainable
-from fedmosaic.client.dp.branch import only_shared_branch, private_parameters, public_branches
 from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine, refuse_state
+from fedmosaic.client.dp.engine import only_shared_branch, private_parameters, public_branches
 from fedmosaic.client.model.loss import in_bfloat16
 from fedmosaic.protos.errors import ModelError, PrivacyError
 from tiny import tiny_colora

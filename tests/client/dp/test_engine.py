@@ -12,13 +12,14 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from fedmosaic.client.colora import read_shared
-from fedmosaic.client.dp.branch import only_shared_branch, public_branches
 from fedmosaic.client.dp.engine import (
     check_cores,
     clip_and_sum,
     core_parameters,
     dimensions_of,
     example_gradient,
+    only_shared_branch,
+    public_branches,
 )
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
 from fedmosaic.client.model.loss import example_losses, on_device_of
@@ -26,6 +27,7 @@ from fedmosaic.privacy.mechanism.gaussian import GRID
 from fedmosaic.protos.errors import ModelError
 from tiny import random_texts, tiny_colora
 
+Cores = Mapping[str, nn.Linear]
 pytestmark = pytest.mark.usefixtures("device")
 
 
@@ -39,15 +41,11 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def rows_of(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
-) -> torch.Tensor:
+def rows_of(model: nn.Module, cores: Cores, examples: Sequence[EncodedExample]) -> torch.Tensor:
     return torch.stack([example_gradient(model, cores, example) for example in examples])
 
 
-def rows_of_opacus(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
-) -> torch.Tensor:
+def rows_of_opacus(model: nn.Module, cores: Cores, examples: Sequence[EncodedExample]) -> torch.Tensor:
     """The oracle: Opacus's hooks on one padded batch, an independent implementation of the same rows."""
     wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
     model.enable_input_require_grads()  # Opacus's hooks want a gradient of every core's input
@@ -101,12 +99,9 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
         wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
         parameters = core_parameters(cores)
         optimizer = DPOptimizer(
-            torch.optim.SGD(parameters, lr=1.0),
-            noise_multiplier=0.0,
-            max_grad_norm=bound,
-            expected_batch_size=1,
-            loss_reduction="sum",
-        )
+            torch.optim.SGD(parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=bound,
+            expected_batch_size=1, loss_reduction="sum",
+        )  # fmt: skip
         model.enable_input_require_grads()
         example_losses(wrapped, on_device_of(model, collate(examples, 0))).sum().backward()
         model.disable_input_require_grads()
@@ -134,9 +129,7 @@ def test_a_row_has_the_same_bits_in_any_company_and_order(dtype: torch.dtype, bo
     assert torch.equal(together[1::2], fewer)
 
 
-def test_a_core_that_takes_no_part_has_a_row_of_zeros_and_a_loss_is_one_number_per_example(
-    model: nn.Module,
-) -> None:
+def test_a_core_without_part_has_a_row_of_zeros_and_a_loss_is_one_number(model: nn.Module) -> None:
     (example,) = random_texts([5])
     assert not example_gradient(model, {"spare": nn.Linear(4, 4)}, example).any()
     with only_shared_branch(model) as cores, pytest.raises(ModelError, match="one loss per example"):

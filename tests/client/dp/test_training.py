@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedmosaic.client.colora import adapted_layers, read_shared, set_active_branches, write_shared
-from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
-from fedmosaic.client.dp.engine import dimensions_of, example_gradient
+from fedmosaic.client.dp.engine import dimensions_of, example_gradient, only_shared_branch, private_parameters
 from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
@@ -63,14 +62,9 @@ def receive(model: nn.Module, bound: float) -> None:
 
 
 SETTINGS = PrivateTrainingSettings(
-    learning_rate=1.0,
-    optimizer="sgd",
-    steps=3,
-    sampling_rate=0.5,
-    expected_batch_size=7,
-    max_grad_norm=0.05,
+    learning_rate=1.0, optimizer="sgd", steps=3, sampling_rate=0.5, expected_batch_size=7, max_grad_norm=0.05,
     noise_multiplier=1.5,
-)
+)  # fmt: skip
 
 
 def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> PrivateTrainingSettings:
@@ -78,14 +72,10 @@ def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> Pr
 
 
 def train(
-    model: nn.Module,
-    examples: list[EncodedExample],
-    settings: PrivateTrainingSettings = SETTINGS,
-    randomness: Randomness | None = None,
-    losses: ExampleLosses = example_losses,
-    active: set[str] | None = None,
-    **options: Any,
-) -> ClippedSum:
+    model: nn.Module, examples: list[EncodedExample], settings: PrivateTrainingSettings = SETTINGS,
+    randomness: Randomness | None = None, losses: ExampleLosses = example_losses,
+    active: set[str] | None = None, **options: Any,
+) -> ClippedSum:  # fmt: skip
     """Train beside a received branch; with `active` branches left in, no private tensor is declared."""
     with only_shared_branch(model, global_weight=0.5) as cores:
         if active is not None:
@@ -151,9 +141,7 @@ def test_an_empty_sample_releases_noise_and_is_charged() -> None:
     assert script.log == full.log, "a full sample asks for the same randomness"
 
 
-def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_training_that_moves_nothing_is_told_and_ends_as_any_other(caplog: pytest.LogCaptureFixture) -> None:
     released(make_examples(9), change(learning_rate=1e-45), Script(everyone=False, level=0.1))
     assert "moved no weight" in caplog.text
 

@@ -42,36 +42,21 @@ from tiny import word_tokenizer
 ROWS = 64
 SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>"}
 COMMON: dict[str, Any] = {
-    "vocab_size": ROWS,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 48,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+    "vocab_size": ROWS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 48, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
 EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-}
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
 HEADS = {"head_dim": 8}
 WINDOW = {"sliding_window": 4}
 GPT = {"vocab_size": ROWS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48}
 VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 8, "patch_size": 4,
+}  # fmt: skip
 GEMMA = {**COMMON, **HEADS}
-
 ACCEPTED: dict[str, dict[str, Any]] = {
     "llama": COMMON,
     "mistral": {**COMMON, **WINDOW},
@@ -81,13 +66,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mixtral": {**COMMON, **EXPERTS},
     "gpt_oss": {**COMMON, **HEADS, **EXPERTS, **WINDOW},
     "gpt_neox": COMMON,
-    "gpt_neo": {
-        **COMMON,
-        "num_layers": 2,
-        "num_heads": 2,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 4,
-    },
+    "gpt_neo": COMMON
+    | {"num_layers": 2, "num_heads": 2, "window_size": 4}
+    | {"attention_types": [[["global", "local"], 1]]},
     "gptj": {**GPT, "rotary_dim": 4},
     "bloom": {"vocab_size": ROWS, "hidden_size": 16, "n_layer": 2, "n_head": 2},
     "falcon": {**COMMON, "new_decoder_architecture": False},
@@ -95,14 +76,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "gemma2": {**GEMMA, **WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**GEMMA, **WINDOW, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
     "modernbert-decoder": {**COMMON, "local_attention": 8, "global_attn_every_n_layers": 2},
-    "falcon_h1": {
-        **GEMMA,
-        "mamba_d_ssm": 16,
-        "mamba_n_heads": 2,
-        "mamba_d_head": 8,
-        "mamba_d_state": 4,
-        "mamba_n_groups": 1,
-    },
+    "falcon_h1": GEMMA
+    | {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8}
+    | {"mamba_d_state": 4, "mamba_n_groups": 1},
 }
 NOT_CAUSAL: dict[str, dict[str, Any]] = {
     "bert": COMMON,
@@ -166,12 +142,9 @@ def test_prefix_attention_is_refused() -> None:
 
 def test_a_vision_language_model_that_reads_text_alone_is_accepted() -> None:
     config = AutoConfig.for_model(
-        "smolvlm",
-        text_config={**COMMON, "model_type": "llama"},
-        vision_config=VISION,
-        image_token_id=10,
+        "smolvlm", text_config={**COMMON, "model_type": "llama"}, vision_config=VISION, image_token_id=10,
         scale_factor=2,
-    )
+    )  # fmt: skip
     model = AutoModelForImageTextToText.from_config(config).eval()
     check_language_model("smolvlm", model, make_tokenizer())
     check_adapter(adapt(model, CoLoraConfig(r=2, blocks=2)), make_tokenizer())
@@ -207,14 +180,8 @@ def test_a_module_whose_output_is_thrown_away_is_refused() -> None:
 
 
 def test_layers_that_differ_are_refused_with_what_they_have_in_common() -> None:
-    hybrid = {
-        **GEMMA,
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-    }
+    hybrid = GEMMA | {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    hybrid |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
     with pytest.raises(ModelError, match=r"all 2 layers have mlp\.down_proj, mlp\.gate_proj, mlp\.up_proj"):
         adapt(make_model("qwen3_5_text", hybrid), CoLoraConfig(r=2, blocks=2))
 
@@ -259,10 +226,7 @@ def test_both_forms_of_templates_carry_the_prompt_alike() -> None:
     ("template", "reason"),
     [
         ("{% for m in messages %}{{ m.role }}: {% endfor %}bot", "the text is lost"),
-        (
-            "{% if add_generation_prompt %}bot {% endif %}{{ messages[0].content }}",
-            "stands before it",
-        ),
+        ("{% if add_generation_prompt %}bot {% endif %}{{ messages[0].content }}", "stands before it"),
         ("{{ raise_exception('a system turn is needed') }}", "a system turn is needed"),
         ("{{ messages[7].content.upper() }}", "as text"),
     ],

@@ -12,14 +12,13 @@ from fedmosaic.client.model.examples import IGNORED, collate, encode_examples, e
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.scoring import check_scorable, score_examples
 from fedmosaic.client.preflight.data import read_lengths
-from fedmosaic.client.profile.maker import read_as_text
-from fedmosaic.client.vision.words import without_images
+from fedmosaic.client.profile.probe import read_as_text
+from fedmosaic.client.vision.inputs import without_images
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</e>", "pad_token": "<pad>", "unk_token": "<unk>"}
 LETTERS = "abcdefghijklmnopqrstuvwxyzSUB:\n "
 UNKNOWN = {"unk_token": "<unk>"}
-
 CHATML = (
     "{% for m in messages %}{{ {'system': 'S:', 'user': 'U:', 'assistant': 'B:'}[m.role] }}"
     "{{ m.content }}</e>\n{% endfor %}{% if add_generation_prompt %}B:{% endif %}"

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
-from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.dp.checks import check_engine
-from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient
+from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient, only_shared_branch
 from fedmosaic.client.dp.training import noisy_sum, set_gradients
 from fedmosaic.client.model import hardware
 from fedmosaic.client.model.examples import EncodedExample
@@ -85,9 +84,7 @@ def test_products_are_exact_whatever_was_set_before(folder: Path, device: torch.
     assert relative(product, left.double() @ right.double()) < 1e-6
 
 
-def test_noise_is_drawn_on_the_processor_and_is_the_same_everywhere(
-    folder: Path, device: torch.device
-) -> None:
+def test_noise_is_drawn_on_the_processor_and_alike_everywhere(folder: Path, device: torch.device) -> None:
     model = adapted(folder, device)
     accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     with only_shared_branch(model) as cores:
@@ -104,9 +101,7 @@ def test_noise_is_drawn_on_the_processor_and_is_the_same_everywhere(
     assert torch.equal(after, accelerator)
 
 
-def test_what_one_device_saved_another_goes_on_with(
-    folder: Path, device: torch.device, tmp_path: Path
-) -> None:
+def test_what_a_device_saved_another_goes_on_with(folder: Path, device: torch.device, tmp_path: Path) -> None:
     model = adapted(folder, device)
     settings = TrainingSettings(steps=2, per_device_train_batch_size=2, learning_rate=1e-2)
     train_local(model, make_examples(6), settings, pad_token_id=0)
@@ -151,9 +146,7 @@ def test_our_private_step_trains_what_is_saved_wherever_the_model_was_moved(
 
 
 @needs_bitsandbytes
-def test_on_a_base_of_4_bits_rows_equal_those_on_the_same_base_unpacked(
-    folder: Path, device: torch.device
-) -> None:
+def test_on_4_bits_rows_equal_those_on_the_same_base_unpacked(folder: Path, device: torch.device) -> None:
     """Also after an evaluation, when bitsandbytes would repack the weights on some processors."""
     model = adapted(folder, device, "nf4")
     linear = model.get_base_model().model.layers[0].mlp.down_proj.base_layer

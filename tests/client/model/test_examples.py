@@ -196,12 +196,6 @@ def test_what_is_no_text_names_the_file(content: bytes, tmp_path: Path) -> None:
             read_examples(place)
 
 
-def test_a_repeated_id_is_named_by_both_lines(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_bytes(GOOD + b"\n\n" + GOOD)
-    with pytest.raises(ConfigurationError, match="line 3 has the id of line 1"):
-        read_examples(tmp_path / "x.jsonl")
-
-
 @pytest.mark.parametrize(
     ("key", "words"),
     [
@@ -218,11 +212,9 @@ def test_an_unknown_key_is_named_where_it_is_nobody_s_text(key: str, words: str,
 
 def test_public_examples_need_no_id(tmp_path: Path) -> None:
     path = write(
-        tmp_path / "x.jsonl",
-        {"prompt": "2+2?", "answer": "4"},
-        {"prompt": "3+3?", "answer": "6"},
+        tmp_path / "x.jsonl", {"prompt": "2+2?", "answer": "4"}, {"prompt": "3+3?", "answer": "6"},
         {"id": "mine", "prompt": "4+4?", "answer": "8"},
-    )
+    )  # fmt: skip
     assert [example.id for example in read_public_examples(path)] == ["line-1", "line-2", "mine"]
     with pytest.raises(ConfigurationError, match="line 3 has an id that rows before it lack; name every"):
         read_examples(path)

@@ -75,9 +75,7 @@ def mean_log_likelihood(model: nn.Module, prompt: str, choice: str) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 @pytest.mark.parametrize("choices", [("a b c", "a d", "a"), ("a", "b", "c", "d")])
-def test_choices_are_scored_as_one_by_one(
-    model: LlamaForCausalLM, choices: tuple[str, ...], batch_size: int
-) -> None:
+def test_choices_are_scored_alike(model: LlamaForCausalLM, choices: tuple[str, ...], batch_size: int) -> None:
     """By all tokens of a choice, and by the first where that decides."""
     examples = random_examples(20, choices)
     expected = []

@@ -63,12 +63,6 @@ def test_repeated_rows_are_told_with_what_they_mean(tmp_path: Path) -> None:
     assert "less protected" in line
 
 
-def test_one_choice_is_refused_with_file_example_and_remedy(train: Path, tmp_path: Path) -> None:
-    test = write(tmp_path / "test.jsonl", row(20), row(21, choices=["yes"]))
-    with pytest.raises(ConfigurationError, match=r"test\.jsonl, example 2 has 1 choice; .*leave choices out"):
-        warnings(DataSettings(train=train, test=test))
-
-
 def test_another_set_must_not_take_the_name_of_the_own(train: Path) -> None:
     with pytest.raises(ConfigurationError, match=r'data\.others names a set "self"'):
         warnings(DataSettings(train=train, others={"self": train}))

@@ -16,14 +16,9 @@ from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSetting
 from fedmosaic.privacy.federation.terms import AdapterTerms
 
 CONFIG = LlamaConfig(
-    vocab_size=300,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+    vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +37,11 @@ def need(
 ) -> MemoryNeed:
     path = str(folder)
     settings = ClientSettings(
-        kit=folder,
-        server="localhost:1",
-        state_dir=folder,
+        kit=folder, server="localhost:1", state_dir=folder,
         model=ModelSettings(path=path, device="cpu", dtype=dtype, quantization=quantization),
-        probe=ModelSettings(path=path, device="cpu"),
-        data=DataSettings(train=folder),
+        probe=ModelSettings(path=path, device="cpu"), data=DataSettings(train=folder),
         training=TrainingSettings(**{"max_length": 64, "per_device_train_batch_size": 4} | training),
-    )
+    )  # fmt: skip
     return memory_need(settings, AdapterTerms(), supervised=8)
 
 

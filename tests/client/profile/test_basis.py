@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedmosaic.client.model.examples import EncodedExample
-from fedmosaic.client.profile import basis as public_basis
-from fedmosaic.client.profile.basis import BasisSettings, fit_basis, fit_mechanism, standardise_rows
+from fedmosaic.client.profile import fit as public_basis
+from fedmosaic.client.profile.fit import BasisSettings, fit_basis, fit_mechanism, standardise_rows
 from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap
@@ -20,11 +20,8 @@ HIDDEN, INNER = 8, 12
 
 def reduction(kind: str = "kronecker", dimensions: int = 6, **changes: object) -> Reduction:
     fields: dict[str, object] = {
-        "kind": kind,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "projection_dimensions": dimensions,
-    }
+        "kind": kind, "hidden_size": HIDDEN, "intermediate_size": INNER, "projection_dimensions": dimensions,
+    }  # fmt: skip
     return Reduction.model_validate(fields | changes)
 
 
@@ -45,8 +42,6 @@ def public_gradients(count: int = 300) -> list[GradientFactors]:
 def test_sides_are_the_leading_directions() -> None:
     gradients = public_gradients()
     fitted = fit_basis(lambda: gradients, reduction(), BasisSettings(kronecker_shape=(3, 2)))
-    assert fitted.basis.left is not None
-    assert fitted.basis.right is not None
     for side, count in ((fitted.basis.left, 3), (fitted.basis.right, 2)):
         np.testing.assert_allclose(side.T @ side, np.eye(count), atol=1e-5)
         # Directions come in order of their strength and are the coordinate axes of the construction.
@@ -58,8 +53,6 @@ def test_whitened_public_rows_have_zero_mean_and_nearly_unit_covariance() -> Non
     gradients = public_gradients(2000)
     settings = BasisSettings(kronecker_shape=(3, 2), shrinkage=1e-6, clipping_quantile=0.25)
     fitted = fit_basis(lambda: gradients, reduction(normalise=False), settings)
-    assert fitted.basis.centre is not None
-    assert fitted.basis.whitening is not None
     rows = Projection(reduction(normalise=False), fitted.basis).rows(gradients)
     white = (rows - fitted.basis.centre) @ fitted.basis.whitening.T
     np.testing.assert_allclose(white.mean(0), 0.0, atol=1e-4)
@@ -70,7 +63,6 @@ def test_whitened_public_rows_have_zero_mean_and_nearly_unit_covariance() -> Non
 def test_shrinkage_bounds_how_far_a_silent_direction_is_blown_up() -> None:
     rows = np.random.default_rng(1).standard_normal((500, 4)) * [1.0, 1.0, 1.0, 1e-9]
     fitted = standardise_rows(rows, PublicBasis(), BasisSettings(shrinkage=0.1))
-    assert fitted.basis.whitening is not None
     gains = np.linalg.svd(fitted.basis.whitening, compute_uv=False)
     mean = np.linalg.eigvalsh(np.cov(rows.T, bias=True)).mean()
     assert gains.max() == pytest.approx(1 / np.sqrt(0.1 * mean), rel=1e-4)
@@ -133,10 +125,7 @@ def test_equal_public_gradients_cannot_whiten() -> None:
 )
 def test_a_fitted_mechanism_is_complete(kind: str, standardise: str, has_basis: bool) -> None:
     probe, examples = tiny_probe()
-    settings = BasisSettings(
-        standardise=standardise,  # type: ignore[arg-type]  # one of the literals above
-        kronecker_shape=(2, 3),
-    )
+    settings = BasisSettings(standardise, (2, 3))  # type: ignore[arg-type]  # one of the literals above
     mechanism, basis = fit_mechanism(probe, "tiny", examples, reduction(kind), settings, 8.0)
     assert (basis is not None) == has_basis
     assert mechanism.probe_sha256 == probe.sha256
@@ -152,9 +141,7 @@ def tiny_probe() -> tuple[Probe, list[EncodedExample]]:
     return probe, examples
 
 
-def test_the_probe_sees_every_public_example_once_if_gradients_fit_into_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_probe_sees_an_example_once_if_gradients_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     probe, examples = tiny_probe()
     settings = BasisSettings(kronecker_shape=(2, 3))
     passes: list[int] = []

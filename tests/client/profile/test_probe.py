@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from devices import here
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
-from fedmosaic.client.model.fingerprint import fingerprint
+from fedmosaic.client.model.loss import fingerprint
 from fedmosaic.client.profile import probe as probe_module
 from fedmosaic.client.profile.probe import adapters_disabled, gradient_factors, open_probe
 from fedmosaic.privacy.mechanism.projection import GradientFactors

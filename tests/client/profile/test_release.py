@@ -11,8 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
-from fedmosaic.client.profile.maker import clipped_profile
-from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
+from fedmosaic.client.profile.probe import Probe, clipped_profile, gradient_factors, open_probe
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource, SecureNoise, SeededTestNoise
@@ -22,8 +21,6 @@ from fedmosaic.protos.errors import MechanismError, PrivacyError
 from tiny import random_texts, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
 SIZES = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

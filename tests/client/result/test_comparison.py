@@ -12,6 +12,8 @@ from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.result.comparison import compare, paired_difference
 from fedmosaic.client.result.ending import last_lines
 
+Leave = Callable[..., Any]
+
 
 def score(right: list[bool], commonest: float | None = 0.5) -> Score:
     return Score(tuple(right), "most likely choice", commonest)
@@ -45,34 +47,26 @@ def test_three_rows_decide_nothing_however_they_fall() -> None:
 
 def test_the_verdict_says_what_helps_what_hurts_and_what_cannot_be_told() -> None:
     base, good, bad = score([False] * 40), score([True] * 40), score([False] * 39 + [True])
-    assert (
-        "cannot tell sharing from training alone"
-        in compare({"base": base, "alone": bad, "federated": bad}).verdict()
-    )
+    same = compare({"base": base, "alone": bad, "federated": bad})
+    assert "cannot tell sharing from training alone" in same.verdict()
     helped = compare({"base": base, "alone": bad, "federated": good})
     assert helped.verdict().startswith("Sharing helps you: +0.97 (95 % interval")
-    assert (
-        compare({"base": base, "alone": good, "federated": bad}).verdict().startswith("Sharing hurts you: -")
-    )
+    hurt = compare({"base": base, "alone": good, "federated": bad})
+    assert hurt.verdict().startswith("Sharing hurts you: -")
     without = compare({"base": base, "federated": good})
     assert "compare_alone = true" in without.verdict()
     assert without.warning() == ""
-    assert (
-        "always giving the commonest answer, which scores 0.50"
-        in compare({"base": base, "federated": bad}).warning()
-    )
+    warned = compare({"base": base, "federated": bad}).warning()
+    assert "always giving the commonest answer, which scores 0.50" in warned
 
 
 @pytest.mark.parametrize("protection", ["none", "dp"])
-def test_training_alone_repeats_and_leaves_the_client_as_it_was(
-    leave: Callable[..., Any], protection: str
-) -> None:
+def test_training_alone_repeats_and_leaves_the_client_as_it_was(leave: Leave, protection: str) -> None:
     left = leave("llama", protection)
     learner = left.learner
     before = {k: v.clone() for k, v in get_peft_model_state_dict(left.model).items()}
     order = learner._sampler.state_dict()
     alone = learner.score_alone(2)
-    assert alone is not None
     assert len(alone.right) == 9
     assert alone.commonest == pytest.approx(6 / 9)
     assert learner.score_alone(2) == alone
@@ -82,7 +76,7 @@ def test_training_alone_repeats_and_leaves_the_client_as_it_was(
 
 
 def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
-    leave: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    leave: Leave, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = leave("llama", "dp")
     learner, seen = left.learner, []
@@ -100,7 +94,7 @@ def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
     assert any(last.values())
 
 
-def test_the_last_lines_fit_80_columns_and_name_the_next_commands(leave: Callable[..., Any]) -> None:
+def test_the_last_lines_fit_80_columns_and_name_the_next_commands(leave: Leave) -> None:
     from fedmosaic.privacy.statement.models import PrivacyStatement
 
     left = leave("llama", "encrypted")

@@ -68,9 +68,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
     assert torch.equal(opened.model(IDS).logits, own)
 
 
-def test_the_rank_is_that_of_the_adapter_unless_a_layer_has_two_branches(
-    leave: Leave, tmp_path: Path
-) -> None:
+def test_the_rank_is_the_adapters_unless_a_layer_has_two_branches(leave: Leave, tmp_path: Path) -> None:
     for name, family, expected in (("one", "", 4), ("two", "small-llama", 8)):
         left = leave("llama", "none", family)
         config = PeftConfig.from_pretrained(written(left, tmp_path / name, "--format", "lora"))
@@ -81,9 +79,7 @@ def test_the_rank_is_that_of_the_adapter_unless_a_layer_has_two_branches(
 
 
 @pytest.mark.parametrize("form", ["lora", "merged"])
-def test_the_recipe_of_the_card_needs_nothing_of_this_package(
-    leave: Leave, tmp_path: Path, form: str
-) -> None:
+def test_the_recipe_of_a_card_needs_nothing_of_this_package(leave: Leave, tmp_path: Path, form: str) -> None:
     left = leave("llama", "none")
     out = written(left, tmp_path / form, "--format", form)
     recipe = (out / "README.md").read_text().split("```python")[1].split("```")[0]

@@ -84,12 +84,9 @@ def dial(kit: Path) -> Iterator[Callable[..., GrpcTransport]]:
 
         def make(address: str, **options: Any) -> GrpcTransport:
             transport = GrpcTransport(
-                address,
-                authority=kit / "authority.pem",
-                certificate=kit / "tls.pem",
-                private_key=kit / "tls.key",
-                **options,
-            )
+                address, authority=kit / "authority.pem", certificate=kit / "tls.pem",
+                private_key=kit / "tls.key", **options,
+            )  # fmt: skip
             opened.callback(transport.close)
             return transport
 

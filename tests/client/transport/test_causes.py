@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import builders
-from fedmosaic.client.transport.causes import explain
+from fedmosaic.client.transport.connection import explain
 from fedmosaic.privacy.federation.identity import Authority
 from fedmosaic.protos.errors import IdentityError, TransportError
 from fedmosaic.protos.messages import Enrolment
@@ -68,13 +68,9 @@ SERVERS: dict[str, tuple[Callable[[Authority, Authority], builders.TlsIdentity |
 
 @pytest.mark.parametrize(("make", "words"), SERVERS.values(), ids=SERVERS.keys())
 def test_what_is_final_is_not_tried_again(
-    make: Callable[[Authority, Authority], builders.TlsIdentity | None],
-    words: str,
-    fails: Any,
-    serving: Any,
-    authority: Authority,
-    foreign: Authority,
-) -> None:
+    make: Callable[[Authority, Authority], builders.TlsIdentity | None], words: str, fails: Any, serving: Any,
+    authority: Authority, foreign: Authority,
+) -> None:  # fmt: skip
     error = fails(f"127.0.0.1:{serving(make(authority, foreign))}", LONG)
     assert isinstance(error, IdentityError)
     assert re.search(words, str(error))
@@ -95,9 +91,7 @@ def test_what_time_may_cure_is_tried_and_told(fails: Any, listening: Any) -> Non
     assert "the name cannot be found" in str(error)
 
 
-def test_a_server_that_refuses_this_certificate_is_suspected(
-    fails: Any, serving: Any, foreign: Authority
-) -> None:
+def test_a_server_that_refuses_us_is_suspected(fails: Any, serving: Any, foreign: Authority) -> None:
     error = fails(f"127.0.0.1:{serving(trusted=foreign)}", 0.5)
     assert isinstance(error, TransportError)
     assert "refuses this client's certificate" in str(error)

@@ -105,7 +105,7 @@ ENROLLED = pb.EnrolResponse(
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
-def test_what_time_may_cure_is_tried_again(
+def test_what_time_cures_is_repeated(
     servicer: Servicer, transport: GrpcTransport, code: grpc.StatusCode
 ) -> None:
     servicer.script["Enrol"] = [fail(code), fail(code), answer(ENROLLED)]
@@ -213,16 +213,11 @@ def _huge(part: pb.PullResponse) -> pb.PullResponse:
 
 def upload(size: int = 700_000) -> Any:
     return sign_upload(
-        Ed25519PrivateKey.generate(),
-        federation="fed",
-        run_id="0" * 32,
-        round_number=1,
-        client_id="clinic-a",
-        key_epoch=1,
-        attempt_id="a",
+        Ed25519PrivateKey.generate(), federation="fed", run_id="0" * 32, round_number=1, client_id="clinic-a",
+        key_epoch=1, attempt_id="a",
         sections=(Section("shared", PAYLOAD[:size]), Section("family", PAYLOAD[-1000:])),
         profile=Profile(np.ones(16, dtype=np.float32), 0.0, 1),
-    )
+    )  # fmt: skip
 
 
 RECEIPT = wire.encode(Receipt(ReceiptStatus.ACCEPTED, 1, bytes(32)), pb.PushResponse)
@@ -250,9 +245,7 @@ class Taker:
         return step
 
 
-def test_an_upload_arrives_whole_and_is_counted_by_channel(
-    servicer: Servicer, transport: GrpcTransport
-) -> None:
+def test_an_upload_arrives_whole_counted_by_channel(servicer: Servicer, transport: GrpcTransport) -> None:
     taker = Taker()
     servicer.script["Push"] = [taker.take()]
     sent = upload()
@@ -277,9 +270,7 @@ def test_a_cut_upload_goes_on_where_the_server_has_it(servicer: Servicer, transp
     assert bytes(taker.got) == b"".join(section.payload for section in sent.sections)
 
 
-def test_a_lost_answer_is_asked_for_and_nothing_is_sent_twice(
-    servicer: Servicer, transport: GrpcTransport
-) -> None:
+def test_a_lost_answer_is_asked_for_and_not_resent(servicer: Servicer, transport: GrpcTransport) -> None:
     def lose(messages: Any, context: Any) -> Any:
         for _ in messages:
             pass
@@ -301,9 +292,7 @@ def test_a_large_upload_asks_first_what_is_there(servicer: Servicer, transport: 
     assert not servicer.named("Push")
 
 
-def test_a_server_that_lost_bytes_gets_all_of_them_again(
-    servicer: Servicer, transport: GrpcTransport
-) -> None:
+def test_a_server_that_lost_bytes_gets_all_again(servicer: Servicer, transport: GrpcTransport) -> None:
     taker = Taker()
     differs = Refusal(RefusalKind.INVALID, "PAYLOAD_DIFFERS", "another SHA-256", "send it again")
     servicer.script["Push"] = [taker.take(300_000), refuse(differs), taker.take()]
@@ -315,9 +304,7 @@ def test_a_server_that_lost_bytes_gets_all_of_them_again(
     assert taker.offsets[-1] == 0
 
 
-def test_a_payload_that_differs_from_the_start_is_the_clients_fault(
-    servicer: Servicer, transport: GrpcTransport
-) -> None:
+def test_a_payload_that_differs_at_once_is_our_fault(servicer: Servicer, transport: GrpcTransport) -> None:
     servicer.script["Push"] = [refuse(Refusal(RefusalKind.INVALID, "PAYLOAD_DIFFERS", "no", ""))]
     with pytest.raises(Refusal):
         transport.push(upload())

@@ -11,8 +11,7 @@ import torch
 
 from fedmosaic.client.colora import set_active_branches
 from fedmosaic.client.dp import training as dp_training
-from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
-from fedmosaic.client.dp.engine import clip_and_sum, example_gradient
+from fedmosaic.client.dp.engine import clip_and_sum, example_gradient, only_shared_branch, private_parameters
 from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.experiments.attacks.audit import audit_result, one_run
 from fedmosaic.experiments.attacks.profile import audit_result as audit_profile

@@ -7,8 +7,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared
-from fedmosaic.client.dp.branch import only_shared_branch
-from fedmosaic.client.dp.engine import example_gradient
+from fedmosaic.client.dp.engine import example_gradient, only_shared_branch
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.load import adapt
 from fedmosaic.client.model.loss import training_mode

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmosaic.client.client import STATEMENT, Participant
+from fedmosaic.client.client import Participant
+from fedmosaic.client.statement import STATEMENT
 from fedmosaic.experiments.attacks import command as attacks
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.attacks.refusals.stand_in import founded, run_sessions

@@ -11,9 +11,8 @@ import torch
 from rich.console import Console
 
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token
-from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.scoring import most_likely_choices
-from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.model.training import EpochSampler, TrainingSettings
 from fedmosaic.experiments import methods
 from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.methods.distillation import answer_logits

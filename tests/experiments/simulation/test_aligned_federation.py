@@ -13,7 +13,7 @@ from fedmosaic.alignment.__main__ import Arguments
 from fedmosaic.alignment.__main__ import run as align
 from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.client.colora import shared_layout
-from fedmosaic.client.colora.aligned import basis_name, read_embedded
+from fedmosaic.client.colora.vectors import basis_name, read_embedded
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.settings import ModelSettings
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_folder: Path, tmp_path: Path) -> N
 def test_a_hub_id_is_downloaded(
     tiny_folder: Path, bases: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import fedmosaic.client.colora.aligned as aligned
+    import fedmosaic.client.colora.vectors as aligned
 
     asked: list[str] = []
 

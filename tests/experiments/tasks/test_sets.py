@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmosaic.client.model.examples import Example, read_examples
-from fedmosaic.client.vision.words import images_in, marker
+from fedmosaic.client.vision.inputs import images_in, marker
 from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks import images, texts
 from fedmosaic.experiments.tasks.labelled import normalise

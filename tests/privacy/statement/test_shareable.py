@@ -9,7 +9,7 @@ import pytest
 
 from builders import DIGEST, charge, founding
 from fedmosaic.client import statement as client_statement
-from fedmosaic.client.planning import AdapterPlan, sampling_rate
+from fedmosaic.client.ledger import AdapterPlan, sampling_rate
 from fedmosaic.client.statement import for_handing_over
 from fedmosaic.privacy.accounting import calibrate
 from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon
