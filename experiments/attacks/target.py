@@ -10,14 +10,14 @@ import numpy as np
 
 from fedmosaic.client.model.examples import Example, encode_examples, read_examples, read_public_examples
 from fedmosaic.client.model.load import load_model
-from fedmosaic.client.profile.fit import PROFILE, BasisSettings, fit_mechanism
+from fedmosaic.client.profile.fit import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks.federation import weight_matrix
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
-from fedmosaic.privacy.federation.kits import BASIS, ROSTER, open_kit
+from fedmosaic.privacy.federation.kits import BASIS, PROFILE, ROSTER, open_kit
 from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,13 @@ from rich.text import Text
 from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
-from fedmosaic.experiments.comparison.record import RunRecord, read_kept, read_run
+from fedmosaic.experiments.comparison.record import (
+    RunRecord,
+    alone,
+    read_kept,
+    read_run,
+    usable_statements,
+)
 from fedmosaic.experiments.comparison.registry import record as registry_record
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
 from fedmosaic.experiments.comparison.statement_page import roster_signed, statement_page
@@ -31,7 +36,7 @@ from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
 from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
-from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
+from fedmosaic.protos.errors import AccountingError, ConfigurationError
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
 
@@ -180,19 +185,6 @@ def show(record: RunRecord, console: Console) -> None:
         put(cost_table(record), f"{words} distils are not among them.")
 
 
-def alone(record: RunRecord) -> list[str]:
-    """Who received nothing from the others although the run is over, one line each."""
-    lines = [
-        f"{name} RECEIVED NOTHING from the others, in any round: it trained alone."
-        for name, result in record.clients.items()
-        if result.get("received_rounds") == 0
-    ]
-    received = record.server.get("received_rounds")
-    if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
-        lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
-    return lines
-
-
 def expiring(record: RunRecord) -> list[str]:
     """Whose certificate is in its last days, one line each; once a run is over, an expired one is no news."""
     lines = []
@@ -203,24 +195,6 @@ def expiring(record: RunRecord) -> list[str]:
             if (words := expires_soon(expiry)) and not (over and expiry < datetime.now(UTC)):
                 lines.append(f"{name}: {words}.")
     return lines
-
-
-def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
-    """The statements of a run that can be shown together, and why the others cannot, by client id."""
-    usable: dict[str, PrivacyStatement] = {}
-    unreadable = record.server.get("unreadable_statements", ())
-    left_out = dict.fromkeys(unreadable, "the server could not read what it had stored")
-    for name, content in record.statements.items():
-        try:
-            usable[name] = check_received(content, name, record.server.get("run_id"))
-        except PrivacyError as error:
-            left_out[name] = str(error)
-    terms = Counter((s.run_id, s.roster_sha256) for s in usable.values())
-    for name, statement in list(usable.items()):
-        if (statement.run_id, statement.roster_sha256) != terms.most_common(1)[0][0]:
-            left_out[name] = "it is about another run or roster than the others"
-            del usable[name]
-    return usable, left_out
 
 
 def merged_statement(record: RunRecord) -> PrivacyStatement | None:

@@ -14,24 +14,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.experiments.comparison.record import read_run
-from fedmosaic.experiments.comparison.report import show
-from fedmosaic.experiments.methods import simulate_method
 from fedmosaic.experiments.runs import processes as managed
 from fedmosaic.experiments.runs.processes import ManagedProcess
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
-from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.files import hold_directory, write_atomically
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
+
+if TYPE_CHECKING:  # whoever only starts processes loads no model's library
+    from fedmosaic.experiments.simulation.cluster import Cluster
 
 _SCENARIO, _RUN = "scenario.json", "run.json"
 _OVER = (0, NOTHING_EXCHANGED)
@@ -68,6 +66,11 @@ class Arguments:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic run` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic run", description=__doc__)
+    from transformers.utils.logging import disable_progress_bar
+
+    from fedmosaic.experiments.comparison.record import read_run
+    from fedmosaic.experiments.comparison.report import show
+
     console = Console()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if parsed.scenario.is_dir():
@@ -85,8 +88,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _cluster(arguments: Arguments) -> Cluster | None:
+def _cluster(arguments: Arguments) -> "Cluster | None":
     """The cluster that is asked for; ConfigurationError where the options contradict each other."""
+    from fedmosaic.experiments.simulation.cluster import Cluster
+
     cluster = Cluster(arguments.address, arguments.actors, arguments.actors_per_gpu)
     if arguments.engine == "ray" and not arguments.processes:
         return cluster
@@ -128,13 +133,13 @@ def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Sc
 
 
 def run_here(
-    scenario: Scenario, base: Path, output_dir: Path, console: Console, cluster: Cluster | None = None
+    scenario: Scenario, base: Path, output_dir: Path, console: Console, cluster: "Cluster | None" = None
 ) -> Path:
     """Run a scenario in this process, or on a cluster; arguments and result as of `run`."""
     return resume(_make_directory(scenario.resolved(base.resolve()), output_dir), console, cluster)
 
 
-def resume(directory: Path, console: Console, cluster: Cluster | None = None) -> Path:
+def resume(directory: Path, console: Console, cluster: "Cluster | None" = None) -> Path:
     """Go on with a run in one process or on a cluster, or begin it; a finished run is only read.
 
     `ConfigurationError` if there is none, or it runs as processes; `StateError` if another process runs it.
@@ -145,6 +150,8 @@ def resume(directory: Path, console: Console, cluster: Cluster | None = None) ->
             f"{directory} is no run of one process; a run as processes goes on when its server and clients "
             "are started again, each on its own kit"
         )
+    from fedmosaic.experiments.methods import simulate_method
+
     with hold_directory(directory / "run.lock", "let it end"):
         scenario = read_configuration(directory / _SCENARIO, Scenario)
         started = time.monotonic()

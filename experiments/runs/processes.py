@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmosaic.client.model.examples import read_examples
+from fedmosaic.client.data.records import read_examples
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario, ScenarioClient
 from fedmosaic.protos.errors import ConfigurationError

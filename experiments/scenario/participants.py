@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from fedmosaic.client.data.records import row_of
-from fedmosaic.client.model.examples import Example, read_examples
-from fedmosaic.client.model.scoring import score_examples
-from fedmosaic.experiments.scenario.streams import Stream, arrivals
+from fedmosaic.client.data.records import Example, read_examples, row_of
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
+
+if TYPE_CHECKING:  # whoever only starts processes loads no model's library
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from fedmosaic.experiments.scenario.streams import Stream
 
 EVALUATIONS = "evaluations.json"
 _BATCH = 32
@@ -39,10 +40,12 @@ def training_examples(client: ScenarioClient) -> list[Example]:
     return [example for task in training_tasks(client) for example in task]
 
 
-def client_stream(scenario: Scenario, index: int) -> Stream | None:
+def client_stream(scenario: Scenario, index: int) -> "Stream | None":
     """The stream of a client, or None where all its examples are there from the start."""
     if scenario.stream == "all":
         return None
+    from fedmosaic.experiments.scenario.streams import Stream, arrivals
+
     training, seed = scenario.training, client_seed(scenario, index)
     tasks = training_tasks(scenario.clients[index])
     slices = arrivals(tasks, scenario.schedule.rounds, scenario.stream, seed)
@@ -112,12 +115,16 @@ class Evaluation:
             if self._scenario.score == "all" or (self._scenario.score == "own" and test.owner == client)
         ]
 
-    def score(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, client: str) -> dict[str, float]:
+    def score(
+        self, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", client: str
+    ) -> dict[str, float]:
         """Score a client's model; see `TestSet.label` for the keys."""
         return {test.label: self.score_set(model, tokenizer, test) for test in self.sets_of(client)}
 
-    def score_set(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> float:
+    def score_set(self, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", test: TestSet) -> float:
         """Share of right answers on one test set; by choices, or by what is written where there are none."""
+        from fedmosaic.client.model.scoring import score_examples
+
         longest = self._scenario.training.max_length
         return score_examples(model, tokenizer, test.examples, _BATCH, max_length=longest).value
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedmosaic.client.model.examples import Example
+from fedmosaic.client.data.records import Example
 from fedmosaic.client.model.training import EpochSampler
 from fedmosaic.protos.errors import ConfigurationError
 

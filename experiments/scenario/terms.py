@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
+from fedmosaic.client.settings import ModelSettings, ProbeModelSettings, TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation import terms
