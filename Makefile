@@ -40,10 +40,11 @@ $(FLOWER)/.installed: $(STAMP)
 	$(FLOWER)/bin/python -m pip install --disable-pip-version-check 'flwr[simulation]>=1.41,<1.43'
 	touch $@
 
-# Processes killed at random moments, and mutated messages and files: make chaos [HOURS=8] [SEED=…].
+# Processes killed at random moments, and mutated messages and files: make chaos [HOURS=8] [SEED=…]
+# [MESSAGES=100000], of each call and of each format.
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONUTF8=1 PYTHONPATH=tests $(BIN)/python -m chaos \
-	  $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED))
+	  $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED)) $(if $(MESSAGES),--messages $(MESSAGES))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 All choices are orthonormal; they differ in the subspace.
 
-Reference: arXiv 2506.11024 (random orthonormal); LoRA-XS, arXiv 2405.17604 (singular vectors of W); EVA,
-arXiv 2410.07170 (principal directions of activations); LoRA-GA, arXiv 2407.05000 (gradients).
+Reference: arXiv 2506.11024 (random orthonormal); EVA, arXiv 2410.07170 (principal directions of activations);
+LoRA-GA, arXiv 2407.05000 (gradients).
 """
 
 from typing import Final, Literal, get_args
@@ -14,7 +14,7 @@ from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side
 from fedmosaic.client.colora.linear import derive_seed, draw_orthonormal
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-AnchorBasis = Literal["random", "weights", "activations", "cotangents"]
+AnchorBasis = Literal["random", "activations", "cotangents"]
 ANCHOR_BASES: Final[tuple[str, ...]] = get_args(AnchorBasis)
 BasisPair = tuple[torch.Tensor, torch.Tensor]
 """A (r, d_in), rows orthonormal, and B (d_out, r), columns orthonormal; float64."""
@@ -28,10 +28,10 @@ def anchor_basis(
     Args:
         anchor: The anchor.
         rank: r; `ModelError` if a module is narrower.
-        kind: `random`, Haar-distributed (the paper); `weights`, leading singular vectors of W;
-            `activations`, A and B the principal directions of inputs x and of outputs y; `cotangents`, A
-            those of the inputs, B those of what shared contrasts send back to the outputs.
-        moments: Moments of the anchor with itself; needed but for `random` and `weights`.
+        kind: `random`, Haar-distributed (the paper); `activations`, A and B the principal directions of
+            inputs x and of outputs y; `cotangents`, A those of the inputs, B those of what shared contrasts
+            send back to the outputs.
+        moments: Moments of the anchor with itself; needed but for `random`.
         seed: Seed of `random`, which equals the adapter's `basis_seed`.
         spare: That many times as many directions, as far as the module is wide, for a choice among them.
     """
@@ -44,7 +44,7 @@ def anchor_basis(
                 f"Rank {rank} is above the width of {anchor.names[key]} ({linear.in_features} → "
                 f"{linear.out_features}). Lower the rank, or leave that module out of --target-modules."
             )
-    if moments is None and kind in ("activations", "cotangents"):
+    if moments is None and kind != "random":
         raise ConfigurationError(
             f"The anchor's basis {kind!r} needs moments on public text; collect them first."
         )
@@ -59,10 +59,8 @@ def _basis(
 ) -> BasisPair:
     linear = anchor.linear(key)
     rank = min(wanted, linear.in_features, linear.out_features)
-    if kind == "random":
+    if kind == "random" or moments is None:
         return _random(anchor, key, rank, seed)
-    if moments is None:
-        return _singular_vectors(linear.weight, rank)
     written = moments.gradients[key] if kind == "cotangents" else moments.outputs[key].centred()
     # Centred inputs: what is constant over text needs no direction of A, Q stands for it.
     rows = _principal(moments.inputs[key].centred().anchor_DD, rank).T
@@ -74,11 +72,6 @@ def _random(side: Side, key: ModuleKey, rank: int, seed: int) -> BasisPair:
     rows = draw_orthonormal(linear.in_features, rank, derive_seed(seed, *key, "A")).T
     columns = draw_orthonormal(linear.out_features, rank, derive_seed(seed, *key, "B"))
     return rows.double(), columns.double()
-
-
-def _singular_vectors(weight: torch.Tensor, rank: int) -> BasisPair:
-    left, _, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    return right[:rank].contiguous(), left[:, :rank].contiguous()
 
 
 def _principal(moment: torch.Tensor, rank: int) -> torch.Tensor:

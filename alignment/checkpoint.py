@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fedmosaic.alignment.activations import ModuleKey, Side
@@ -21,8 +21,6 @@ from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import StateError
 
 MANIFEST: Final = "manifest.json"
-PARTIAL: Final = ".partial"
-_SEPARATOR: Final = "|"
 _CHECKPOINT_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})
 
 Bases = Mapping[ModuleKey, BasisPair]
@@ -162,43 +160,3 @@ def _tensor(tensors: Mapping[str, torch.Tensor], module: str, part: str, folder:
             f"{folder}: the checkpoint has {len(found)} tensors {part} of {module}; align again."
         )
     return found[0]
-
-
-Tensors = Mapping[str, Mapping[ModuleKey, torch.Tensor]]
-"""By purpose and module."""
-
-
-def save_partial(path: Path, digest: str, tensors: Tensors, report: Mapping[str, Any]) -> None:
-    """Keep what was computed for one model until all are read, with a digest of all that it depends on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flat = {
-        _SEPARATOR.join([purpose, str(block), module]): tensor.contiguous()
-        for purpose, by_key in tensors.items()
-        for (block, module), tensor in by_key.items()
-    }
-    fresh = path.with_suffix(".new")
-    # One file, so that a stop leaves either both tensors and digest or neither.
-    save_file(flat, fresh, metadata={"digest": digest, "report": json.dumps(report)})
-    fresh.replace(path)
-
-
-def load_partial(
-    path: Path, digest: str
-) -> tuple[dict[str, dict[ModuleKey, torch.Tensor]], dict[str, Any]] | None:
-    """Read what `save_partial` kept; None where there is nothing, or it belongs to other inputs."""
-    if not path.exists():
-        return None
-    tensors: dict[str, dict[ModuleKey, torch.Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata.get("digest") != digest:
-                return None
-            for name in file.keys():  # not a dict
-                purpose, block, module = name.split(_SEPARATOR, 2)
-                tensors.setdefault(purpose, {})[int(block), module] = file.get_tensor(name)
-            return tensors, dict(json.loads(metadata["report"]))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StateError(
-            f"{path} is damaged ({type(error).__name__}); remove it to compute it again."
-        ) from None

@@ -27,18 +27,15 @@ from fedmosaic.alignment.blocks import (
     measure_similarity,
 )
 from fedmosaic.alignment.checkpoint import (
-    PARTIAL,
     Bases,
     Finished,
     Manifest,
     basis_label,
     check_replaceable,
     digest_of,
-    load_partial,
     model_digest,
     read_checkpoint,
     read_manifest,
-    save_partial,
     write_checkpoint,
     write_manifest,
 )
@@ -146,7 +143,7 @@ class _Run:
         if self._manifest is not None:
             return read_checkpoint(self._out / self._manifest.anchor.folder, self._anchor, self._config)
         moments = None
-        if settings.anchor_basis in ("activations", "cotangents"):
+        if settings.anchor_basis != "random":
             moments = collect(
                 self._anchor,
                 self._anchor,
@@ -166,7 +163,7 @@ class _Run:
         )
 
     def read(self, source: ModelSource) -> None:
-        """Align one model, unless it is finished or was read by a run that was cut off."""
+        """Align one model, unless it is finished."""
         model, tokenizer = source.load()
         digest = digest_of(self._digest, model_digest(model))
         if self._manifest is not None:
@@ -186,29 +183,6 @@ class _Run:
             len(find_decoder_layers(model)[1]), self._anchor.layers, self._settings.layer_rule, similarity
         )
         side = open_side(model, tokenizer, layers, self._settings.target_modules or None)
-        kept, report = self._kept(source, side, digest, started)
-        self._draw(source, similarity, layers)
-        report |= {
-            "anchor_layers": self._anchor.layers,
-            "cka_of_pairs": [round(v, 4) for v in similarity.of_pairs(self._anchor.layers, layers)],
-            "cka_mean_deviation": round(similarity.mean_deviation(), 4),
-            "peak_memory_mib": _peak_memory(),
-        }
-        finished = Finished(
-            model=source.spec, folder=source.name, digest=digest, layers=layers, report=report
-        )
-        self._waiting.append((source, finished, kept))
-
-    def _kept(
-        self, source: ModelSource, side: Side, digest: str, started: float
-    ) -> tuple[Kept, dict[str, Any]]:
-        """What stays of a model and its figures, read now or by a run that was cut off."""
-        partial = self._out / PARTIAL / f"{source.name}.safetensors"
-        # What was read before the latent was turned must not be taken for what is read afterwards.
-        frame = digest_of(digest, self._manifest.label if self._manifest else None, _SPARE)
-        found = load_partial(partial, frame)
-        if found is not None:
-            return found
         moments = collect(
             self._anchor,
             side,
@@ -219,12 +193,20 @@ class _Run:
             progress=self._stage(f"{source.name}: activations"),
         )
         kept = self._aligned(moments)
-        report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
-            moments, self._bases, kept, self._settings.rank
+        self._draw(source, similarity, layers)
+        report = _quality(moments, self._bases, kept, self._settings.rank) | {
+            "texts": moments.texts,
+            "positions": moments.positions,
+            "seconds": round(time.monotonic() - started, 1),
+            "anchor_layers": self._anchor.layers,
+            "cka_of_pairs": [round(v, 4) for v in similarity.of_pairs(self._anchor.layers, layers)],
+            "cka_mean_deviation": round(similarity.mean_deviation(), 4),
+            "peak_memory_mib": _peak_memory(),
+        }
+        finished = Finished(
+            model=source.spec, folder=source.name, digest=digest, layers=layers, report=report
         )
-        report["seconds"] = round(time.monotonic() - started, 1)
-        save_partial(partial, frame, kept, report)
-        return kept, report
+        self._waiting.append((source, finished, kept))
 
     def _aligned(self, moments: PairMoments) -> Kept:
         kept: Kept = {
@@ -256,7 +238,7 @@ class _Run:
         )
 
     def finish(self) -> Manifest:
-        """Turn the latent, write what is not written yet, and remove what was kept for that."""
+        """Turn the latent, and write what is not written yet."""
         turns = self._rotations() if self._manifest is None else {}
         if self._manifest is None:
             self._bases = _turned(self._bases, turns)
@@ -283,8 +265,6 @@ class _Run:
             others = tuple(done for done in self._manifest.models if done.folder != source.name)
             self._manifest = self._manifest.model_copy(update={"models": (*others, finished)})
         write_manifest(self._out, self._manifest)
-        for source, _, _ in self._waiting:
-            (self._out / PARTIAL / f"{source.name}.safetensors").unlink(missing_ok=True)
         return self._manifest
 
     def _rotations(self) -> dict[ModuleKey, tuple[torch.Tensor, torch.Tensor]]:

@@ -30,7 +30,7 @@ class AlignmentSettings:
     other_layers: str = "none"
     """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
     anchor_basis: AnchorBasis = "activations"
-    """The anchor's own subspace: random (the paper), weights, activations or cotangents."""
+    """The anchor's own subspace: random (the paper), activations or cotangents."""
     output_method: OutputMethod = "cca"
     """How B is aligned: cca of the modules' outputs, or cotangents, the same signals sent back."""
     max_length: int = 96
@@ -59,7 +59,7 @@ class AlignmentSettings:
         if self.anchor_basis == "cotangents" and self.output_method == "cca":
             raise ConfigurationError(
                 "output_method 'cca' cannot place a B that cotangents chose; give output_method "
-                "'cotangents', or anchor_basis 'activations' or 'weights'."
+                "'cotangents', or anchor_basis 'activations'."
             )
 
     def reading(self) -> Reading:

@@ -36,7 +36,6 @@ from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy
 
 OURS: tuple[Parameters, ...] = (CkksParameters(), MaskParameters(), PlainParameters())
-_TENSEAL = "TenSEAL 8192 [60,40,40] (NVFlare's)"
 
 
 @dataclass(frozen=True)
@@ -87,40 +86,8 @@ def ours(work: Work, parameters: Parameters) -> Cell:
     )
 
 
-def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
-    """Compare the cells with the figures that were promised: what, value, limit, kept."""
-    by = {(cell.system, cell.members): cell for cell in cells if cell.rank == 16}
-    found: list[tuple[str, float, str, bool]] = []
-
-    def bar(what: str, value: float, sign: str, limit: float) -> None:
-        found.append((what, value, f"{sign} {limit:g}", value <= limit if sign == "≤" else value >= limit))
-
-    ckks, raw = by.get(("ckks", 10)), by.get((_TENSEAL, 10))
-    if ckks and raw:
-        plain = 4 * ckks.dimensions
-        whole = 1e3 * (ckks.encrypt.least + ckks.server.least + ckks.decrypt.least)
-        faster, smaller = raw.server.least / ckks.server.least, raw.upload_bytes / ckks.upload_bytes
-        bar("ckks r16 N10 upload / float32", ckks.upload_bytes / plain, "≤", 1.65)
-        bar("ckks r16 N10 download / float32", ckks.download_bytes / plain, "≤", 3.3)
-        bar("ckks r16 N10 error", ckks.error, "≤", 1e-5)
-        bar("ckks r16 N10 encrypt + server + decrypt, ms", whole, "≤", 20)
-        bar("ckks r16 N10 server, times faster than TenSEAL's", faster, "≥", 20)
-        bar("ckks r16 N10 upload, times smaller than TenSEAL's", smaller, "≥", 9)
-    for members, limit in ((10, 5.0), (100, 2.0)):
-        names = ("mask", "plain numpy (float32)", "plain (back end)")
-        mask, numpy, back_end = (by.get((name, members)) for name in names)
-        if mask and numpy and back_end:
-            label, plain = f"mask r16 N{members}", 4 * mask.dimensions
-            values = mask.download_bytes - 16 * (members - 1)
-            bar(f"{label} upload / float32", mask.upload_bytes / plain, "≤", 1.02)
-            bar(f"{label} download / float32, less nonces", values / plain, "≤", 1.02)
-            for peer, name in ((numpy, "numpy's without checks"), (back_end, "back end plain's")):
-                bar(f"{label} server / {name}", mask.server.least / peer.server.least, "≤", limit)
-    return found
-
-
 def results(cells: Sequence[Cell]) -> list[str]:
-    """The table, and the figures that were promised, as lines of Markdown."""
+    """The table as lines of Markdown."""
 
     def ms(timing: Timing) -> str:
         return f"{1e3 * timing.least:.3g} ({1e3 * timing.median:.3g})"
@@ -137,9 +104,7 @@ def results(cells: Sequence[Cell]) -> list[str]:
         for cell in cells
     ]  # fmt: skip
     notes = [f"* {c.system}, r {c.rank}, N {c.members}: {c.note}" for c in cells if c.note]
-    promised = [[w, f"{v:.3g}", limit, "kept" if k else "**missed**"] for w, v, limit, k in bars(cells)]
-    promised_heads = ["promised", "measured", "limit", ""]
-    return [*markdown_table(heads, rows), "", *notes, "", *markdown_table(promised_heads, promised)]
+    return [*markdown_table(heads, rows), "", *notes]
 
 
 def note(cells: Sequence[Cell], command: str) -> str:

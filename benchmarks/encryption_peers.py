@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.timing import Timing, measure
-from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import cap_weights, spread_weights
+from fedmosaic.privacy.policy import cap_weights, integer_weights, spread_weights
 from fedmosaic.protos.messages import WeightRow
 
 MODULES, BLOCKS = 7, 4

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -86,10 +86,12 @@ def versions(arguments: Arguments, record: Record) -> None:
 
 def steps(arguments: Arguments, record: Record) -> None:
     """Ratios of steps on one pretrained model."""
-    for dtype in ("float32", "bfloat16"):
-        for kind, batch, tokens in (
-            ("colora", 8, 48), ("colora", 16, 256), ("private", 32, 64), ("profile", 256, 64),
-        ):  # fmt: skip
+    shapes: tuple[tuple[kinds.Kind, int, int], ...] = (
+        ("colora", 8, 48), ("colora", 16, 256), ("private", 32, 64), ("profile", 256, 64),
+    )  # fmt: skip
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        for kind, batch, tokens in shapes:
             repetitions = arguments.repetitions if kind == "colora" else max(3, arguments.repetitions // 3)
             settings = kinds.Arguments(
                 (arguments.model,), dtype=dtype, device=arguments.device, repetitions=repetitions,
@@ -107,12 +109,14 @@ def write_random_model(folder: Path) -> None:
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("cuda"):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(folder)
     special = {"unk_token": "<unk>", "eos_token": "<end>"}
     words = {word: index for index, word in enumerate((*special.values(), "one", "two"))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106  # a word
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def measure_memory(

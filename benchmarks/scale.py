@@ -41,7 +41,7 @@ _WORDS = (
 )
 HEADS = {
     "seconds": ("all, s", ".0f"),
-    "processor": ("processor, s", ".0f"),
+    "processor": ("whole run, processor, s", ".0f"),
     "round": ("per round, s", ".1f"),
     "closing": ("closing it, s", ".3f"),
     "peak": ("clients' side, MB", ".0f"),
@@ -198,19 +198,20 @@ def as_table(found: Mapping[int, Figures]) -> list[str]:
 
 
 def draw(found: Mapping[int, Figures], path: Path) -> None:
-    """Write a figure of seconds and memory over the number of clients, both axes logarithmic."""
+    """Write a figure of processor seconds and memory over the number of clients."""
     canvas = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, unit, keys in zip(
-        canvas.subplots(1, 2),
-        ("s", "MB at the peak"),
-        (("round", "closing", "relevance", "product", "sums"), ("peak", "server_peak")),
-        strict=True,
+    seconds, memory = canvas.subplots(1, 2)
+    for axes, keys in (
+        (seconds, ("processor", "closing", "relevance", "product", "sums")),
+        (memory, ("peak", "server_peak")),
     ):
         for key in keys:
             figures = [row.get(key, np.nan) for row in found.values()]
-            axes.loglog(list(found), figures, marker="o", label=HEADS[key][0].rpartition(",")[0])
-        axes.set(xlabel="clients", ylabel=unit)
+            axes.plot(list(found), figures, marker="o", label=HEADS[key][0].partition(",")[0])
+        axes.set(xlabel="clients", xscale="log")
         axes.legend()
+    seconds.set(ylabel="s of the processor", yscale="log")
+    memory.set(ylabel="MB at the peak", ylim=(0, None))
     canvas.savefig(path, metadata={"Date": None})
 
 

@@ -17,7 +17,9 @@ from fedmosaic.experiments.scenario.founding import fit_profile, found_federatio
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.encryption.mask.aggregation import WordProduct
 from fedmosaic.privacy.federation.kits import Kit, open_kit
-from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolled, Enrolment, Profile
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.round.relevance import corrected_cosine
 from fedmosaic.server.settings import settings_from_kit
@@ -49,14 +51,10 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> float:
         coordinator.advance()
         for number in range(1, scenario.schedule.rounds + 1):
             for name in sorted(coordinator.taking_part(number)):
-                enrolled, protection = _enrol(coordinator, Kit(place / "clients" / name, roster))
-                aggregate = coordinator.pull(name, number)
-                epoch = aggregate.upload_key_epoch if aggregate is not None else 0
-                vector = random.normal(0, 0.01, scenario.adapter.shared_dimensions).astype(np.float32)
-                # Well above its noise, so that the server takes it for signal and weighs by it.
-                drawn = random.normal(0, 3 * mechanism.noise_standard_deviation, mechanism.dimensions)
-                profile = Profile(drawn.astype(np.float32), mechanism.noise_variance, 1)
-                upload = protection.seal(enrolled.run_id, number, epoch, {"shared": vector}, profile)
+                protection = Protection(Identity.of(Kit(place / "clients" / name, roster)), roster, "", None)
+                run_id = coordinator.enrol(name, enrolment(roster)).run_id
+                coordinator.pull(name, number)
+                upload = random_upload(protection, roster.terms, random, run_id, number, new=True)
                 coordinator.push(name, upload)
             before = time.process_time()
             coordinator.advance()
@@ -83,17 +81,27 @@ def sums_seconds(count: int, dimensions: int) -> float:
     return measure(lambda: product(weights, words, sums)).least
 
 
-def _enrol(coordinator: Coordinator, kit: Kit) -> tuple[Enrolled, Protection]:
-    name = kit.directory.name
-    enrolled = coordinator.enrol(
-        name,
-        Enrolment(
-            protocol_version=PROTOCOL_VERSION,
-            federation=kit.roster.federation,
-            roster_hash=kit.roster.hash,
-            adapter_spec_hash=kit.roster.terms.adapter.spec_hash,
-            family="",
-            software=f"fedmosaic {__version__}",
-        ),
+def enrolment(roster: Roster) -> Enrolment:
+    """What a member without a family says at first."""
+    return Enrolment(
+        protocol_version=PROTOCOL_VERSION,
+        federation=roster.federation,
+        roster_hash=roster.hash,
+        adapter_spec_hash=roster.terms.adapter.spec_hash,
+        family="",
+        software=f"fedmosaic {__version__}",
     )
-    return enrolled, Protection(Identity.of(kit), kit.roster, "", None)
+
+
+def random_upload(
+    protection: Protection, terms: Terms, random: np.random.Generator, run_id: str, number: int, *, new: bool
+) -> Upload:
+    """An upload of random numbers in the clear for a round, with a new profile or without one."""
+    vector = random.normal(0, 0.01, terms.adapter.shared_dimensions).astype(np.float32)
+    profile = None
+    if new:
+        mechanism = terms.profile
+        # Well above its noise, so that the server takes it for signal and weighs by it.
+        drawn = random.normal(0, 3 * mechanism.noise_standard_deviation, mechanism.dimensions)
+        profile = Profile(drawn.astype(np.float32), mechanism.noise_variance, 1)
+    return protection.seal(run_id, number, 0, {"shared": vector}, profile)

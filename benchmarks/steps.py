@@ -125,7 +125,7 @@ def colora(path: Path, arguments: Arguments) -> dict[str, Summary]:
         return step
 
     steps = {method: step_of(method) for method in ("lora", "colora", "colora_personal")}
-    variants = {method: partial(nullcontext, step) for method, step in steps.items()}
+    variants: dict[str, Any] = {method: partial(nullcontext, step) for method, step in steps.items()}
     return paired(variants, arguments.repetitions, untimed=3)
 
 
@@ -183,7 +183,7 @@ def prepared(variant: str, model: Any, cores: Any, examples: list[EncodedExample
         _finish(optimizer, model)
 
     def mean(losses: torch.Tensor) -> None:
-        losses.mean().backward()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
 
     if variant == "private":
         yield one_by_one
@@ -222,7 +222,7 @@ def profile(path: Path, arguments: Arguments) -> dict[str, Summary]:
 
     def forward() -> None:
         with torch.inference_mode():
-            for part in ids.split(TOKENS_PER_BATCH // ids.shape[1]):
+            for part in torch.split(ids, TOKENS_PER_BATCH // ids.shape[1]):
                 model(input_ids=part, use_cache=False)
         synchronise(device)
 
@@ -230,8 +230,10 @@ def profile(path: Path, arguments: Arguments) -> dict[str, Summary]:
         noise = SecureNoise()
         release(clipped_profile(probe, examples, public_map, noise), public_map.mechanism, noise)
 
-    steps = {"forward pass": forward, "profile": whole}
-    return paired({name: partial(nullcontext, step) for name, step in steps.items()}, arguments.repetitions)
+    variants: dict[str, Any] = {
+        "forward pass": partial(nullcontext, forward), "profile": partial(nullcontext, whole),
+    }  # fmt: skip
+    return paired(variants, arguments.repetitions)
 
 
 def _finish(optimizer: Any, model: nn.Module) -> None:

@@ -2,49 +2,49 @@
 
 All members but one push and wait in `Pull`; the last one pushes, and the time from its receipt to every
 answer is the round's overhead. With `--pushes`, so many members send adapters of `--mib` MiB at once instead.
-Clients are coroutines of two processes, on the same machine as the server, which takes time from it.
+Clients are coroutines of one process, on the same machine as the server: its processor's time is told apart
+from theirs.
 """
 
 import asyncio
-import contextlib
-import multiprocessing
 import os
-import queue
 import resource
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
 import numpy as np
+import psutil
 import tyro
 from grpc import aio
 
+from benchmarks.scale_server import enrolment, random_upload
+from benchmarks.timing import in_own_process
+from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.experiments.scenario.metrics import markdown_table
-from fedmosaic.privacy.encryption.ciphers import create_cipher
-from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
-from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos import bounds, wire
-from fedmosaic.protos.messages import PROTOCOL_VERSION, Profile, Section
-from fedmosaic.protos.signing import sign_upload
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 
-_WORKERS: Final = 2
-_SETTLE_SECONDS: Final = 3.0
 _CALL_SECONDS: Final = 600.0
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_AT_ONCE: Final = 40
+_HEADS: Final = (
+    "members", "round", "push, s", "first, ms", "median, ms", "last, ms", "server's CPU, ms",
+    "clients' CPU, ms", "memory before, MB", "waiting, MB", "peak, MB", "run.json, kB", "state, MB", "load",
+)  # fmt: skip
+"""Memory is the server's beside mapped files: before the uploads, after all have waited, at its peak."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Arguments:
     """Numbers of waiting members."""
     rounds: int = 4
     """Rounds of each federation; only the first one brings new profiles."""
+    settle: float = 3.0
+    """Seconds for which all wait before the last one pushes."""
     pushes: int = 0
     """Members that push at once, in place of rounds."""
     mib: int = 16
@@ -65,46 +67,41 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="python -m benchmarks.waiting")
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    if parsed.pushes:
-        rows = _measure(parsed.pushes, 1, parsed.mib << 20)
-    else:
-        rows = [row for count in parsed.clients for row in _measure(count, parsed.rounds, 0)]
-    heads = ["members", "round", "push, s", "first, ms", "median, ms", "last, ms", "server's CPU, ms"]
-    heads += ["memory at its peak, MB", "run.json, kB", "state, MB", "load"]
-    print("\n".join(markdown_table(heads, rows, numbers=True)))
+    rows = [
+        row
+        for count in ((parsed.pushes,) if parsed.pushes else parsed.clients)
+        for row in in_own_process(federation, parsed, count)
+    ]
+    print("\n".join(markdown_table(list(_HEADS), rows, numbers=True)))
     return 0
 
 
-def _measure(count: int, rounds: int, size: int) -> list[list[str]]:
-    """One federation, founded and run; a row per round."""
-    context = multiprocessing.get_context("spawn")
-    barrier, answers = context.Barrier(_WORKERS + 1), context.Queue()
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        members = tuple(f"m{number:04d}" for number in range(count))
-        entries = tuple(MemberEntry(id=member) for member in members)
-        config = FederationConfig(federation="waiting", members=entries, terms=_terms(rounds, size))
-        create(config, place / "f")
-        with _server(place) as (process, port):
-            for index in range(_WORKERS):
-                names = members[index::_WORKERS]
-                settings = (place / "f", port, names, rounds, index == 0, barrier, answers)
-                context.Process(target=_work, args=settings, daemon=True).start()
-            return [
-                [str(count), str(number), *_round(process.pid, place, barrier, answers)]
-                for number in range(1, rounds + 1)
-            ]
+def federation(parsed: Arguments, count: int) -> list[list[str]]:
+    """Found one and run it; a row per round."""
+    with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as free:
+        place, port = Path(name), free.getsockname()[1]
+        members = tuple(MemberEntry(id=f"m{number:04d}") for number in range(count))
+        create(FederationConfig(federation="waiting", members=members, terms=_terms(parsed)), place)
+        free.close()
+        (place / "server/server.toml").write_text(f'listen = "127.0.0.1:{port}"\nstate_dir = "state"\n')
+        command = [sys.executable, "-m", "fedmosaic.server", "--kit", str(place / "server")]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:  # noqa: S603  # our own module
+            try:
+                return asyncio.run(_Load(parsed, place, server.pid, port).run())
+            finally:
+                server.terminate()
 
 
-def _terms(rounds: int, size: int) -> Terms:
-    """Plain adapters of `size` bytes, or of some hundred."""
+def _terms(parsed: Arguments) -> Terms:
+    """Plain adapters of `mib` MiB where they are pushed at once, or of some hundred bytes."""
     shape = {"rank": 4, "blocks": 2, "target_modules": ("a", "b")}
-    if size:
+    if parsed.pushes:
         # blocks · modules · (r² + r) float32 numbers
-        shape = {"rank": 256, "blocks": max(1, size // (4 * (256**2 + 256))), "target_modules": ("a",)}
+        blocks = max(1, (parsed.mib << 20) // (4 * (256**2 + 256)))
+        shape = {"rank": 256, "blocks": blocks, "target_modules": ("a",)}
     reduction = Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32)
     profile = ProfileMechanism(probe="none", probe_sha256="0" * 64, reduction=reduction, noise_multiplier=1.0)
-    schedule = {"rounds": rounds + 1, "quorum": 4, "round_deadline_seconds": 3000}
+    schedule = {"rounds": parsed.rounds + 1, "quorum": 4, "round_deadline_seconds": 3000 + parsed.settle}
     return Terms.model_validate(
         {
             "adapter": {**shape, "protection": "none"},
@@ -116,91 +113,68 @@ def _terms(rounds: int, size: int) -> Terms:
     )
 
 
-@contextmanager
-def _server(place: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    (place / "f/server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
-    log = place / "server.log"
-    command = [sys.executable, "-m", "fedmosaic.server", "--kit", str(place / "f/server")]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)  # noqa: S603  # our own module
-    try:
-        while "listening on" not in log.read_text():
-            if process.poll() is not None:
-                raise RuntimeError(f"the server did not start: {log.read_text()[-500:]}")
-            time.sleep(0.1)
-        line = next(line for line in log.read_text().splitlines() if "listening on" in line)
-        yield process, int(line.rpartition("port ")[2])
-    finally:
-        process.terminate()
-        process.wait(60)
+class _Load:
+    """All members of a federation, and what its server takes."""
 
+    def __init__(self, parsed: Arguments, place: Path, server: int, port: int) -> None:
+        self._state, self._server = place / "server/state", psutil.Process(server)
+        self._rounds, self._settle = 1 if parsed.pushes else parsed.rounds, parsed.settle
+        self._at_once = parsed.pushes or _AT_ONCE
+        self._clients, self._port, self._peak = place / "clients", port, 0.0
+        self._members: list[_Member] = []
 
-def _round(server: int, place: Path, barrier: Any, answers: Any) -> list[str]:
-    peak = [0.0]
-    pushed = max(_heard(answers, server, peak) for _ in range(_WORKERS))
-    time.sleep(_SETTLE_SECONDS)
-    before = _usage(server)
-    barrier.wait()
-    told = [_heard(answers, server, peak) for _ in range(_WORKERS)]
-    after = _usage(server)
-    receipt = max(seconds for seconds, _ in told)
-    times = sorted(1000 * (when - receipt) for _, found in told for when in found)
-    time.sleep(0.5)
-    state = place / "f/server/state"
-    size = sum(path.stat().st_size for path in state.rglob("*.*") if "spool" not in path.parts)
-    barrier.wait()
-    numbers = [times[0], statistics.median(times), times[-1], 1000 * (after[0] - before[0]), *peak]
-    numbers.append((state / "run.json").stat().st_size / 1000)
-    told_numbers = [f"{value:.0f}" for value in numbers]
-    return [f"{pushed:.1f}", *told_numbers, f"{size / 1e6:.1f}", f"{os.getloadavg()[0]:.1f}"]
+    async def run(self) -> list[list[str]]:
+        """Run the rounds; a row of the table for each."""
+        roster = open_kit(next(self._clients.iterdir())).roster
+        kits = [Kit(self._clients / member.id, roster) for member in roster.members]
+        self._members = [_Member(kit, self._port) for kit in kits]
+        await _all([member.enrol() for member in self._members], self._at_once)
+        watching = asyncio.create_task(self._watch())
+        rows = [await self._round(number) for number in range(1, self._rounds + 1)]
+        watching.cancel()
+        for member in self._members:
+            await member.channel.close()
+        return rows
 
+    async def _watch(self) -> None:
+        while True:
+            self._peak = max(self._peak, self._memory())
+            await asyncio.sleep(0.05)
 
-def _heard(answers: Any, server: int, peak: list[float]) -> Any:
-    """What a worker tells; meanwhile the server's memory is watched."""
-    while True:
-        peak[0] = max(peak[0], _usage(server)[1])
-        with contextlib.suppress(queue.Empty):
-            return answers.get(timeout=0.05)
+    def _memory(self) -> float:
+        """Megabytes of the server beside mapped files."""
+        lines = Path(f"/proc/{self._server.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
+    def _seconds(self) -> float:
+        """Processor seconds of the server so far."""
+        return float(sum(self._server.cpu_times()[:2]))
 
-def _usage(process: int) -> tuple[float, float]:
-    """Processor seconds, and megabytes of memory beside mapped files, of a process."""
-    stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return (int(stat[11]) + int(stat[12])) / _TICKS, int(status["RssAnon"].split()[0]) / 1024
-
-
-def _work(*arguments: Any) -> None:
-    asyncio.run(_clients(*arguments))
-
-
-async def _clients(
-    place: Path, port: int, names: Sequence[str], rounds: int, first: bool, barrier: Any, answers: Any
-) -> None:
-    """The members of one process; the first process has the member that pushes last."""
-    roster = open_kit(place / "server").roster
-    members = [_Member(open_kit(place / "clients" / name), roster, name, port) for name in names]
-    await _all([member.enrol() for member in members], 40)
-    for number in range(1, rounds + 1):
-        await _all([member.pull(number) for member in members], 200)
-        late, early = (members[:1], members[1:]) if first else ([], members)
-        started = time.monotonic()
-        await _all([member.push(number) for member in early], 40 if roster.terms.adapter.rank < 256 else 400)
-        answers.put(time.monotonic() - started)
+    async def _round(self, number: int) -> list[str]:
+        late, *early = self._members
+        await _all([member.pull(number) for member in self._members], self._at_once)
+        before, started = self._memory(), time.monotonic()
+        await _all([member.push(number) for member in early], self._at_once)
+        pushed = time.monotonic() - started
         waits = [asyncio.create_task(member.pull(number + 1)) for member in early]
-        await asyncio.to_thread(barrier.wait)
-        receipts = [await member.push(number) for member in late]
-        waits += [asyncio.create_task(member.pull(number + 1)) for member in late]
-        answers.put((max(receipts, default=0.0), await asyncio.gather(*waits)))
-        await asyncio.to_thread(barrier.wait)
-    for member in members:
-        await member.channel.close()
+        await asyncio.sleep(self._settle)
+        waiting, server, clients = self._memory(), self._seconds(), time.process_time()
+        receipt = await late.push(number)
+        waits.append(asyncio.create_task(late.pull(number + 1)))
+        answers = sorted(1000 * (when - receipt) for when in await asyncio.gather(*waits))
+        spent = 1000 * (self._seconds() - server), 1000 * (time.process_time() - clients)
+        await asyncio.sleep(0.5)
+        size = sum(path.stat().st_size for path in self._state.rglob("*.*") if "spool" not in path.parts)
+        told = [answers[0], statistics.median(answers), answers[-1], *spent, before, waiting, self._peak]
+        told.append((self._state / "run.json").stat().st_size / 1000)
+        start, end = [str(len(self._members)), str(number), f"{pushed:.1f}"], f"{os.getloadavg()[0]:.1f}"
+        return [*start, *(f"{value:.0f}" for value in told), f"{size / 1e6:.1f}", end]
 
 
-async def _all(calls: Sequence[Any], at_once: int) -> None:
+async def _all(calls: Sequence[Coroutine[Any, Any, Any]], at_once: int) -> None:
     gate = asyncio.Semaphore(at_once)
 
-    async def one(call: Any) -> None:
+    async def one(call: Coroutine[Any, Any, Any]) -> None:
         async with gate:
             await call
 
@@ -210,9 +184,9 @@ async def _all(calls: Sequence[Any], at_once: int) -> None:
 class _Member:
     """One member with its own connection; sends random numbers."""
 
-    def __init__(self, kit: Kit, roster: Roster, name: str, port: int) -> None:
-        self._roster, self._name = roster, name
-        self._signing = kit.signing_key()
+    def __init__(self, kit: Kit, port: int) -> None:
+        self._name, self._roster, self._run = kit.directory.name, kit.roster, ""
+        self._protection = Protection(Identity.of(kit), kit.roster, "", None)
         files = (kit.authority, kit.tls_key, kit.tls_certificate)
         credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
         options = (
@@ -221,18 +195,11 @@ class _Member:
         )
         self.channel = aio.secure_channel(f"localhost:{port}", credentials, options=options)
         self._stub = FederationStub(self.channel)
-        self._run = ""
 
     async def enrol(self) -> None:
-        terms = self._roster.terms
-        request = pb.EnrolRequest(
-            protocol_version=PROTOCOL_VERSION,
-            federation=self._roster.federation,
-            roster_hash=self._roster.hash,
-            adapter_spec_hash=terms.adapter.spec_hash,
-            software="waiting",
-        )
-        self._run = (await self._stub.Enrol(request, timeout=_CALL_SECONDS)).run_id
+        """Join, as soon as the server is there."""
+        request = wire.encode(enrolment(self._roster), pb.EnrolRequest)
+        self._run = (await self._stub.Enrol(request, timeout=_CALL_SECONDS, wait_for_ready=True)).run_id
 
     async def pull(self, number: int) -> float:
         """When the aggregate was here, in seconds of the monotonic clock."""
@@ -246,39 +213,18 @@ class _Member:
 
     async def push(self, number: int) -> float:
         """When the receipt was here."""
-        header, payload = await asyncio.to_thread(self._sealed, number)
+        random = np.random.default_rng(int(self._name[1:]))
+        upload = await asyncio.to_thread(
+            random_upload, self._protection, self._roster.terms, random, self._run, number, new=number == 1
+        )
 
         async def messages() -> AsyncIterator[pb.PushRequest]:
-            yield pb.PushRequest(header=header)
-            for chunk in wire.chunks([payload], 0):
+            yield pb.PushRequest(header=wire.encode_upload_header(upload.header()))
+            for chunk in wire.chunks([section.payload for section in upload.sections], 0):
                 yield pb.PushRequest(chunk=chunk)
 
         await self._stub.Push(messages(), timeout=_CALL_SECONDS)
         return time.monotonic()
-
-    def _sealed(self, number: int) -> tuple[pb.PushHeader, bytes]:
-        terms, size = self._roster.terms, self._roster.terms.adapter.shared_dimensions
-        cipher = create_cipher(terms.encryption, self._name, terms.policy, allow_plaintext=True)
-        context = RoundContext(self._roster.federation, 0, number, "shared", size)
-        random = np.random.default_rng(int(self._name[1:]))
-        vector = random.normal(0, 0.3, size).astype(np.float32)
-        payload = cipher.encrypt(vector, None, context, bytes(16))
-        profile = None
-        if number == 1:
-            drawn = random.normal(0, 5.0, terms.profile.dimensions).astype(np.float32)
-            profile = Profile(drawn, terms.profile.noise_variance, 1)
-        upload = sign_upload(
-            self._signing,
-            federation=self._roster.federation,
-            run_id=self._run,
-            round_number=number,
-            client_id=self._name,
-            key_epoch=0,
-            sections=(Section("shared", payload),),
-            profile=profile,
-            attempt_id="a",
-        )
-        return wire.encode_upload_header(upload.header()), payload
 
 
 if __name__ == "__main__":

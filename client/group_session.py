@@ -142,8 +142,8 @@ class GroupSession(Session):
     def _groups(self) -> Partition:
         """Who adds up with whom in all rounds, checked against the terms."""
         partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
-        members, sums = [member.id for member in self.roster.members], self._terms.group_sums
-        partition.check(self._identity.client_id, members, sums.minimum_contributors, sums.groups)
+        families, sums = self.roster.sharing_families(), self._terms.group_sums
+        partition.check(self._identity.client_id, families, sums.minimum_contributors, sums.groups)
         return partition
 
     def _sums_of(self, totals: RoundTotals, partition: Partition) -> list[GroupSum | None]:

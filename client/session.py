@@ -139,19 +139,14 @@ class Session(Membership):
         row, uploaded = section.row, aggregate.round - 1
         if row is None:
             raise PolicyError(section.refusal)
-        members = {member.id: member.family for member in self.roster.members}
-        check_row(self._identity.client_id, row, self.roster.terms.policy, members=members.keys())
+        run, recipient = self._state.record.run_id, self._identity.client_id
+        families = self.roster.sharing_families(section.name)
+        check_row(recipient, row, self.roster.terms.policy, members=families, families=families)
         if away := sorted(set(row.contributors) - self._drawn(uploaded)):
             raise PolicyError(
                 f"weight row names {', '.join(away)}, who took no part in round {uploaded}: others were drawn"
             )
-        family = self._learner.family
-        strangers = sorted(name for name in row.contributors if members[name] != family)
-        if section.name == "family" and strangers:
-            named = ", ".join(strangers)
-            raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
         label = self._protection.label(section.name)
-        run, recipient = self._state.record.run_id, self._identity.client_id
         check_countersigned(self.roster, run, recipient, label, section, row, aggregate.key_epoch, uploaded)
         self._state.accept_row(section.name, uploaded, row)
         return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)

@@ -56,7 +56,7 @@ class SessionRecord(BaseModel):
         received_rounds: how many rounds did.
         server_round: newest round that the server said was open; 0 before any.
         server_head: hexadecimal, what the server said of all rounds before that one.
-        roster: what a later roster is judged by, a `RosterMark`; None before the first enrolment.
+        roster: what a later roster is judged by; None before the first enrolment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -69,7 +69,7 @@ class SessionRecord(BaseModel):
     received_rounds: int = Field(default=0, ge=0)
     server_round: int = Field(default=0, ge=0)
     server_head: str = ""
-    roster: dict[str, Any] | None = None
+    roster: RosterMark | None = None
 
 
 def read_record(directory: Path) -> SessionRecord | None:
@@ -153,8 +153,8 @@ class ClientState:
     def follow_roster(self, roster: Roster) -> None:
         """Remember the roster; IdentityError if it is older than the one before, or has other terms."""
         if self.record.roster is not None:
-            RosterMark.model_validate(self.record.roster).check(roster)
-        mark = RosterMark.of(roster).model_dump()
+            self.record.roster.check(roster)
+        mark = RosterMark.of(roster)
         if mark != self.record.roster:
             self._write(roster=mark)
 

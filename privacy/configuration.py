@@ -51,7 +51,10 @@ def read_own(path: Path, read: Callable[[Any], Value], remedy: str) -> Value | N
     try:
         return read(parse_json(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateError(f"{path} is damaged ({error}); {remedy}") from None
+        what = str(error)
+        if isinstance(error, ValidationError):  # in a line, and without what was found there
+            what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise StateError(f"{path} is damaged ({what}); {remedy}") from None
 
 
 def decode_text(content: bytes) -> str:

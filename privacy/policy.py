@@ -9,7 +9,7 @@ likes: rows (v, x, x) and (v', x', x') each keep every rule, and a difference of
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -60,6 +60,7 @@ def check_row(
     policy: AggregationPolicy,
     *,
     members: Collection[str] | None = None,
+    families: Mapping[str, str] | None = None,
     bits: int | None = None,
 ) -> None:
     """Refuse, with a PolicyError, a row that reveals too much of one contributor, or names somebody else.
@@ -69,12 +70,17 @@ def check_row(
         row: as received; its shape was checked when it was made.
         policy: limits agreed in the roster.
         members: pinned members of the epoch; when given, every contributor must be one of them.
+        families: family within which alone a member shares; when given, all must be of the recipient's.
         bits: precision of the agreed encryption parameters; when given, the row must have it.
     """
     if bits is not None and row.bits != bits:
         raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")
     if members is not None and (foreign := set(row.contributors).difference(members)):
         raise PolicyError(f"weight row names contributors outside the roster: {', '.join(sorted(foreign))}")
+    if families is not None:
+        own = families[recipient]
+        if strangers := sorted(name for name in row.contributors if families.get(name) != own):
+            raise PolicyError(f"weight row of family {own!r} names members of others: {', '.join(strangers)}")
     if recipient in row.contributors and row.weights[row.contributors.index(recipient)] > 0:
         raise PolicyError(f"recipient {recipient!r} is weighted in its own row: its own weight must be 0")
     contributing = len(row.weights) - row.weights.count(0)

@@ -34,9 +34,8 @@ class _JsonLines(logging.Formatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server.
 
-    Returns:
-        Exit status: 0 when the run is over or after SIGTERM or SIGINT, 1 if the server could not start or go
-        on, 3 when the run is over and nothing was exchanged.
+    Exit status: 0 when the run is over or after SIGTERM or SIGINT, 1 if the server could not start or go
+    on, 3 when the run is over and nothing was exchanged.
     """
     parser = argparse.ArgumentParser(prog="fedmosaic server", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)

@@ -23,11 +23,9 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.server.admission import Admission
-from fedmosaic.server.downloads import Download, read_download
 from fedmosaic.server.keys.relay import required
 from fedmosaic.server.rosters import under_roster
-from fedmosaic.server.round import state as rounds
-from fedmosaic.server.round.repair import repair_aggregate
+from fedmosaic.server.round.aggregates import Download
 from fedmosaic.server.rounds import Rounds
 from fedmosaic.server.run import Run, Topic
 from fedmosaic.server.settings import ServerSettings
@@ -45,20 +43,20 @@ class Coordinator:
     def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin a run, or go on with the one in `settings.state_dir`; deadlines are in seconds of `clock`.
 
-        Raises:
-            StateError: the state is in use, damaged, or of a run with other terms.
+        StateError if the state is in use, damaged, or of a run with other terms.
         """
         self._run = Run(settings, clock)
         self.run_id = self._run.run_id
         self.audit, self.witnessing, self.traces = self._run.audit, self._run.witnessing, self._run.traces
+        self.describe, self.state_line = self._run.describe, self._run.state_line
         self._take_up(settings)
         self._rounds.go_on()
 
     def _take_up(self, settings: ServerSettings) -> None:
         run = self._run
         self._admission = Admission(settings, self.run_id, run.aggregator, run.rosters.known)
-        self._uploads = Uploads(run, self._admission, self.state_line)
-        self._rounds = Rounds(run, self.state_line)
+        self._uploads = Uploads(run, self._admission)
+        self._rounds = Rounds(run)
         self.settings = settings  # last: calls that wait look at it, and then ask again
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
@@ -82,10 +80,8 @@ class Coordinator:
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.
 
-        What the server's operator decides stays as it was.
-
-        Returns:
-            False while a round is being aggregated: ask again. When the run is over, nothing changes.
+        What the server's operator decides stays as it was, and all of it once the run is over. False while a
+        round is being aggregated: ask again.
 
         Raises:
             IdentityError: the roster cannot follow on the present one.
@@ -128,11 +124,7 @@ class Coordinator:
             return Enrolled(self.run_id, here, last, epoch, members, run.position.head, kept)
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
-        """Judge an upload by its header, before a byte of its payload is accepted.
-
-        Returns:
-            A ticket if the payload is wanted, or the final answer if not.
-        """
+        """Judge an upload by its header: a ticket if the payload is wanted, or the final answer."""
         return self._uploads.announce(client_id, header)
 
     def commit(
@@ -164,20 +156,17 @@ class Coordinator:
     def open_download(self, client_id: str, round_number: int) -> Download | None:
         """What a client may load before the open round, unchecked; None while that is below `round_number`.
 
-        Takes no lock and waits for nobody; `repaired` is what is called next if it is not whole.
-
-        Raises:
-            MissingBlobError: a file is missing.
+        Takes no lock and waits for nobody. Where it is not whole, or MissingBlobError says that a file is
+        missing, `repaired` is what is called next.
         """
         run, here = self._run, self._run.position
         if here.round.phase is Phase.CLOSED or here.round.number < round_number:
             return None
         epoch = run.keys.epoch if run.keys else 0
-        return read_download(self.settings, run.blobs, here.offer, client_id, epoch, here.head)
+        return here.offer.download(self.settings, run.blobs, client_id, epoch, here.head)
 
     def repaired(self, client_id: str, round_number: int) -> Download | None:
         """What a client may load, made anew where it is damaged; see `open_download`."""
-        run = self._run
         try:
             download = self.open_download(client_id, round_number)
             if download is None or download.whole:
@@ -185,13 +174,8 @@ class Coordinator:
             log.error("the aggregate of %s for round %d is damaged", client_id, download.aggregate.round)
         except MissingBlobError as error:
             log.error("%s", error)
-        with run.lock:
-            parts = self.settings, run.store, run.blobs, run.aggregator
-            offer = run.position.offer
-            made = repair_aggregate(*parts, offer, client_id)
-            offer = replace(offer, stored={**offer.stored, client_id: made})
-            run.position = replace(run.position, offer=offer)
-            return self.open_download(client_id, round_number)
+        self._rounds.repair(client_id)
+        return self.open_download(client_id, round_number)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
@@ -209,39 +193,15 @@ class Coordinator:
         self._admission.check_member(client_id)
         return self.describe()
 
-    def describe(self) -> RoundStatus:
-        """What the server is waiting for, for whoever may know it; takes no lock."""
-        run, now, here = self._run, self._run.clock(), self._run.position
-        state = here.round
-        status = self.witnessing.describe(replace(state.status(now), head=here.head), now)
-        if run.keys is None or run.keys.ready or state.phase is not Phase.OPEN:
-            return status
-        waiting, left, text = run.keys.describe(state.members - state.absent, now)
-        message = rounds.one_line(f"round {state.number}: {text}")
-        return replace(status, waiting_for=waiting, seconds_left=left, message=message)
-
-    def state_line(self) -> str:
-        """`describe` for the log; whatever is wrong with the line, it stops no round and no answer."""
-        run = self._run
-        try:
-            plain = (run.keys is None or run.keys.ready) and not self.witnessing.waiting
-            return run.round.message(run.clock()) if plain else self.describe().message
-        except Exception:  # see above
-            log.exception("round %d cannot be described", run.round.number)
-            return f"round {run.round.number}"
-
     def advance(self) -> bool:
-        """Let time pass: extend a deadline, or close and aggregate the round.
-
-        Returns:
-            Whether something changed that a waiting client should see.
+        """Let time pass: extend a deadline, or close and aggregate the round; whether clients should look.
 
         Raises:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
             StoreTakenError: another server has taken the database over; this one has to stop.
         """
         moved = self._rounds.advance()
-        self._run.account.show(self.describe)
+        self._run.account.show(self._run.describe)
         return moved
 
     def report(self, client_id: str, statement: bytes) -> None:

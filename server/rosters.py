@@ -24,13 +24,16 @@ def under_roster(settings: ServerSettings, new: ServerSettings) -> ServerSetting
     """Settings of a run with another roster.
 
     Raises:
-        StateError: a member that stays has another family there: it would share other vectors than before.
+        StateError: a member that stays has another family there: it would share other vectors than before, or
+            receive from others.
     """
     for client in sorted(settings.members.keys() & new.members.keys()):
-        if settings.family(client) != new.family(client):
+        shares = [(of.family(client), of.receives_from(client)) for of in (settings, new)]
+        if shares[0] != shares[1]:
+            before, after = (of.families.get(client, "") for of in (settings, new))
             raise StateError(
-                f"{client!r} is of family {new.family(client)!r} on the new roster, and of "
-                f"{settings.family(client)!r} in this run; a member's model stays for a run"
+                f"{client!r} is of family {after!r} on the new roster, and of {before!r} in this run; a "
+                "member's model stays for a run"
             )
     return settings.model_copy(update={name: getattr(new, name) for name in _OF_ROSTER})
 
@@ -52,24 +55,30 @@ class Rosters:
 
         Raises:
             IdentityError: it cannot follow on the one before.
-            StateError: the run's roster is fixed.
+            StateError: the run's roster is fixed, or the one before is damaged.
         """
         before, new = self._store.get("roster"), settings.roster_hash.hex()
         if before == new:
             return False
         known = self._store.get_json("roster_mark")
         if known is not None and settings.roster_mark is not None:
-            RosterMark.model_validate(known).check_mark(settings.roster_mark, settings.federation)
+            try:
+                mark = RosterMark.model_validate(known)
+            except ValueError:
+                raise StateError(
+                    "the server's database is damaged: the roster before cannot be read; restore a backup of "
+                    "state_dir and database together"
+                ) from None
+            mark.check_mark(settings.roster_mark, settings.federation)
         if before is not None and fixed:
             raise StateError(
                 "the groups of this run are formed, and each sum is bound to its roster: a run of group sums "
                 "goes on under the roster that it began with, or a new run begins under the new one"
             )
         self._outdated = set(self._store.enrolled())
-        mark = settings.roster_mark
         changes = {"roster": new, "rosters": json.dumps(sorted({*self.known, new}))}
-        if mark is not None:
-            changes["roster_mark"] = mark.model_dump_json()
+        if settings.roster_mark is not None:
+            changes["roster_mark"] = settings.roster_mark.model_dump_json()
         if before is not None:
             log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
             changes |= {"rotate": "1", "outdated": json.dumps(sorted(self._outdated))}

@@ -1,13 +1,18 @@
 """Lets time pass in a run: deadlines, key epochs, sums, and from one round to the next."""
 
+import hashlib
+import json
 import logging
+import struct
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 from fedmosaic.protos.messages import Phase
+from fedmosaic.server.keys.epoch import KeyEpoch
+from fedmosaic.server.keys.relay import KeyRelay
+from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.close import ClosedRound, Closer, DamagedUploadsError
-from fedmosaic.server.run import UNDER_REVIEW, Position, Run, next_round
+from fedmosaic.server.run import UNDER_REVIEW, Position, Run
 
 log = logging.getLogger(__name__)
 _SECONDS_TO_SEND_AGAIN = 60.0
@@ -17,10 +22,8 @@ _SECONDS_TO_SEND_AGAIN = 60.0
 class Rounds:
     """Moves one run on; safe to call from many threads."""
 
-    def __init__(self, run: Run, describe: Callable[[], str]) -> None:
-        """Prepare; `describe` says in a line what the run waits for."""
+    def __init__(self, run: Run) -> None:
         self._run = run
-        self._describe = describe
         self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator, run.traces)
 
     def go_on(self) -> None:
@@ -33,11 +36,14 @@ class Rounds:
         """See `Coordinator.advance`."""
         run = self._run
         run.store.check_hold()
+        keys_changed, due = False, []
         with run.lock:
-            keys_changed = self._advance_keys()
+            there, now = run.round.members - run.round.absent, run.clock()
+            if run.keys is not None and run.round.phase is not Phase.FINISHED:
+                keys_changed = run.keys.advance(there, now)
             if run.sums is not None:
-                keys_changed |= run.sums.advance(run.round.members - run.round.absent, run.clock())
-            due = [] if run.sums is None else run.sums.due()
+                keys_changed |= run.sums.advance(there, now)
+                due = run.sums.due()
         for finish in due:
             finish()  # takes the masks off, which may take minutes
         with run.lock:
@@ -64,15 +70,17 @@ class Rounds:
         run.account.keep_up(run.round)
         return keys_changed or bool(due) or closing or extended
 
-    def _advance_keys(self) -> bool:
+    def repair(self, client: str) -> None:
+        """Make a client's damaged aggregate of the open round anew."""
         run = self._run
-        if run.keys is None or run.round.phase is Phase.FINISHED:
-            return False
-        return run.keys.advance(run.round.members - run.round.absent, run.clock())
+        with run.lock:
+            offer = run.position.offer
+            offer = replace(offer, stored={**offer.stored, client: self._closer.repair(offer, client)})
+            run.position = replace(run.position, offer=offer)
 
     def _close(self, number: int) -> None:
         run = self._run
-        log.info("%s", self._describe())
+        log.info("%s", run.state_line())
         try:
             sampled = run.settings.sampled_clients is not None
             recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
@@ -84,7 +92,7 @@ class Rounds:
                 with run.lock:
                     run.store.put({UNDER_REVIEW: str(number)})
                     run.witnessing.begin(number, closed, run.round.contributors, run.clock())
-                log.info("%s", self._describe())
+                log.info("%s", run.state_line())
                 return
             self._finish(number, closed)
         except DamagedUploadsError as error:
@@ -107,7 +115,7 @@ class Rounds:
                     run.audit.add("withheld", client=recipient, round=number, section=section.name)
         for line in closed.refusals:
             log.warning("%s", line)
-        log.info("%s", self._describe())
+        log.info("%s", run.state_line())
 
     def _ask_again(self, number: int, damaged: DamagedUploadsError) -> None:
         """Open the round again for those whose upload this server has lost; they have it still."""
@@ -119,12 +127,19 @@ class Rounds:
         log.error("%s. They are asked to send it again, for %.0f s", damaged, _SECONDS_TO_SEND_AGAIN)
 
     def _open_next(self, number: int, closed: ClosedRound) -> None:
-        """Close a round and open the next, with the key epoch that is due for it, in one transaction."""
+        """Close a round and open the next: a server killed at any time has all of it, or nothing."""
         run, now = self._run, self._run.clock()
-        state = run.round.following(now)
-        head, made = run.position.head, closed.offer.stored
-        parts = run.round, state, made, head, now
-        head, epoch, metadata = next_round(run.store, run.keys, *parts)
+        state, made = run.round.following(now), closed.offer.stored
+        digests = [digest for _, digest in sorted(run.round.arrived.items())]
+        digests += [aggregate.sha256 for _, aggregate in sorted(made.items())]
+        before = run.position.head + struct.pack("<Q", number)
+        head = hashlib.sha256(b"".join([before, *digests])).digest()
+        absent = json.dumps(sorted(state.absent))
+        metadata = {"round": str(state.number), "absent": absent, "head": head.hex()}
+        epoch = None
+        if run.keys is not None and state.phase is not Phase.FINISHED:
+            epoch = self._next_epoch(run.keys, state, now)
+            metadata |= {**KeyRelay.record(epoch), "rotate": "0"}
         result = {**closed.result, "closed_at": time.time(), "extensions": run.round.extensions}
         run.store.close_round(number, result, made, metadata, key_epoch=epoch.epoch if epoch else 0)
         if run.sums is not None:
@@ -135,6 +150,13 @@ class Rounds:
         run.position, run.account.due = Position(state, head, closed.offer), True
         run.witnessing.end()
         run.traces.open_round(state.number)
+
+    def _next_epoch(self, keys: KeyRelay, opened: rounds.Round, now: float) -> KeyEpoch:
+        """The key epoch that is due for a round: a new one where a member that is there has no key."""
+        store = self._run.store
+        without_key = (store.enrolled() & opened.members) - opened.absent - keys.holders
+        renew = bool(without_key) or store.get("rotate") == "1"
+        return keys.for_round(opened.number, renew=renew, now=now)
 
     def _remove_old(self) -> None:
         """Remove payloads that nobody asks for any more; uploads of the last closed round may be needed."""

@@ -27,10 +27,7 @@ class Server:
     """
 
     def __init__(self, source: str | Path | ServerSettings) -> None:
-        """Read what the server has to know; nothing is opened yet.
-
-        Args:
-            source: the server's kit, a folder that `fedmosaic keys init` made; or complete settings.
+        """Read what the server has to know, from its kit or complete settings; nothing is opened yet.
 
         Raises:
             ConfigurationError: the kit's `server.toml` or roster is not valid.
@@ -42,14 +39,9 @@ class Server:
     def serve(self) -> int:
         """Serve until the run is over and all have reported, or until SIGTERM or SIGINT.
 
-        Takes over these signals, so it belongs in the main thread; elsewhere use `background`.
-
-        Returns:
-            Exit status: 0, or 3 (`NOTHING_EXCHANGED`) when the run is over and nothing was exchanged.
-
-        Raises:
-            ConfigurationError, IdentityError, StateError: as `running`; StateError too when another server
-                takes the database over.
+        Takes over these signals, so it belongs in the main thread; elsewhere use `background`. Returns 0, or
+        3 (`NOTHING_EXCHANGED`) when the run is over and nothing was exchanged. Raises as `running`, and
+        StateError when another server takes the database over.
         """
         return asyncio.run(self._until_over())
 
@@ -149,15 +141,9 @@ class Server:
 
     @contextmanager
     def background(self) -> Iterator[int]:
-        """Serve in a thread of its own while the context is open, for notebooks, simulations and tests.
+        """Serve on the port that is yielded, in a thread, for notebooks, simulations and tests.
 
-        The server stays after the last round, until the context is left.
-
-        Yields:
-            The port that is listened on.
-
-        Raises:
-            ConfigurationError, IdentityError, StateError: as `running`.
+        The server stays after the last round, until the context is left. Raises as `running`.
         """
         started: Future[tuple[int, Callable[[], object]]] = Future()
 

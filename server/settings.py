@@ -110,6 +110,7 @@ class ServerSettings(OperatorSettings):
         policy: limits on every weight row.
         temperature: τ of the softmax over similarities.
         similarity: "corrected" takes the noise out of the norms, "cosine" does not.
+        across_families: whether members receive from other families than their own.
         group_sums: terms of the groups' sums, where members share these in place of adapters.
         encryption: parameters of the back end; they fix the bits of the weights.
         key_rotation_rounds: rounds after which a new group key is agreed on.
@@ -141,6 +142,7 @@ class ServerSettings(OperatorSettings):
     policy: AggregationPolicy = AggregationPolicy()
     temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     similarity: Literal["corrected", "cosine"] = "corrected"
+    across_families: bool = False
     group_sums: GroupSumTerms | None = None
     encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
     key_rotation_rounds: int = Field(default=50, ge=1)
@@ -186,6 +188,10 @@ class ServerSettings(OperatorSettings):
         family = self.families.get(client, "")
         return family if family in self.family_dimensions else ""
 
+    def receives_from(self, client: str) -> str:
+        """Family whose members alone a member receives from; empty for all where families share."""
+        return "" if self.across_families else self.families.get(client, "")
+
     def dimensions(self, client: str) -> dict[SectionName, int]:
         """Length of the vector of every section that a member may upload."""
         sections: dict[SectionName, int] = {"shared": self.shared_dimensions}
@@ -194,7 +200,7 @@ class ServerSettings(OperatorSettings):
 
 
 def settings_from_kit(directory: Path) -> ServerSettings:
-    """Settings of the run that a server kit, as `fedmosaic keys init` made it, describes.
+    """Settings of the run that a server's kit describes.
 
     Raises:
         ConfigurationError: `server.toml` or the roster is not valid.
@@ -228,6 +234,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "policy": terms.policy,
         "temperature": terms.relevance.temperature,
         "similarity": terms.relevance.similarity,
+        "across_families": terms.relevance.across_families,
         "group_sums": terms.group_sums if terms.adapter.in_group_sums else None,
         "encryption": terms.encryption,
         "key_rotation_rounds": terms.schedule.rotate_key_every,

@@ -152,11 +152,7 @@ def receivers(settings: ServerSettings, result: Mapping[str, Any]) -> set[str]:
 
 
 def with_rounds(run: Mapping[str, Any], state_dir: Path) -> dict[str, Any]:
-    """What `run.json` tells, with all that is kept of the rounds under `results`.
-
-    Raises:
-        StateError: a file of a round is missing or damaged.
-    """
+    """All that is kept of a run's rounds under `results`; StateError if a file is missing or damaged."""
     if "results" in run:  # an older program had all in one file
         return dict(run)
     results = []

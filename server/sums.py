@@ -8,7 +8,7 @@ from typing import Final
 from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals, chain_of, sum_context
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.server.round.groups import group_clients, mixing_weights
+from fedmosaic.server.round.groups import divide
 from fedmosaic.server.round.relevance import relevance
 from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums, liars
 from fedmosaic.server.settings import ServerSettings
@@ -79,8 +79,7 @@ class RunSums:
     def read(self, member: str, round_number: int, step: str) -> dict[str, bytes]:
         """The partition, a closed round's totals, or what a step of the open one brought; empty if not yet.
 
-        Raises:
-            Refusal: the round has no sums.
+        Refusal where the round has no sums.
         """
         if step == PARTITION:
             return {} if self._partition is None else {"server": self._partition.encoded()}
@@ -123,12 +122,12 @@ class RunSums:
         clients = sorted(self._settings.members)
         profiles = self._store.profiles()
         related = relevance([profiles.get(client) for client in clients], self._settings.similarity)
-        groups = group_clients(clients, related, self._terms.groups, self._terms.minimum_contributors)
-        mixing = mixing_weights(clients, related, groups, self._settings.temperature)
-        made = Partition(groups=groups, mixing=mixing)
+        families = {client: self._settings.receives_from(client) for client in clients}
+        limits = self._terms.groups, self._terms.minimum_contributors
+        made = divide(families, related, *limits, self._settings.temperature)
         self._store.put({PARTITION_FORMED: made.encoded().decode()})
         self._partition = made
-        log.info("groups: %s", "; ".join(", ".join(group) for group in groups))
+        log.info("groups: %s", "; ".join(", ".join(group) for group in made.groups))
 
     def _round(self, number: int) -> RoundSums:
         if self._current is None or number != self._current.round:

@@ -7,7 +7,6 @@ whoever then gets the run's lock makes the names and rows of all that wait last,
 import logging
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +47,9 @@ class _Waiting:
 class Uploads:
     """Takes the uploads of one run; safe to call from many threads."""
 
-    def __init__(self, run: Run, admission: Admission, describe: Callable[[], str]) -> None:
-        """Prepare; `describe` says in a line what the run waits for."""
+    def __init__(self, run: Run, admission: Admission) -> None:
         self._run = run
         self._admission = admission
-        self._describe = describe
         self._mutex = threading.Lock()
         self._waiting: list[_Waiting] = []
 
@@ -157,7 +154,7 @@ class Uploads:
     ) -> Receipt:
         if status is ReceiptStatus.ACCEPTED:
             taken = f"upload of {client} accepted ({header.size} bytes)"
-            log.info("%s; %s", taken if header.sections else f"{client} abstains", self._describe())
+            log.info("%s; %s", taken if header.sections else f"{client} abstains", self._run.state_line())
         else:
             answer = f"upload of {client} answered {status.name}; round {self._run.round.number} is open"
             log.info("round %d: %s", header.round, answer)

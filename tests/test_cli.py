@@ -141,11 +141,12 @@ def test_keys_are_made_at_home_approved_by_fingerprint_and_installed(
     assert "without 'a', 3 members cannot receive anything" in told
 
 
-def test_the_server_command_loads_no_models_library() -> None:
+@pytest.mark.parametrize("module", ["server.__main__", "experiments.demo.command"])
+def test_what_runs_no_model_loads_no_models_library(module: str) -> None:
     code = (
         "import sys\nfrom fedmosaic import cli\n"
-        "import fedmosaic.server.__main__\n"
-        "heavy = {'torch', 'transformers', 'peft', 'opacus', 'tenseal'} & set(sys.modules)\n"
+        f"import fedmosaic.{module}\n"
+        "heavy = {'torch', 'transformers', 'peft', 'opacus', 'tenseal', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)\n"
     )
     done = subprocess.run(

@@ -23,7 +23,7 @@ from fedmosaic.client.model.examples import IGNORED, EncodedExample, encode_exam
 from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.settings import DeviceName, DtypeName, ModelSettings
-from fedmosaic.privacy.federation.kits import BASIS
+from fedmosaic.privacy.federation.kits import BASIS, PROFILE
 from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis
@@ -192,9 +192,6 @@ def _whitening(centred: Float64Array, shrinkage: float) -> Float32Array:
     if not values.mean() > 0.0:
         raise MechanismError("the public gradients are all equal, so they cannot whiten; give other data")
     return np.ascontiguousarray((vectors / np.sqrt(values)).T, dtype=np.float32)
-
-
-PROFILE = "profile.json"
 
 
 @dataclass(frozen=True)

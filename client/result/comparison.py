@@ -4,13 +4,15 @@ Nothing of it leaves the client: scores on private rows are releases that no led
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import bdtr
 
-from fedmosaic.client.model.scoring import Score
 from fedmosaic.privacy.configuration import Frozen
+
+if TYPE_CHECKING:
+    from fedmosaic.client.model.scoring import Score
 
 _RESAMPLES: Final = 10_000
 _LEVEL: Final = 0.95
@@ -53,7 +55,8 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
     counts = np.random.default_rng(0).multinomial(rows, shares, size=_RESAMPLES)
     means = (counts[:, 2] - counts[:, 0]) / rows
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    # Both tails are alike where each row is as likely to favour one model as the other.
+    p_value = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
     return Difference(
         mean=(better - worse) / rows, low=float(low), high=float(high), p_value=p_value, rows=rows
     )
@@ -93,7 +96,7 @@ def _verdict(found: Difference, what: str, than: str) -> str:
     return f"{what} {words} you: {found} against {than}, on {found.rows} rows."
 
 
-def compare(scores: Mapping[str, Score]) -> Comparison:
+def compare(scores: "Mapping[str, Score]") -> Comparison:
     """Compare `base`, `federated` and, where it was trained, `alone` on the rows that all were scored on."""
     federated, alone = scores[FEDERATED], scores.get(ALONE)
     return Comparison(

@@ -29,8 +29,6 @@ from fedmosaic.privacy.mechanism.noise import NoiseSource
 
 MEMBERSHIP: Final = "Membership in a P, Q update"
 WORDS: Final = "Words of the training texts from a P, Q update"
-_RIDGE: Final = 1.0
-_LEAST_WORD_LENGTH: Final = 4
 
 
 class AdapterRows(NamedTuple):
@@ -107,13 +105,16 @@ def word_results(
     of a sum of `size` of them. Compared with guessing the words that are frequent in public texts.
     """
     generator = np.random.default_rng(seed)
-    vocabulary = _vocabulary(public.texts, victim.texts)
+    told, kept = (Counter(w for text in side.texts for w in _words(text)) for side in (public, victim))
+    # Words that occur in public and in private texts, in neither of them nearly always.
+    usual, most = 0.5 * len(public.texts), 0.5 * len(victim.texts)
+    vocabulary = sorted(w for w, count in told.items() if 3 <= count <= usual and 1 <= kept[w] <= most)
     shown, hidden = _presence(public.texts, vocabulary), _presence(victim.texts, vocabulary)
     rows = public.rows.astype(np.float64)
     mean, prior = rows.mean(axis=0), shown.mean(axis=0)
     centred = rows - mean
     gram = centred @ centred.T
-    ridge = _RIDGE * float(np.trace(gram)) / len(gram)
+    ridge = float(np.trace(gram)) / len(gram)
     mapped = np.linalg.solve(gram + ridge * np.eye(len(gram)), shown - prior)
     bound = float(np.quantile(np.linalg.norm(rows, axis=1), 0.5))
     sigma = noise_multiplier(8.0)
@@ -181,19 +182,9 @@ def _membership(
     )
 
 
-def _vocabulary(public: Sequence[str], victim: Sequence[str]) -> list[str]:
-    """Words that occur in public and in private texts, in neither of them nearly always."""
-    shown, hidden = (Counter(word for text in texts for word in _words(text)) for texts in (public, victim))
-    return sorted(
-        word
-        for word, count in shown.items()
-        if 3 <= count <= 0.5 * len(public) and 1 <= hidden[word] <= 0.5 * len(victim)
-    )
-
-
 def _words(text: str) -> set[str]:
     kept = "".join(letter if letter.isalpha() else " " for letter in text.lower())
-    return {word for word in kept.split() if len(word) >= _LEAST_WORD_LENGTH}
+    return {word for word in kept.split() if len(word) >= 4}
 
 
 def _presence(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:

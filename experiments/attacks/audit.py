@@ -26,7 +26,6 @@ from fedmosaic.privacy.mechanism.noise import Randomness
 
 AUDIT: Final = "Empirical ε of the adapter's DP-SGD, one run"
 RANK: Final = 16
-_GRADIENT: Final = 1e3
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +43,9 @@ class CanaryModel(nn.Module):
     A second position with input zero and the opposite sign takes the gradient of Q off again.
     """
 
-    def __init__(self, cores: int, rank: int = RANK) -> None:
+    def __init__(self, cores: int) -> None:
         super().__init__()
-        self.rank = rank
-        self.cores = nn.ModuleDict({f"core{i}": nn.Linear(rank, rank) for i in range(cores)})
+        self.cores = nn.ModuleDict({f"core{i}": nn.Linear(RANK, RANK) for i in range(cores)})
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -58,24 +56,15 @@ class CanaryModel(nn.Module):
     def losses(self, batch: Batch) -> torch.Tensor:
         """(B,) losses, each linear in one entry of one P."""
         rows, columns = batch["input_ids"][:, 0], batch["input_ids"][:, 1]
-        inputs = torch.zeros(len(rows), 2, self.rank)
-        inputs[torch.arange(len(rows)), 0, columns % self.rank] = 1.0
+        inputs = torch.zeros(len(rows), 2, RANK)
+        inputs[torch.arange(len(rows)), 0, columns % RANK] = 1.0
         total = torch.zeros(len(rows))
         for number, core in enumerate(self.cores.values()):
             produced = core(inputs)
-            mine = (rows // self.rank == number).float()
-            entry = produced.gather(2, (rows % self.rank)[:, None, None].expand(-1, 2, 1))[..., 0]
-            total = total + _GRADIENT * mine * (entry[:, 0] - entry[:, 1])
+            mine = (rows // RANK == number).float()
+            entry = produced.gather(2, (rows % RANK)[:, None, None].expand(-1, 2, 1))[..., 0]
+            total = total + 1e3 * mine * (entry[:, 0] - entry[:, 1])
         return total
-
-
-def canary_examples(count: int, rank: int = RANK) -> list[EncodedExample]:
-    """One example per entry of the cores' matrices, in order."""
-    examples = []
-    for number in range(count):
-        ids = torch.tensor([number // rank, number % rank, 0])
-        examples.append(EncodedExample(f"canary-{number}", ids, ids.clone()))
-    return examples
 
 
 def one_run(
@@ -84,7 +73,10 @@ def one_run(
     """Train once by plain SGD with about half of m canaries, one per entry of P, and read their scores."""
     model = CanaryModel(-(-canaries // RANK**2))
     included = coins.random(canaries) < 0.5
-    examples = [example for example, coin in zip(canary_examples(canaries), included, strict=True) if coin]
+    examples = []
+    for number in np.flatnonzero(included):
+        ids = torch.tensor([number // RANK, number % RANK, 0])
+        examples.append(EncodedExample(f"canary-{number}", ids, ids.clone()))
     private_steps(
         model,
         model.named_cores(),

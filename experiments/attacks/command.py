@@ -37,7 +37,6 @@ PARTS: Final[tuple[Part, ...]] = get_args(Part)
 Found = Iterable[AttackResult | RefusalResult]
 Runner = Callable[[list[str]], Found]
 """Carries out one part; adds to a list what it had to leave out, with the reason."""
-_BROKEN_EXIT: Final = 1
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,39 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic attack", description=__doc__)
     torch.set_num_threads(parsed.threads)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    console = Console()
+    if not parsed.parts:
+        raise ConfigurationError(f"--parts names no part; choose from {', '.join(PARTS)}")
+    console, started, began = Console(), time.monotonic(), time.process_time()
     name, place, runners = _opened(parsed, console)
-    command = "fedmosaic attack " + shlex.join(arguments)
-    # What is found is written after every part, so that a command that is stopped leaves what it had.
-    keep = partial(attack_report.write, directory=place)
-    report = carry_out(name, parsed.parts, runners, command, console, keep)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    graphics = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    found: list[AttackResult | RefusalResult] = []
+    skipped: list[str] = []
+    for part in parsed.parts:
+        since, worked = time.monotonic(), time.process_time()
+        try:
+            found += runners[part](skipped)
+        except ConfigurationError as error:
+            skipped.append(f"{part}: {error}")
+        report = AttackReport(
+            run=name,
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
+            seconds=time.monotonic() - started,
+            processor_seconds=time.process_time() - began,
+            command="fedmosaic attack " + shlex.join(arguments),
+            machine=f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {graphics}",
+            results=tuple(each for each in found if isinstance(each, AttackResult)),
+            refusals=tuple(each for each in found if isinstance(each, RefusalResult)),
+            skipped=tuple(skipped),
+        )
+        # Written after every part, so that a command that is stopped leaves what it had.
+        attack_report.write(report, place)
+        console.print(
+            f"{part}: {time.monotonic() - since:.0f} s, {time.process_time() - worked:.0f} s of one core"
+        )
     console.print(attack_report.render(report))
     console.print(f"written to {place}")
-    return _BROKEN_EXIT if report.alarms else 0
+    return 1 if report.alarms else 0
 
 
 def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Part, Runner]]:
@@ -104,52 +127,9 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
     victim = attack_parts.choose_victim(target, parsed.client)
     console.print(f"attacking {victim.client_id} ({victim.task}) of {target.name}")
     subject = attack_parts.Subject(target, victim, parsed.sizes, parsed.probes)
-    place = target.directory / "attacks" if target.directory is not None else Path(f"attacks-{target.name}")
+    place = target.directory / "attacks" if target.directory else Path(f"attacks-{target.name}")
     runners: dict[Part, Runner] = {part: getattr(subject, part) for part in PARTS if part not in malicious}
     return target.name, parsed.output_dir or place, {**runners, **malicious}
-
-
-def carry_out(
-    name: str,
-    parts: Sequence[Part],
-    runners: Mapping[Part, Runner],
-    command: str,
-    console: Console,
-    keep: Callable[[AttackReport], None],
-) -> AttackReport:
-    """Carry out the chosen attacks; `keep` is told of the report after every part."""
-    started, began = time.monotonic(), time.process_time()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    graphics = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {graphics}"
-    found: list[AttackResult | RefusalResult] = []
-    skipped: list[str] = []
-
-    def report() -> AttackReport:
-        return AttackReport(
-            run=name,
-            created=dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
-            seconds=time.monotonic() - started,
-            processor_seconds=time.process_time() - began,
-            command=command,
-            machine=machine,
-            results=tuple(each for each in found if isinstance(each, AttackResult)),
-            refusals=tuple(each for each in found if isinstance(each, RefusalResult)),
-            skipped=tuple(skipped),
-        )
-
-    for part in parts:
-        since, worked = time.monotonic(), time.process_time()
-        try:
-            found += runners[part](skipped)
-        except ConfigurationError as error:
-            skipped.append(f"{part}: {error}")
-        keep(report())
-        console.print(
-            f"{part}: {time.monotonic() - since:.0f} s, {time.process_time() - worked:.0f} s of one core"
-        )
-    keep(report())
-    return report()
 
 
 if __name__ == "__main__":

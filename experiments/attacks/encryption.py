@@ -31,12 +31,6 @@ from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 from fedmosaic.protos.messages import Receipt, Upload, WeightRow
 from fedmosaic.server.coordinator import Coordinator
 
-HEADLINE: Final = (
-    "Encryption keeps out a server that works alone. A server that gets the group key from ONE SINGLE "
-    "member reads EVERY member's upload, in every round of that key's epoch: all members of an epoch hold "
-    "the same key, and no policy on weights is in the way. Against that only DP on the adapter (`dp`, "
-    "`dp+encrypted`) protects"
-)
 _BACK_ENDS: Final[tuple[CkksParameters | MaskParameters, ...]] = (CkksParameters(), MaskParameters())
 _NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0)
 _SIZE: Final = 272
@@ -74,7 +68,10 @@ def group_key_result() -> AttackResult:
         release="adapter protection `encrypted`",
         setting="product",
         figures=tuple(figures),
-        headline=HEADLINE,
+        headline="Encryption keeps out a server that works alone. A server that gets the group key from "
+        "ONE SINGLE member reads EVERY member's upload, in every round of that key's epoch: all members of "
+        "an epoch hold the same key, and no policy on weights is in the way. Against that only DP on the "
+        "adapter (`dp`, `dp+encrypted`) protects",
         note="error 0: the upload is read. Under `dp+encrypted` what is read so is the DP release",
     )
 
@@ -126,12 +123,11 @@ def fresh_key(parameters: Parameters, members: tuple[str, ...] = MEMBERS) -> Gro
 
 def claimed_row_result(policy: AggregationPolicy, seed: int) -> AttackResult:
     """Send the sum of a one-hot row under an honest one that keeps the policy, with both back ends."""
-    figures, answers = [], []
-    for parameters in _BACK_ENDS:
-        error, answer = _sum_of_another_row(parameters, policy, seed)
-        name = f"back end {parameters.backend}, a sum of one member under an honest row"
-        figures.append(Figure.exact(name, error))
-        answers.append(f"{parameters.backend}: {answer}")
+    found = {each.backend: _sum_of_another_row(each, policy, seed) for each in _BACK_ENDS}
+    figures = [
+        Figure.exact(f"back end {name}, a sum of one member under an honest row", error)
+        for name, (error, _) in found.items()
+    ]
     return AttackResult(
         attack=COLLUSION,
         adversary="malicious server, for the benefit of a recipient",
@@ -142,7 +138,7 @@ def claimed_row_result(policy: AggregationPolicy, seed: int) -> AttackResult:
         figures=tuple(figures),
         note="error 0: the recipient reads the victim's adapter, although the row that it checked keeps the "
         "policy; error 1: refused. Under ckks the server has to be trusted to sum with the rows it tells. "
-        + "; ".join(answers),
+        + "; ".join(f"{name}: {answer}" for name, (_, answer) in found.items()),
     )
 
 

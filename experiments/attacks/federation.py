@@ -33,9 +33,6 @@ COLLUSION: Final = "Collusion: solving for another member's adapter"
 SPOOFING: Final = "Relevance spoofing: pulling or poisoning a victim's aggregate"
 TASK: Final = "Task inference from the profile"
 _BITS: Final = 12
-_DIMENSIONS: Final = 256
-_ALL_COALITIONS: Final = 12
-"""Members up to which every coalition is tried."""
 
 
 def weight_matrix(rows: Rows, members: Sequence[str]) -> np.ndarray:
@@ -48,8 +45,7 @@ def simulated_weights(
 ) -> list[np.ndarray]:
     """Weight matrices that the real planning makes of random profiles, a new one every round."""
     generator = np.random.default_rng(seed)
-    names = [f"member-{number}" for number in range(members)]
-    matrices = []
+    names, matrices = [f"member-{number}" for number in range(members)], []
     for _ in range(rounds - 1):
         vectors = generator.standard_normal((members, 64)) + 0.7 * generator.standard_normal(64)
         rows = planned_rows(dict(zip(names, vectors, strict=True)), 0.0, terms, policy)
@@ -84,9 +80,9 @@ def collusion_results(
     """What coalitions of every size recover, for adapters that move little or much between rounds.
 
     The weights are what every member received, per round, from some source. `dp_noise` is the least noise of
-    a DP adapter over its signal; None leaves that case out.
+    a DP adapter over its signal; None leaves that case out. All coalitions are tried in small federations.
     """
-    members = len(weights[0])
+    members, rounds = len(weights[0]), len(weights)
     cases: list[tuple[str, float, float, Setting]] = [
         ("adapters at rest", 0.0, 0.0, "product"),
         ("adapters that move 30 % a round", 0.3, 0.0, "product"),
@@ -97,21 +93,28 @@ def collusion_results(
     for words, movement, noise, setting in cases:
         figures = [
             Figure.spread(
-                f"error, {size} of {members}, {rounds} aggregate(s) each",
-                _recovery_errors(weights[:rounds], size, movement, noise, trials, seed),
+                f"error, {size} of {members}, {count} aggregate(s) each",
+                [_recovery_error(weights[:count], size, movement, noise, [seed, n]) for n in range(trials)],
             )
             for size in range(1, members)
-            for rounds in sorted({1, len(weights)})
+            for count in sorted({1, rounds})
         ]
         results.append(_collusion(source, words, figures, setting))
     figures = []
     for k in range(1, members):
-        held = collusion.equations(weights, [np.eye(members)] * len(weights), range(k))
+        held = collusion.equations(weights, [np.eye(members)] * rounds, range(k))
         count = collusion.independent_equations(held.weights_EU)
         figures.append(Figure.exact(f"independent rows, {k} of {members} ({members - k} unknown)", count))
     results.append(_collusion(source, "exact count of independent rows", figures))
-    if members <= _ALL_COALITIONS:
-        results.append(_smallest(weights, source))
+    if members <= 12:
+        figures = []
+        for words, rows in (("one round", weights[:1]), (f"{rounds} rounds, adapters at rest", weights)):
+            least = collusion.smallest_coalition(rows)
+            name = "recipients that suffice" if least else "coalitions of any size that suffice"
+            figures.append(Figure.exact(f"{name}, {words}", least or 0))
+        note = f"all coalitions tried; solved is an error below {SOLVED:g}, adapters taken for unrelated"
+        words = "smallest coalition that solves for an adapter"
+        results.append(_collusion(source, words, figures, note=note))
     return [*results, _chosen_rows(members - 1, policy)]
 
 
@@ -139,8 +142,8 @@ def spoofing_results(
             sybils = {f"sybil-{number}": profiles[victim] for number in range(count)}
             rows = planned_rows({**profiles, **sybils}, variance, terms, policy)
             found.append(sum(rows.get(victim, {}).get(name, 0.0) for name in sybils))
-    figures = [Figure.spread("honest client of another task", strangers)] if strangers else []
-    figures += [Figure.spread("honest client of the same task", honest)] if honest else []
+    told = {"honest client of another task": strangers, "honest client of the same task": honest}
+    figures = [Figure.spread(name, found) for name, found in told.items() if found]
     for count, found in shares.items():
         name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
         figure = Figure.spread(name, found)
@@ -226,36 +229,19 @@ def dp_noise_ratio(sigma: float, rate: float, steps: int, examples: int, dimensi
     return sigma * math.sqrt(dimensions) / (math.sqrt(steps) * rate * examples)
 
 
-def _recovery_errors(
-    weights: Sequence[np.ndarray], size: int, movement: float, noise: float, trials: int, seed: int
-) -> list[float]:
-    members = len(weights[0])
-    errors = []
-    for trial in range(trials):
-        generator = np.random.default_rng([seed, trial])
-        coalition = sorted(generator.permutation(members)[:size].tolist())
-        adapters = generator.standard_normal((members, _DIMENSIONS))
-        released = adapters + noise * generator.standard_normal(adapters.shape)
-        over_rounds = [released]
-        for _ in weights[1:]:
-            over_rounds.append(over_rounds[-1] + movement * generator.standard_normal(adapters.shape))
-        estimate = collusion.solve(collusion.equations(weights, over_rounds, coalition), movement)
-        outside = [index for index in range(members) if index not in coalition]
-        errors.append(
-            min(collusion.recovery_error(e, adapters[i]) for e, i in zip(estimate, outside, strict=True))
-        )
-    return errors
-
-
-def _smallest(weights: Sequence[np.ndarray], source: str) -> AttackResult:
-    """The true number of recipients that suffices; nobody's guess from the size of the roster."""
-    figures = []
-    for words, rounds in (("one round", weights[:1]), (f"{len(weights)} rounds, adapters at rest", weights)):
-        size = collusion.smallest_coalition(rounds)
-        name = "recipients that suffice" if size else "coalitions of any size that suffice"
-        figures.append(Figure.exact(f"{name}, {words}", size or 0))
-    note = f"all coalitions tried; solved is an error below {SOLVED:g}, adapters taken for unrelated"
-    return _collusion(source, "smallest coalition that solves for an adapter", figures, note=note)
+def _recovery_error(
+    weights: Sequence[np.ndarray], size: int, movement: float, noise: float, seed: Sequence[int]
+) -> float:
+    """The least error of any adapter outside a random coalition, for random adapters of 256 numbers."""
+    members, generator = len(weights[0]), np.random.default_rng(seed)
+    coalition = sorted(generator.permutation(members)[:size].tolist())
+    adapters = generator.standard_normal((members, 256))
+    over_rounds = [adapters + noise * generator.standard_normal(adapters.shape)]
+    for _ in weights[1:]:
+        over_rounds.append(over_rounds[-1] + movement * generator.standard_normal(adapters.shape))
+    estimate = collusion.solve(collusion.equations(weights, over_rounds, coalition), movement)
+    outside = [index for index in range(members) if index not in coalition]
+    return min(collusion.recovery_error(e, adapters[i]) for e, i in zip(estimate, outside, strict=True))
 
 
 def _chosen_rows(others: int, policy: AggregationPolicy) -> AttackResult:

@@ -198,7 +198,6 @@ def inversion_results(
 
 
 _Decoded = list[tuple[int, ...]]
-_Case = tuple[str, str, Setting, float | None, Callable[[], _Decoded]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,30 +227,31 @@ class _Attack:
         floor = _FLOOR * float(np.sqrt(np.mean(self.public**2)))
         return pursuit.fit_background(self.public, np.full(self.public.shape[1], floor))
 
-    def cases(self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource) -> list[_Case]:
+    def cases(
+        self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource
+    ) -> list[tuple[str, str, Setting, float | None, Callable[[], _Decoded]]]:
         """Every kind of release."""
         count, steps = len(self.rows), f"none: the update after {STEPS} steps of AdamW on"
+        own = self.totals[: len(self.unknown)]
         unprotected: list[tuple[str, Callable[[], _Decoded]]] = [
-            ("none: the gradient of one text", self.single),
+            ("none: the gradient of one text", lambda: self._each(self.exact, own, 0.0)),
             ("none: the mean gradient of 2 texts", self.pairs),
             (f"none: the mean gradient of {count} texts", self.batch),
             (f"{steps} one text", lambda: self.signs(updates, 0)),
             (f"{steps} {count} texts", lambda: self.signs([together] * len(self.unknown), count - 1)),
         ]
+
+        def guess() -> _Decoded:
+            return [decode(self.reader, self.exact, None, text, 0.0, _BEAMS).tokens for text in self.unknown]
+
         mixed = "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25"
         private = f"dp: one step on one text at ε = {EPSILON:g}"
         return [
             *((words, "server", "no_sanitiser", math.inf, decoded) for words, decoded in unprotected),
             (mixed, "recipient", "product", math.inf, self.aggregate),
             (private, "server or recipient", "variant", EPSILON, lambda: self.private(noise)),
-            (OWN_GUESS.format("update"), "server", "no_sanitiser", None, self.guess),
+            (OWN_GUESS.format("update"), "server", "no_sanitiser", None, guess),
         ]
-
-    def guess(self) -> _Decoded:
-        return [decode(self.reader, self.exact, None, text, 0.0, _BEAMS).tokens for text in self.unknown]
-
-    def single(self) -> _Decoded:
-        return self._each(self.exact, self.totals[: len(self.unknown)], 0.0)
 
     def pairs(self) -> _Decoded:
         found: _Decoded = []

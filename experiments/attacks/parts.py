@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -26,21 +26,9 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.protos.errors import ConfigurationError
 
-_DIGEST: Final = re.compile(r"-[0-9a-f]{12}$")
-_MEMBERS_PER_RELEASE: Final = 36
-_REST_OF_DATA: Final = 60
-_FULL_BATCH_STEPS: Final = 4
-_LEAST_SIGMA: Final = 0.1
-_LEAST_MEMBERS: Final = 5
-_SIMULATED_ROUNDS: Final = 6
 _TASK_EXAMPLES: Final = 100
 _TEXT_TOKENS: Final = 10
 _ADAPTER_POOL: Final = 80
-_ADAPTER_RELEASES: Final = 1000
-_WORD_BATCH: Final = 8
-_INVERTED_BATCH: Final = 8
-_PUBLIC_TEXTS: Final = 64
-_SCORED: Final = 60
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ def choose_victim(target: Target, name: str) -> Victim:
 
 @dataclass(frozen=True)
 class Subject:
-    """One client of a federation under attack; every part is a method, which may tell what it left out.
+    """One client under attack; every part is a method, which may tell what it left out.
 
     `further` are models that the profile attacks are repeated with in the probe's place.
     """
@@ -89,22 +77,22 @@ class Subject:
     def profile(self, _: list[str]) -> Iterator[AttackResult]:
         """Membership in the victim's profile, in every setting, and in the run's own release."""
         yield from self._membership(self.prober, self.victim, self.sizes.releases)
-        public_map, victim = self.prober.public_map, self.victim
-        released = victim.released_profile(public_map.mechanism.dimensions)
+        mechanism, victim = self.prober.public_map.mechanism, self.victim
+        released = victim.released_profile(mechanism.dimensions)
         if released is not None:
             if not victim.unseen:
                 raise ConfigurationError(f"{victim.client_id} has no text that it does not train on")
-            everybody = [*victim.train, *victim.unseen]
-            rows = public_map.rows(self.prober.factors(everybody))
-            members = np.arange(len(everybody)) < len(victim.train)
-            yield profile.own_release_result(released, rows, members, public_map.mechanism)
+            rows = self.prober.rows([*victim.train, *victim.unseen])
+            members = np.arange(len(rows)) < len(victim.train)
+            yield profile.own_release_result(released, rows, members, mechanism)
 
     def tasks(self, _: list[str]) -> Iterator[AttackResult]:
         """Every client's task, and every further model in the probe's place, in fewer settings."""
-        probers = [(_DIGEST.sub("", Path(self.target.scenario.probe.path).name), self.prober)]
-        for path in self.further:
-            probers.append((path.name, open_prober(self.target, ModelSettings(path=str(path)))))
-        for name, prober in probers:
+        own = re.sub(r"-[0-9a-f]{12}$", "", Path(self.target.scenario.probe.path).name)
+        others = (
+            (path.name, open_prober(self.target, ModelSettings(path=str(path)))) for path in self.further
+        )
+        for name, prober in chain([(own, self.prober)], others):
             for victim in self.target.victims:
                 brief = f"{victim.task}, probe {name}"
                 yield from self._membership(prober, victim, max(1, self.sizes.releases // 2), brief)
@@ -118,19 +106,19 @@ class Subject:
             prober.public_map,
             SecureNoise(),
             releases=releases,
-            rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
+            rate=min(0.5, 36 / len(pool)),  # about 36 members in a release
             seed=self.sizes.seed,
             brief=brief,
         )
 
     def audit(self, _: list[str]) -> Iterator[AttackResult]:
         """Empirical ε of both channels."""
-        others = self.prober.factors(self.victim.train[:_REST_OF_DATA])
+        rest, own = self.prober.rows(self.victim.train[:60]), self.prober.public_map.mechanism
         count = self.sizes.audited_releases
         for epsilon in profile.EPSILONS:
-            noisy = self.prober.with_noise(profile.noise_multiplier(epsilon))
-            yield profile.audit_result(noisy, others, SecureNoise(), releases=count, setting="variant")
-        yield profile.audit_result(self.prober.public_map, others, SecureNoise(), releases=count)
+            noisy = own.model_copy(update={"noise_multiplier": profile.noise_multiplier(epsilon)})
+            yield profile.audit_result(noisy, rest, SecureNoise(), releases=count, setting="variant")
+        yield profile.audit_result(own, rest, SecureNoise(), releases=count)
         coins = np.random.default_rng(self.sizes.seed)
         for words, settings, setting in self._dp_settings(len(self.victim.train)):
             run = audit.one_run(self.sizes.canaries, settings, SecureNoise(), coins)
@@ -141,7 +129,8 @@ class Subject:
         scenario = self.target.scenario
         privacy, steps = scenario.adapter_privacy, self._steps
         rate = min(1.0, privacy.expected_batch_size / examples)
-        spent = GaussianEvent(max(_LEAST_SIGMA, scenario.profile.noise_multiplier), 1.0, 1)
+        # A profile without noise would leave nothing to plan with.
+        spent = GaussianEvent(max(0.1, scenario.profile.noise_multiplier), 1.0, 1)
         delta = default_delta(examples, privacy.largest_delta)
         planned = noise_multiplier_for(privacy.target_epsilon, delta, [spent], rate, steps)
         as_planned = PrivateTrainingSettings(
@@ -152,15 +141,12 @@ class Subject:
             max_grad_norm=privacy.clipping_norm,
             noise_multiplier=planned,
         )
-        yield (
-            f"planned for ε = {privacy.target_epsilon:g} at this client's own δ: σ = {planned:.3g}, "
-            f"q = {rate:.3g}, {steps} steps",
-            as_planned,
-            "product" if scenario.adapter.private else "variant",
-        )
-        sigma = math.sqrt(_FULL_BATCH_STEPS) * profile.noise_multiplier(3.0)
-        full = {"steps": _FULL_BATCH_STEPS, "sampling_rate": 1.0, "noise_multiplier": sigma}
-        words = f"all examples in every step: σ = {sigma:.3g}, {_FULL_BATCH_STEPS} steps"
+        words = f"planned for ε = {privacy.target_epsilon:g} at this client's own δ: σ = {planned:.3g}, "
+        words += f"q = {rate:.3g}, {steps} steps"
+        yield words, as_planned, "product" if scenario.adapter.private else "variant"
+        sigma = math.sqrt(4) * profile.noise_multiplier(3.0)
+        full = {"steps": 4, "sampling_rate": 1.0, "noise_multiplier": sigma}
+        words = f"all examples in every step: σ = {sigma:.3g}, 4 steps"
         yield words, as_planned.model_copy(update=full), "variant"
 
     @property
@@ -173,22 +159,18 @@ class Subject:
         target, scenario, seed = self.target, self.target.scenario, self.sizes.seed
         names = sorted(victim.client_id for victim in target.victims)
         examples = min(len(victim.train) for victim in target.victims)
-        rate, size = min(1.0, scenario.adapter_privacy.expected_batch_size / examples), scenario.adapter
-        noise = federation.dp_noise_ratio(1.0, rate, self._steps, examples, size.shared_dimensions)
+        rate = min(1.0, scenario.adapter_privacy.expected_batch_size / examples)
+        size = scenario.adapter.shared_dimensions
+        noise = federation.dp_noise_ratio(1.0, rate, self._steps, examples, size)
+        policy, source = scenario.policy, "this run's own rows"
         weights = target.server_run.weights(names)[:-1]
-        source = "this run's own rows"
         if not weights:
             source = "rows that the real planning makes of random profiles"
-            weights = federation.simulated_weights(
-                max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
-            )
+            weights = federation.simulated_weights(max(5, len(names)), 6, scenario.relevance, policy, seed)
         results = [group_key_result()]
-        results += federation.collusion_results(
-            weights, scenario.policy, source=source, dp_noise=noise, seed=seed
-        )
-        results.append(claimed_row_result(scenario.policy, seed))
-        results += self._spoofing(skipped)
-        return results + self._task_inference(skipped)
+        results += federation.collusion_results(weights, policy, source=source, dp_noise=noise, seed=seed)
+        results.append(claimed_row_result(policy, seed))
+        return results + self._spoofing(skipped) + self._task_inference(skipped)
 
     def _spoofing(self, skipped: list[str]) -> list[AttackResult]:
         mechanism, target, scenario = self.prober.public_map.mechanism, self.target, self.target.scenario
@@ -209,13 +191,10 @@ class Subject:
         if len(by_task) < 2:
             skipped.append("task inference needs at least two tasks")
             return []
-        prober, own, reference = self.prober, {}, {}
-        for task, victim in by_task.items():
-            own[task] = prober.public_map.rows(prober.factors(victim.train[: 2 * _TASK_EXAMPLES]))
-            reference[task] = prober.public_map.rows(prober.factors(victim.test[:_TASK_EXAMPLES]))
+        prober = self.prober
         return federation.task_results(
-            own,
-            reference,
+            {task: prober.rows(victim.train[: 2 * _TASK_EXAMPLES]) for task, victim in by_task.items()},
+            {task: prober.rows(victim.test[:_TASK_EXAMPLES]) for task, victim in by_task.items()},
             prober.public_map.mechanism,
             SecureNoise(),
             size=_TASK_EXAMPLES,
@@ -249,10 +228,10 @@ class Subject:
     def adapter(self, _: list[str]) -> Iterator[AttackResult]:
         """Membership and words from an update of P and Q."""
         target, victim, seed = self.target, self.victim, self.sizes.seed
-        generator = np.random.default_rng(seed)
         pool = candidates(victim, _ADAPTER_POOL, seed)
-        foreign = [e for v in target.victims if v.client_id != victim.client_id for e in v.train]
-        others = [foreign[index] for index in generator.permutation(len(foreign))[: 2 * _ADAPTER_POOL]]
+        foreign = [e for v in target.victims if v is not victim for e in v.train]
+        order = np.random.default_rng(seed).permutation(len(foreign))
+        others = [foreign[index] for index in order[: 2 * _ADAPTER_POOL]]
         known = {example.prompt for example in victim.train}
         kin = [e for v in target.victims if v.task == victim.task for e in v.test if e.prompt not in known]
         rows = adapter.adapter_rows(
@@ -261,12 +240,9 @@ class Subject:
             [pool, others or pool, kin[: 2 * _ADAPTER_POOL] or pool, list(victim.train[:_ADAPTER_POOL])],
             target.scenario.profile.max_length,
         )
-        yield from adapter.membership_results(
-            rows[0], rows[1], SecureNoise(), releases=_ADAPTER_RELEASES, rate=0.3, seed=seed
-        )
-        yield from adapter.word_results(
-            rows[2], rows[3], SecureNoise(), size=_WORD_BATCH, updates=40, seed=seed
-        )
+        noise = SecureNoise()
+        yield from adapter.membership_results(rows[0], rows[1], noise, releases=1000, rate=0.3, seed=seed)
+        yield from adapter.word_results(rows[2], rows[3], noise, size=8, updates=40, seed=seed)
 
     def inversion(self, _: list[str]) -> Iterator[AttackResult]:
         """Texts from an update of P and Q."""
@@ -279,9 +255,9 @@ class Subject:
             whole = (each for each in found if int((each.labels != IGNORED).sum()) == _TEXT_TOKENS)
             return tuple(islice(whole, count))
 
-        texts = [f"{example.prompt} {example.answer}" for example in target.public[:_PUBLIC_TEXTS]]
+        texts = [f"{example.prompt} {example.answer}" for example in target.public[:64]]
         material = inversion.Material(
-            texts=long_enough(victim.train, max(sizes.texts, _INVERTED_BATCH)),
+            texts=long_enough(victim.train, max(sizes.texts, 8)),
             others=long_enough([e for v in target.victims if v is not victim for e in v.train], 2),
             public=tuple(tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts),
             attacked=sizes.texts,
@@ -291,4 +267,4 @@ class Subject:
 
     def received(self, _: list[str]) -> list[AttackResult]:
         """What an aggregate does and tells after a finished run."""
-        return received_results(self.target, self.victim, _SCORED)
+        return received_results(self.target, self.victim, examples=60)

@@ -7,12 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from fedmosaic.experiments.attacks.statistics import membership
-from fedmosaic.experiments.attacks.statistics.empirical import (
-    audit_figures,
-    epsilon_of_noise,
-    repeat_releases,
-)
+from fedmosaic.experiments.attacks.statistics import empirical, membership
 from fedmosaic.experiments.attacks.statistics.results import DELTA, AttackResult, Setting
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling, membership_figures
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
@@ -34,6 +29,7 @@ _DICTIONARY: Final = "dictionary least squares over all candidates"
 _CORRELATION: Final = "plain correlation"
 _SERVER: Final = "server with a pool of candidates"
 _STRONGEST: Final = "adversary of DP: knows all other members"
+_WEAK: Final = "sees mostly the task; too weak to be evidence of protection"
 
 
 @lru_cache
@@ -65,55 +61,56 @@ def membership_results(
         mechanism = own.model_copy(update={"noise_multiplier": noise_multiplier(epsilon)})
         results += _of_mechanism(rows, mechanism, members, rate, noise, "variant")
     results += _of_mechanism(rows, own, members, rate, noise, "product")
-    if not brief:
-        yield from results
-        return
     for result in results:
-        if result.statistic != _CORRELATION:
-            changes = {"attack": BY_TASK, "release": f"{brief}: {result.release}", "curve": ()}
-            yield result.model_copy(update=changes)
+        changes = {"attack": BY_TASK, "release": f"{brief}: {result.release}", "curve": ()}
+        if not brief or result.statistic != _CORRELATION:
+            yield result.model_copy(update=changes if brief else {})
 
 
 def own_release_result(
     released: Float32Array, rows: Float64Array, is_member: np.ndarray, mechanism: ProfileMechanism
 ) -> AttackResult:
     """Dictionary least squares on the (k,) bytes that the run released, for (N, k) standardised rows."""
-    units, _ = clip(rows, mechanism.clipping_norm)
-    values = units * (mechanism.clipping_norm / GRID)
+    values = clip(rows, mechanism.clipping_norm)[0] * (mechanism.clipping_norm / GRID)
     inner = np.asarray(values @ released.astype(np.float64), dtype=np.float64)[None]
     deviation, prior = mechanism.noise_standard_deviation, float(is_member.mean())
     scores = membership.dictionary_scores(inner, values @ values.T, deviation, prior)[0]
+    sigma = mechanism.noise_multiplier
     return AttackResult(
         attack=OWN_RELEASE,
         adversary=_SERVER,
         sees=_SEES,
         statistic=_DICTIONARY,
-        release=f"stored bytes, σ = {mechanism.noise_multiplier:g}",
+        release=f"stored bytes, σ = {sigma:g}",
         setting="product",
-        epsilon=epsilon_of_noise(mechanism.noise_multiplier),
-        figures=membership_figures(scores, is_member, Ceiling.of_noise(mechanism.noise_multiplier))[:1],
+        epsilon=empirical.epsilon_of_noise(sigma),
+        figures=membership_figures(scores, is_member, Ceiling.of_noise(sigma))[:1],
         note="one draw of the noise; the interval takes scores for independent, so it is a little narrow",
     )
 
 
 def audit_result(
-    public_map: PublicMap,
-    others: Sequence[GradientFactors],
+    mechanism: ProfileMechanism,
+    others: Float64Array,
     noise: NoiseSource,
     *,
     releases: int,
     setting: Setting = "product",
 ) -> AttackResult:
-    """Repeat the product's release with and without a canary that fills the clipping bound."""
-    mechanism = public_map.mechanism
-    rest = clipped_sum(public_map.rows(others), mechanism)
-    canary_row = _canary_row(rest, mechanism)
+    """Repeat the product's release, of the (n, k) rows of others, with and without a canary of norm C."""
+    rest = clipped_sum(others, mechanism)
+    # A row of norm above C, orthogonal to the sum of the rest, so that clipping brings it to C.
+    direction = np.zeros(mechanism.dimensions)
+    direction[int(np.argmin(np.abs(rest.units)))] = 1.0
+    mean = rest.units / max(1.0, float(np.linalg.norm(rest.units)))
+    direction -= mean * float(mean @ direction)
+    canary_row = np.asarray(direction / np.linalg.norm(direction) * (2.0 * mechanism.clipping_norm))
     canary = clipped_sum(canary_row[None], mechanism)
 
     def once(with_canary: bool) -> Float32Array:
         return release(rest + canary if with_canary else rest, mechanism, noise)
 
-    claimed = epsilon_of_noise(mechanism.noise_multiplier)
+    claimed = empirical.epsilon_of_noise(mechanism.noise_multiplier)
     return AttackResult(
         attack=AUDIT,
         adversary=_STRONGEST,
@@ -122,19 +119,10 @@ def audit_result(
         release=f"σ = {mechanism.noise_multiplier:.3g}",
         setting=setting,
         epsilon=claimed,
-        figures=audit_figures(repeat_releases(once, canary_row, releases), claimed),
+        figures=empirical.audit_figures(empirical.repeat_releases(once, canary_row, releases), claimed),
         note="value: certified at 95 %; low: certified at 99.99 %, which decides; high: most that could be "
         "certified by so many releases",
     )
-
-
-def _canary_row(rest: ClippedSum, mechanism: ProfileMechanism) -> Float64Array:
-    """A row of norm above C, orthogonal to the sum of the rest, so that clipping brings it to C."""
-    direction = np.zeros(mechanism.dimensions)
-    direction[int(np.argmin(np.abs(rest.units)))] = 1.0
-    mean = rest.units / max(1.0, float(np.linalg.norm(rest.units)))
-    direction -= mean * float(mean @ direction)
-    return np.asarray(direction / np.linalg.norm(direction) * (2.0 * mechanism.clipping_norm))
 
 
 def _references(
@@ -147,22 +135,20 @@ def _references(
     """The mean gradient as it is, under the authors' sanitiser, and under DP of some ε in its place."""
     whole, kept = membership.gram_matrix(factors), membership.gram_matrix(factors, AUTHORS_SHARE)
     inner = membership.simulated_inner_products(whole, members, 0.0, generator)
-    yield from _attacks(inner, whole, members, 0.0, rate, "raw mean gradient", "no_sanitiser", math.inf)
+    yield from _attacks(inner, whole, members, 0.0, rate, "raw mean gradient", "no_sanitiser")
     # The mean over n draws of N(0, 1e-4²), multiplied by n again.
     counts = members.sum(axis=1)
     inner = membership.simulated_inner_products(kept, members, AUTHORS_NOISE * np.sqrt(counts), generator)
     spread = AUTHORS_NOISE * math.sqrt(float(counts.mean()))
     words = "first 40 % of rows, noise 1e-4, no clipping"
-    yield from _attacks(inner, kept, members, spread, rate, words, "authors", math.inf)
+    yield from _attacks(inner, kept, members, spread, rate, words, "authors")
     bound = float(np.quantile(np.sqrt(np.diag(kept)), 0.1))
     clipped = membership.clipped_gram(kept, bound)
     for epsilon in epsilons:
         sigma = noise_multiplier(epsilon)
         inner = membership.simulated_inner_products(clipped, members, sigma * bound, generator)
         words = f"first 40 % of rows, clipped, ε = {epsilon:g}"
-        yield from _attacks(
-            inner, clipped, members, sigma * bound, rate, words, "variant", epsilon, Ceiling.of_noise(sigma)
-        )
+        yield from _attacks(inner, clipped, members, sigma * bound, rate, words, "variant", epsilon, sigma)
 
 
 def _of_mechanism(
@@ -174,14 +160,13 @@ def _of_mechanism(
     setting: Setting,
 ) -> Iterator[AttackResult]:
     units, _ = clip(rows, mechanism.clipping_norm)
-    values = units * (mechanism.clipping_norm / GRID)
+    values, sigma = units * (mechanism.clipping_norm / GRID), mechanism.noise_multiplier
     sums = [ClippedSum(units[chosen].sum(axis=0), 0, 0, int(chosen.sum())) for chosen in members]
     released = np.stack([release(total, mechanism, noise) for total in sums]).astype(np.float64)
-    sigma = mechanism.noise_multiplier
     words = f"{mechanism.reduction.kind}, {mechanism.dimensions} numbers, σ = {sigma:.3g}"
     yield from _attacks(
         released @ values.T, values @ values.T, members, mechanism.noise_standard_deviation, rate, words,
-        setting, epsilon_of_noise(sigma), Ceiling.of_noise(sigma),
+        setting, empirical.epsilon_of_noise(sigma), sigma,
     )  # fmt: skip
 
 
@@ -193,22 +178,17 @@ def _attacks(
     rate: float,
     words: str,
     setting: Setting,
-    epsilon: float,
-    ceiling: Ceiling | None = None,
+    epsilon: float = math.inf,
+    sigma: float = 0.0,
 ) -> Iterator[AttackResult]:
-    weak = "sees mostly the task; too weak to be evidence of protection"
+    ratios = membership.likelihood_ratio_scores(inner, gram, members, deviation)
     found = (
-        (
-            _STRONGEST,
-            "likelihood ratio",
-            membership.likelihood_ratio_scores(inner, gram, members, deviation),
-            "",
-        ),
+        (_STRONGEST, "likelihood ratio", ratios, ""),
         (_SERVER, _DICTIONARY, membership.dictionary_scores(inner, gram, deviation, rate), ""),
-        ("server with one candidate", _CORRELATION, membership.correlation_scores(inner, gram), weak),
+        ("server with one candidate", _CORRELATION, membership.correlation_scores(inner, gram), _WEAK),
     )
     for adversary, statistic, scores, note in found:
-        figures, curve = membership.scored(scores, members, ceiling or Ceiling())
+        figures, curve = membership.scored(scores, members, Ceiling.of_noise(sigma))
         yield AttackResult(
             attack=MEMBERSHIP,
             adversary=adversary,

@@ -26,12 +26,9 @@ from fedmosaic.experiments.attacks.statistics.roc import Ceiling, membership_fig
 from fedmosaic.experiments.attacks.target import Target, Victim
 from fedmosaic.protos.errors import ConfigurationError
 
-POISON: Final = "Poisoned aggregate: the victim's accuracy"
-LOSS: Final = "Membership by loss in a received aggregate"
 _ADAPTER_NAME: Final = re.compile(r"(?<=[._])((?:colora|lora)_\w+)\.default(?=\.|$)")
 _CORE: Final = re.compile(r"layers\.(\d+)\.(.+)\.colora_core_local\.(weight|bias)$")
 _BATCH: Final = 16
-_CLIPS: Final = (0.05, 0.5)
 
 
 def shared_vector(path: Path) -> np.ndarray:
@@ -107,13 +104,13 @@ def _poison(
         return
     figures = [attacked.accuracy("honest aggregate", usable, aggregate)]
     against = -np.sign(aggregate)
-    for clip in (*_CLIPS, bound):
+    for clip in (0.05, 0.5, bound):
         for share in (0.1, policy.weight_cap):
             poisoned = (1.0 - share) * aggregate + share * clip * against
             name = f"share {share:g} poison, uploads clipped to ±{clip:g}"
             figures.append(attacked.accuracy(name, usable, poisoned))
     yield AttackResult(
-        attack=POISON,
+        attack="Poisoned aggregate: the victim's accuracy",
         adversary="a client that got itself a share of the victim's aggregate",
         sees="nothing; it sends",
         statistic="accuracy on the victim's test examples",
@@ -134,9 +131,9 @@ def _loss(
     examples: int,
 ) -> Iterator[AttackResult]:
     """How much the aggregate lowers the loss of the largest contributor's training and test examples."""
-    others = {victim.client_id: victim for victim in target.victims if victim is not recipient}
-    name = max(others, key=lambda client: shares.get(client, 0.0))
-    members, outside = list(others[name].train[:examples]), others[name].unseen[:examples]
+    others = (victim for victim in target.victims if victim is not recipient)
+    other = max(others, key=lambda victim: shares.get(victim.client_id, 0.0))
+    members, outside = list(other.train[:examples]), other.unseen[:examples]
     if not members or not outside:
         return
     write_shared(attacked.model, aggregate.astype(np.float32), "global")
@@ -148,12 +145,12 @@ def _loss(
         without = attacked.losses(pool)
     is_member = np.arange(len(pool)) < len(members)
     yield AttackResult(
-        attack=LOSS,
+        attack="Membership by loss in a received aggregate",
         adversary="recipient",
         sees="its own aggregate",
         statistic="fall of the loss from the public model to the aggregate",
-        release=f"aggregate in which {name} has a share of {shares[name]:.2f}; adapter protection "
-        f"{target.scenario.adapter.protection}",
+        release=f"aggregate in which {other.client_id} has a share of {shares[other.client_id]:.2f}; adapter "
+        f"protection {target.scenario.adapter.protection}",
         setting="product",
         figures=membership_figures(without - with_aggregate, is_member, Ceiling())[:1],
         note="one aggregate after the whole run; no bound, unless the adapter is trained with DP",

@@ -26,7 +26,6 @@ _SETTINGS: Final = {
     "variant": "variant",
 }
 _LEAST_RATE: Final = 1e-4
-_LEAST_DECIMAL: Final = 5e-5
 
 
 def write(report: AttackReport, directory: Path) -> None:
@@ -68,8 +67,15 @@ def markdown(report: AttackReport) -> str:
         lines += [f"![ROC curves of the membership attacks]({ROC})", ""]
     for attack, group in groupby(report.results, key=lambda result: result.attack):
         lines += _attack_lines(attack, list(group))
-    if report.refusals:
-        lines += _refusal_lines(report)
+    rows = []
+    for refusal in report.refusals:
+        count = f"{refusal.refused} of {refusal.tried}" + (" **BROKEN**" if refusal.broken else "")
+        answer = refusal.answer.replace("|", "/").replace("\n", " ")
+        rows.append([refusal.party, refusal.attempt, count, answer])
+    if rows:
+        words = "Carried out against the real sessions, key agreement and coordinator; only the model is"
+        table = markdown_table(["who", "attempt", "refused", "answer"], rows)
+        lines += ["## Attempts that must be refused", "", f"{words} replaced.", "", *table, ""]
     if report.skipped:
         lines += ["## Not carried out", "", *(f"- {reason}" for reason in report.skipped), ""]
     return "\n".join(lines)
@@ -77,7 +83,7 @@ def markdown(report: AttackReport) -> str:
 
 def render(report: AttackReport) -> RenderableType:
     """The page for a terminal, which ends with the verdict."""
-    return Markdown("\n".join([markdown(report), "", _verdict(report)]))
+    return Markdown(f"{markdown(report)}\n\n{_verdict(report)}")
 
 
 def draw(report: AttackReport, path: Path) -> None:
@@ -129,16 +135,14 @@ def _above_words(report: AttackReport) -> str:
 
 
 def _verdict(report: AttackReport) -> str:
-    """What may be said of a report; never more than was tried."""
     if report.alarms:
         alarms = "\n".join(f"- {alarm}" for alarm in report.alarms)
         return f"**BROKEN. Either an attack or a guarantee is wrong:**\n\n{alarms}"
     if not report.results and not report.refusals:
         return "**Nothing was carried out, so nothing is shown.**"
     said = ["No bound is broken"] if report.results else []
-    if report.refusals:
-        said.append(f"all {sum(refusal.tried for refusal in report.refusals)} attempts were refused")
-    return f"**{', and '.join(said)}.**"
+    tried = sum(refusal.tried for refusal in report.refusals)
+    return f"**{', and '.join([*said, *([f'all {tried} attempts were refused'] if tried else [])])}.**"
 
 
 def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
@@ -168,22 +172,6 @@ def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     return lines
 
 
-def _refusal_lines(report: AttackReport) -> list[str]:
-    rows = []
-    for refusal in report.refusals:
-        count = f"{refusal.refused} of {refusal.tried}" + (" **BROKEN**" if refusal.broken else "")
-        answer = refusal.answer.replace("|", "/").replace("\n", " ")
-        rows.append([refusal.party, refusal.attempt, count, answer])
-    return [
-        "## Attempts that must be refused",
-        "",
-        "Carried out against the real sessions, key agreement and coordinator; only the model is replaced.",
-        "",
-        *markdown_table(["who", "attempt", "refused", "answer"], rows),
-        "",
-    ]
-
-
 def _cell(figure: Figure) -> str:
     bound = f" ≤ {_number(figure.bound)}" if figure.bound is not None else ""
     return _value(figure) + bound + (" **BROKEN**" if figure.broken else "")
@@ -201,7 +189,7 @@ def _number(value: float) -> str:
         return "∞"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
-    if abs(value) < _LEAST_DECIMAL:
+    if abs(value) < 5e-5:
         return f"{value:.0e}"
     return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 

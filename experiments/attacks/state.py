@@ -7,6 +7,7 @@ what the statement says of them. Neither holds texts or models, so all other att
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -67,11 +68,8 @@ def _server(path: Path, run: ServerRun, seed: int, skipped: list[str]) -> list[A
     if not (path / "server.db").is_file():
         skipped.append(f"federation: spoofing needs the profiles, and their database is not in {path}")
         return results
-    store = Store(default_url(path), durable=True)
-    try:
+    with closing(Store(default_url(path), durable=True)) as store:
         profiles = store.profiles()
-    finally:
-        store.close()
     if len(profiles) <= run.policy.minimum_contributors:
         skipped.append(f"federation: spoofing needs more profiles than {len(profiles)}")
         return results
@@ -90,7 +88,9 @@ def _client(path: Path, skipped: list[str]) -> list[AttackResult]:
 
 def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[AttackResult]:
     """Every ε of the statement against the one that the ledger's rows compose to, as they stand now."""
-    ledger = _ledger(path)
+    # Beside the data at a real client.
+    seen: Any = parse_json((path / SEEN).read_bytes()) if (path / SEEN).is_file() else {"ledger": str(path)}
+    ledger = Path(str(seen["ledger"])) / LEDGER
     if not ledger.is_file():
         skipped.append(f"federation: the claim needs the ledger, and there is none at {ledger}")
         return []
@@ -98,6 +98,8 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
     delta = parameters_of(rows).delta
     channels = statement.clients[0].channels
     unclaimed = [channel.channel for channel in channels if math.isinf(channel.epsilon)]
+    note = "a ledger that other runs on the same data have charged since is above the older claim"
+    note += f"; no ε is claimed for {', '.join(unclaimed)}" if unclaimed else ""
     results = []
     for channel in channels:
         if channel.channel in unclaimed:
@@ -105,7 +107,7 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
         wanted = None if channel.channel == "joint" else (channel.channel,)
         spent = bound_of(charges(rows, wanted), delta, channel.accountant).epsilon
         broken = spent > channel.epsilon * (1.0 + 1e-6)
-        figure = Figure.exact("ε of the ledger's rows", min(spent, 1e6))
+        figure = Figure.exact("ε of the ledger's rows", min(spent, 1e6), channel.epsilon, broken)
         results.append(
             AttackResult(
                 attack=CLAIM,
@@ -116,9 +118,8 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
                 setting="product",
                 epsilon=channel.epsilon,
                 delta=delta,
-                figures=(figure.model_copy(update={"bound": channel.epsilon, "broken": broken}),),
-                note="a ledger that other runs on the same data have charged since is above the older claim"
-                + (f"; no ε is claimed for {', '.join(unclaimed)}" if unclaimed else ""),
+                figures=(figure,),
+                note=note,
             )
         )
     return results
@@ -130,24 +131,15 @@ def _rows(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[A
     if not counts or not statement.coalition_rows:
         skipped.append("federation: collusion needs an accepted row, and this client received none")
         return []
-    rounds = {int(label.partition("/")[0]) for label in counts}
-    claimed = {row.colluding_recipients: row for row in statement.coalition_rows}
-    figures = [
-        Figure.exact("fewest other members in an accepted row", min(counts.values())),
-        *(
-            Figure.exact(
-                f"independent rows of {row.colluding_recipients} recipient(s), {row.contributors} unknown",
-                row.independent_rows,
-            ).model_copy(
-                update={
-                    "bound": float(claimed[size].independent_rows) if size in claimed else None,
-                    "broken": size not in claimed or row.contributors < claimed[size].contributors,
-                }
-            )
-            for row in coalition_rows(min(counts.values()), len(rounds) + 1)
-            for size in (row.colluding_recipients,)
-        ),
-    ]
+    fewest, rounds = min(counts.values()), {int(label.partition("/")[0]) for label in counts}
+    told = {row.colluding_recipients: row for row in statement.coalition_rows}
+    figures = [Figure.exact("fewest other members in an accepted row", fewest)]
+    for row in coalition_rows(fewest, len(rounds) + 1):
+        claim = told.get(row.colluding_recipients)
+        name = f"independent rows of {row.colluding_recipients} recipient(s), {row.contributors} unknown"
+        bound = None if claim is None else float(claim.independent_rows)
+        broken = claim is None or row.contributors < claim.contributors
+        figures.append(Figure.exact(name, row.independent_rows, bound, broken))
     return [
         AttackResult(
             attack=COLLUSION,
@@ -161,12 +153,6 @@ def _rows(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[A
             "rows' numbers, so errors are told by the server's state or by a run only",
         )
     ]
-
-
-def _ledger(path: Path) -> Path:
-    """The ledger that a state directory charges; beside the data at a real client."""
-    seen: Any = parse_json((path / SEEN).read_bytes()) if (path / SEEN).is_file() else {"ledger": str(path)}
-    return Path(str(seen["ledger"])) / LEDGER
 
 
 def _accepted(path: Path) -> dict[str, int]:

@@ -97,15 +97,13 @@ def coalitions(sums: GroupSumTerms) -> tuple[Coalition, ...]:
     """Up to what the terms assume, one more, and everybody but the victim."""
     t, m = sums.colluders, sums.minimum_contributors
     return (
-        Coalition("the server alone", 0, 0, within=True),
-        Coalition(f"the server and {t} members (t)", t, 0, within=True),
-        Coalition(f"the server, and {t} members that add no noise (t)", 0, t, within=True),
-        Coalition(
-            f"the server and {t} members of one half, shown no other keys", t, 0, within=True, split=True
-        ),
-        Coalition(f"the server and {t + 1} members (t + 1)", t + 1, 0, within=False),
-        Coalition(f"the server, and {t + 1} members that add no noise (t + 1)", 0, t + 1, within=False),
-        Coalition(f"the server and all other {m - 1} members", m - 1, 0, within=False),
+        Coalition("the server alone", 0, 0, True),
+        Coalition(f"the server and {t} members (t)", t, 0, True),
+        Coalition(f"the server, and {t} members that add no noise (t)", 0, t, True),
+        Coalition(f"the server and {t} members of one half, shown no other keys", t, 0, True, split=True),
+        Coalition(f"the server and {t + 1} members (t + 1)", t + 1, 0, False),
+        Coalition(f"the server, and {t + 1} members that add no noise (t + 1)", 0, t + 1, False),
+        Coalition(f"the server and all other {m - 1} members", m - 1, 0, False),
     )
 
 
@@ -124,9 +122,24 @@ def sum_results(
     for coalition in coalitions(sums):
         included = coins.random(canaries) < 0.5
         scores = _scores(sums, share, coalition, noise, included)
-        left = effective_noise_multiplier(share, m, coalition.colluders + coalition.silent)
-        sigmas = (sigma, sigma if coalition.within else share, left)
-        yield _result(scores, included, coalition, sigmas, setting)
+        claimed = epsilon_of_noise(sigma if coalition.within else share)
+        left = epsilon_of_noise(effective_noise_multiplier(share, m, coalition.colluders + coalition.silent))
+        # The noise of one coordinate is independent of another's, so every canary is a release of its own.
+        pair = audit_figures(CanaryScores(scores[included], scores[~included]), claimed)
+        certified = (*pair, results.Figure.exact("ε of the noise that is left", left))
+        yield results.AttackResult(
+            attack=SUMS,
+            adversary="malicious server with members of the group",
+            sees="one secure sum of the least number of contributors, all data but the coins, its members' "
+            "noise",
+            statistic=f"the sum less what is known, at each of {scores.size:,} canaries",
+            release=coalition.words,
+            setting=setting if coalition.within else "variant",
+            epsilon=claimed,
+            figures=certified,
+            note=f"up to t members the claim is ε = {epsilon_of_noise(sigma):.3g} of one sum; beyond t only "
+            "a member's own noise is promised, and more than the claim is read, as must be",
+        )
     yield _late_vector(sums, setting)
 
 
@@ -144,34 +157,6 @@ def _scores(
     vectors[group.names[0]] = noisy_share(own, grid, noise)
     known = sum(vectors[name] for name in group.names[1 : 1 + coalition.colluders])
     return np.asarray((group.total(vectors) - known) / grid.steps)
-
-
-def _result(
-    scores: np.ndarray,
-    included: np.ndarray,
-    coalition: Coalition,
-    sigmas: tuple[float, float, float],
-    setting: results.Setting,
-) -> results.AttackResult:
-    """What scores certify; `sigmas` are those of the claim, promised against this coalition, and left."""
-    claim, claimed, left = map(epsilon_of_noise, sigmas)
-    # The noise of one coordinate is independent of another's, so every canary is a release of its own.
-    figures = (
-        *audit_figures(CanaryScores(scores[included], scores[~included]), claimed),
-        results.Figure.exact("ε of the noise that is left", left),
-    )
-    return results.AttackResult(
-        attack=SUMS,
-        adversary="malicious server with members of the group",
-        sees="one secure sum of the least number of contributors, all data but the coins, its members' noise",
-        statistic=f"the sum less what is known, at each of {scores.size:,} canaries",
-        release=coalition.words,
-        setting=setting if coalition.within else "variant",
-        epsilon=claimed,
-        figures=figures,
-        note=f"up to t members the claim is ε = {claim:.3g} of one sum; beyond t only a member's own noise "
-        "is promised, and more than the claim is read, as must be",
-    )
 
 
 def _late_vector(sums: GroupSumTerms, setting: results.Setting) -> results.AttackResult:
@@ -264,7 +249,7 @@ def _two_lists(group: Group) -> None:
 
 def _check_groups(group: Group, groups: tuple[tuple[str, ...], ...], member: str) -> None:
     shown = Partition(groups=groups, mixing=dict.fromkeys(group.names, (1.0, 0.0)))
-    shown.check(member, group.names, group.sums.minimum_contributors, 2)
+    shown.check(member, dict.fromkeys(group.names, ""), group.sums.minimum_contributors, 2)
 
 
 _ATTEMPTS: Final[Mapping[str, Callable[[Group], object]]] = {

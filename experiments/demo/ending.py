@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmosaic.client.result.comparison import ALONE, Difference, paired_difference
-from fedmosaic.experiments.comparison.record import RunRecord
-from fedmosaic.experiments.comparison.report import alone, usable_statements
+from fedmosaic.experiments.comparison.record import RunRecord, alone, usable_statements
 from fedmosaic.privacy.statement.models import ClientStatement
 from fedmosaic.privacy.statement.render import client_grid
 

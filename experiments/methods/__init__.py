@@ -1,6 +1,8 @@
 """The methods that a scenario can be run with.
 
-A baseline is a file with a `Strategy` and a line in `BASELINES`; a variant is a line in `VARIANTS`.
+A baseline is a file with a `Strategy` and a line in `BASELINES`; a variant is a line in `VARIANTS`. All
+baselines stand on `strategy`, `loop` and `lora`. Those that learn from what models say share `knowledge`,
+`vocabulary` and `distillation`; those whose ranks differ share `matrices`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,15 +1,11 @@
 """Learning from another model's logits at the positions of answers. B batch, K positions, V vocabulary."""
 
-from typing import Final
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from fedmosaic.client.model.examples import IGNORED
 from fedmosaic.client.model.loss import Batch, logits_at
-
-DISTILLATION_TEMPERATURE: Final = 2.0
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -41,7 +37,7 @@ def label_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def soft_divergence(
-    student: torch.Tensor, teacher: torch.Tensor, batch: Batch, temperature: float = DISTILLATION_TEMPERATURE
+    student: torch.Tensor, teacher: torch.Tensor, batch: Batch, temperature: float = 2.0
 ) -> torch.Tensor:
     """T² KL(teacher ‖ student), (B,), of logits (B, K, V)."""
     divergence = functional.kl_div(

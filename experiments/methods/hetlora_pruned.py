@@ -11,11 +11,8 @@ from torch import nn
 from fedmosaic.client.model.loss import Batch, example_losses
 from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.lora import Vector, factors, using
-from fedmosaic.experiments.methods.matrices import Matrices, pack, unpack
+from fedmosaic.experiments.methods.matrices import Matrices, pack, pad, unpack
 from fedmosaic.experiments.methods.strategy import SHARED, Exchange, ServerSide, Trainer
-
-Factors = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""(A (r, d_in), B (d_out, r)) of every module."""
 
 
 class HetLoraPruned(HetLora):
@@ -51,10 +48,12 @@ class HetLoraPruned(HetLora):
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """As HETLoRA, but nobody gets back what it gave up."""
         received = super().combine(uploads, server)
-        return {
-            name: pack(_cut(unpack(vector, server, name), live_rank(unpack(uploads[name], server, name))))
-            for name, vector in received.items()
-        }
+        cut = {}
+        for name, vector in received.items():
+            rank = live_rank(unpack(uploads[name], server, name))
+            matrices = [(a[:rank], b[:, :rank]) for a, b in unpack(vector, server, name)]
+            cut[name] = pack([pad(pair, server.ranks[name]) for pair in matrices])
+        return cut
 
     def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
         """Only the live part of an adapter travels."""
@@ -80,17 +79,8 @@ def live_rank(matrices: Matrices) -> int:
     return int(max(live))
 
 
-def tail_size(pairs: Factors, keep: int) -> torch.Tensor:
+def tail_size(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], keep: int) -> torch.Tensor:
     """‖B_tail‖·‖A_tail‖, Frobenius, summed over the modules."""
     return torch.stack(
         [torch.linalg.norm(up[:, keep:]) * torch.linalg.norm(down[keep:]) for down, up in pairs]
     ).sum()
-
-
-def _cut(matrices: Matrices, rank: int) -> Matrices:
-    cut: Matrices = []
-    for a, b in matrices:
-        kept_a, kept_b = a.copy(), b.copy()
-        kept_a[rank:], kept_b[:, rank:] = 0.0, 0.0
-        cut.append((kept_a, kept_b))
-    return cut

@@ -13,25 +13,16 @@ from torch import nn
 from torch.nn import functional
 
 from fedmosaic.client.model.examples import answer_tokens, collate
-from fedmosaic.client.model.loss import Batch, ExampleLosses, on_device_of, training_mode
-from fedmosaic.client.model.training import EpochSampler, train_local
+from fedmosaic.client.model.loss import Batch, on_device_of, training_mode
+from fedmosaic.client.model.training import EpochSampler
 from fedmosaic.experiments.methods import distillation
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, ServerSide, Strategy
 from fedmosaic.experiments.methods.vocabulary import VocabularyMap, answer_spans
 from fedmosaic.protos.errors import ModelError
 
-PUBLIC_EXAMPLES: Final = 80
-"""Public examples of a round, as in the comparison of FedMosaic's authors."""
-
 STEPS: Final = 10
 """Optimizer steps of one distillation."""
-
-MOST_LIKELY: Final = 128
-"""Tokens of a position that are told; all others count as impossible."""
-
-_LEAST: Final = 1e-4
-"""Of the most likely token's probability; what is below is not told."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +43,13 @@ class Knowledge:
 
 
 def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: float = 1.0) -> list[Knowledge]:
-    """What the mean of several models' logits says about each public example; overwrites the teacher."""
+    """What the mean of several models' logits says about each public example; overwrites the teacher.
+
+    As in the comparison of FedMosaic's authors, 80 examples a round. Told are the 128 most likely tokens of a
+    position, if they have 1e-4 of the most likely one's probability at least.
+    """
     found: list[Knowledge] = []
-    size = server.settings.per_device_train_batch_size
-    public = server.public[:PUBLIC_EXAMPLES]
+    size, public = server.settings.per_device_train_batch_size, server.public[:80]
     with training_mode(server.model, False), torch.no_grad():
         for start in range(0, len(public), size):
             batch = on_device_of(server.model, collate(public[start : start + size], server.pad_token_id))
@@ -64,22 +58,21 @@ def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: fl
             for row in range(len(logits)):
                 own_TV = logits[row, mask[row]].cpu()
                 loss = functional.cross_entropy(own_TV, labels[row, mask[row]].cpu())
-                top = (own_TV / temperature).softmax(-1).topk(min(MOST_LIKELY, own_TV.shape[-1]), dim=-1)
-                kept = top.values * (top.values >= _LEAST * top.values[:, :1])
+                top = (own_TV / temperature).softmax(-1).topk(min(128, own_TV.shape[-1]), dim=-1)
+                kept = top.values * (top.values >= 1e-4 * top.values[:, :1])
                 found.append(Knowledge(top.indices, kept / kept.sum(-1, keepdim=True), float(loss)))
     return found
 
 
 def mean_logits(server: ServerSide, adapters: Sequence[Vector], batch: Batch) -> torch.Tensor:
     """Mean of several models' `answer_logits`; overwrites the server's teacher adapter."""
-    total: torch.Tensor | None = None
+    if not adapters:
+        raise ModelError("there is no model to ask; give one adapter at least")
+    total = torch.zeros(())
     for vector in adapters:
         write_adapter(server.model, TEACHER, vector)
         with using(server.model, [TEACHER]):
-            logits = distillation.answer_logits(server.model, batch) / len(adapters)
-        total = logits if total is None else total + logits
-    if total is None:
-        raise ModelError("there is no model to ask; give one adapter at least")
+            total = total + distillation.answer_logits(server.model, batch) / len(adapters)
     return total
 
 
@@ -160,13 +153,12 @@ def cross_entropies(
 class _Remembering(EpochSampler):
     """Remembers which examples it gave last, so that a loss can look up what belongs to them."""
 
-    latest: Sequence[int] = ()
+    latest: list[int]
 
     def take(self, count: int) -> list[int]:
         """See `EpochSampler.take`."""
-        taken = super().take(count)
-        self.latest = taken
-        return taken
+        self.latest = super().take(count)
+        return self.latest
 
 
 @dataclass(frozen=True)
@@ -196,19 +188,7 @@ def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS)
     order = _Remembering(len(public), server.settings.seed)
     write_adapter(server.model, SHARED, start)
     write_adapter(server.model, TEACHER, start)
-    with using(server.model, [SHARED], [SHARED]):
-        train_local(
-            server.model,
-            public,
-            server.settings.model_copy(update={"steps": steps}),
-            pad_token_id=server.pad_token_id,
-            sampler=order,
-            losses=_lesson_losses(server, lesson, order),
-        )
-    return read_adapter(server.model, SHARED)
 
-
-def _lesson_losses(server: ServerSide, lesson: Lesson, order: _Remembering) -> ExampleLosses:
     def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
         begun: torch.Tensor | None = None
         if lesson.anchor_weight:
@@ -225,7 +205,8 @@ def _lesson_losses(server: ServerSide, lesson: Lesson, order: _Remembering) -> E
             total = total + lesson.label_weight * distillation.label_losses(logits, batch)
         return total
 
-    return losses
+    server.distil(public, steps, losses, order)
+    return read_adapter(server.model, SHARED)
 
 
 class KnowledgeStrategy(Strategy):
@@ -253,12 +234,10 @@ class KnowledgeStrategy(Strategy):
             for server in servers.values()
             for name in sorted(server.ranks)
         }
-        received: dict[str, Vector] = {}
-        got: dict[str, int] = {}
+        received, got = {}, {}
         for server in servers.values():
-            answer = self.answer(
-                server, [self._translate(items, teller, server) for teller, items in said.values()]
-            )
+            opinions = [self._translate(items, teller, server) for teller, items in said.values()]
+            answer = self.answer(server, opinions)
             for name in sorted(server.ranks):
                 received[name] = learn(server, uploads[name], self.lesson(answer, said[name][1]))
                 got[name] = sum(item.nbytes for item in answer)

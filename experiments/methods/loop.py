@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
 
 from rich.console import Console
 from safetensors.numpy import load_file as load_vectors
@@ -32,13 +32,11 @@ from fedmosaic.experiments.simulation.models import AdapterState, SharedModel, s
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.privacy.files import write_atomically
 
-_SERVER: Final = "server.safetensors"
+_SERVER, _MEMBERS = "server.safetensors", "members.json"
 
 
 @dataclass
 class _Member:
-    """One client of a baseline."""
-
     entry: ScenarioClient
     shared: SharedModel
     stream: Stream | None
@@ -72,21 +70,23 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     with progress.bar:
         progress.skip((first - 1) * steps)
         for member in members:
-            _score_untrained(evaluation, strategy, member)
+            with member.shared.with_adapter(member.adapter) as model, strategy.scored(model) as scored:
+                score = partial(evaluation.score_set, scored, member.shared.tokenizer)
+                evaluation.score_untrained(member.entry.id, member.state, id(member.shared), score)
         for number in range(first, scenario.schedule.rounds + 1):
             uploads: dict[str, Vector] = {}
             for member in members:
-                _train(strategy, member, number, progress)
-                if number in scenario.rounds_to_score():
-                    with (
-                        member.shared.with_adapter(member.adapter) as model,
-                        strategy.scored(model) as scored,
-                    ):
-                        scores = evaluation.score(scored, member.shared.tokenizer, member.entry.id)
-                    participants.add_evaluation(member.state, number, scores)
-                if strategy.shares:
-                    with member.shared.with_adapter(member.adapter) as model:
-                        uploads[member.entry.id] = strategy.upload(model)
+                name, (examples, order) = member.entry.id, member.data(number)
+                done = partial(progress.add, 1, name, number)
+                with member.shared.with_adapter(member.adapter) as model:
+                    pad = member.shared.pad_token_id
+                    strategy.train(Trainer(model, examples, order, member.settings, pad, done))
+                    if number in scenario.rounds_to_score():
+                        with strategy.scored(model) as scored:
+                            scores = evaluation.score(scored, member.shared.tokenizer, name)
+                        participants.add_evaluation(member.state, number, scores)
+                    if strategy.shares:
+                        uploads[name] = strategy.upload(model)
             if strategy.shares:
                 _share(strategy, scenario, members, uploads)
             _save(directory, number, members, strategy)
@@ -143,12 +143,9 @@ def _member(
 
 def _by_itself(strategy: Strategy) -> Train:
     def train(
-        shared: SharedModel,
-        examples: Sequence[EncodedExample],
-        order: EpochSampler,
-        settings: TrainingSettings,
+        shared: SharedModel, examples: Sequence[EncodedExample], order: EpochSampler, few: TrainingSettings
     ) -> None:
-        strategy.train(Trainer(shared.model, examples, order, settings, shared.pad_token_id))
+        strategy.train(Trainer(shared.model, examples, order, few, shared.pad_token_id))
 
     return train
 
@@ -159,28 +156,9 @@ def _measure(
     """Operations of a training step, by client; measured once per model in memory."""
     return by_client(
         scenario.clients,
-        lambda client: _key(scenario, client),
+        partial(_key, scenario),
         lambda client: step_flops(scenario, client, models[_key(scenario, client)], _by_itself(strategy)),
     )
-
-
-def _score_untrained(evaluation: participants.Evaluation, strategy: Strategy, member: _Member) -> None:
-    def score(test: participants.TestSet) -> float:
-        with member.shared.with_adapter(member.adapter) as model, strategy.scored(model) as scored:
-            return evaluation.score_set(scored, member.shared.tokenizer, test)
-
-    evaluation.score_untrained(member.entry.id, member.state, id(member.shared), score)
-
-
-def _train(strategy: Strategy, member: _Member, number: int, progress: RunProgress) -> None:
-    examples, order = member.data(number)
-    with member.shared.with_adapter(member.adapter) as model:
-        strategy.train(
-            Trainer(
-                model, examples, order, member.settings, member.shared.pad_token_id,
-                lambda: progress.add(1, member.entry.id, number),
-            )
-        )  # fmt: skip
 
 
 def _share(
@@ -213,23 +191,19 @@ def _share(
             strategy.receive(model, exchanged.received[name])
 
 
-def _place(directory: Path, number: int) -> Path:
-    return directory / "baseline" / f"round-{number:04d}"
-
-
 def _save(directory: Path, number: int, members: Sequence[_Member], strategy: Strategy) -> None:
     """Everything that the next round starts from, in a directory renamed into place."""
-    temporary = _place(directory, number).with_name("saving")
+    temporary, place = (directory / "baseline" / name for name in ("saving", f"round-{number:04d}"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for member in members:
         save_file(member.shared.read(member.adapter), temporary / f"{member.entry.id}.safetensors")
     state = {m.entry.id: {"order": m.order.state_dict(), "traffic": m.traffic.as_dict()} for m in members}
-    (temporary / "members.json").write_text(json.dumps(state))
+    (temporary / _MEMBERS).write_text(json.dumps(state))
     save_vectors(strategy.server_state, temporary / _SERVER)
-    temporary.rename(_place(directory, number))
-    for old in (directory / "baseline").glob("round-*"):
-        if old != _place(directory, number):
+    temporary.rename(place)
+    for old in place.parent.glob("round-*"):
+        if old != place:
             shutil.rmtree(old)
 
 
@@ -239,7 +213,7 @@ def _resume(directory: Path, members: Sequence[_Member], strategy: Strategy) -> 
     if not found:
         return 0
     place = found[-1]
-    state = json.loads((place / "members.json").read_text())
+    state = json.loads((place / _MEMBERS).read_text())
     for member in members:
         name = member.entry.id
         member.adapter.tensors = load_file(place / f"{name}.safetensors")

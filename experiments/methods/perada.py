@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from fedmosaic.client.model.loss import Batch
-from fedmosaic.client.model.training import train_local
 from fedmosaic.experiments.methods.distillation import answer_logits, soft_divergence
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.knowledge import mean_logits
-from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
+from fedmosaic.experiments.methods.lora import Vector, read_adapter, write_adapter
 from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, TEACHER, ServerSide
 
 
@@ -35,12 +34,5 @@ class PerAda(Ditto):
             return soft_divergence(answer_logits(model, batch), teacher, batch)
 
         write_adapter(server.model, SHARED, next(iter(mean.values())))
-        with using(server.model, [SHARED], [SHARED]):
-            train_local(
-                server.model,
-                server.public,
-                server.settings.model_copy(update={"steps": self.steps}),
-                pad_token_id=server.pad_token_id,
-                losses=from_teachers,
-            )
+        server.distil(server.public, self.steps, from_teachers)
         return dict.fromkeys(uploads, read_adapter(server.model, SHARED))

@@ -70,6 +70,20 @@ class ServerSide:
     tokenizer: PreTrainedTokenizerBase
     examples: Sequence[Example]
 
+    def distil(
+        self,
+        public: Sequence[EncodedExample],
+        steps: int,
+        losses: ExampleLosses,
+        order: EpochSampler | None = None,
+    ) -> None:
+        """Train the shared adapter on public examples."""
+        settings = self.settings.model_copy(update={"steps": steps})
+        with using(self.model, [SHARED], [SHARED]):
+            train_local(
+                self.model, public, settings, pad_token_id=self.pad_token_id, sampler=order, losses=losses
+            )
+
 
 @dataclass(frozen=True)
 class Exchange:

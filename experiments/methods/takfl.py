@@ -21,8 +21,6 @@ class Takfl(FedAvg):
 
     adapters = (SHARED, TEACHER)
     temperature: ClassVar[float] = 3.0
-    anchor_temperature: ClassVar[float] = 20.0
-    anchor_weight: ClassVar[float] = 0.01
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,20 +35,12 @@ class Takfl(FedAvg):
         received: dict[str, Vector] = {}
         for student in servers.values():
             mean = next(iter(self.combine({name: uploads[name] for name in student.ranks}, student).values()))
-            vectors = [
-                learn(
-                    student,
-                    mean,
-                    Lesson(
-                        self._translate(lesson, teacher, student),
-                        temperature=self.temperature,
-                        anchor_weight=self.anchor_weight,
-                        anchor_temperature=self.anchor_temperature,
-                    ),
-                )
-                - mean
-                for teacher, lesson in lessons
-            ]
+            vectors = []
+            for teacher, told in lessons:
+                targets = self._translate(told, teacher, student)
+                weights = {"anchor_weight": 0.01, "anchor_temperature": 20.0}
+                lesson = Lesson(targets, temperature=self.temperature, **weights)
+                vectors.append(learn(student, mean, lesson) - mean)
             moved = (mean + np.mean(vectors, axis=0, dtype=np.float64)).astype(np.float32)
             received |= dict.fromkeys(student.ranks, moved)
         return Exchange.of_adapters(uploads, received)

@@ -10,37 +10,28 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.experiments.comparison.record import read_run
-from fedmosaic.experiments.comparison.report import show
-from fedmosaic.experiments.methods import simulate_method
-from fedmosaic.experiments.runs.processes import (
-    ManagedProcess,
-    check_as_processes,
-    client_process,
-    free_port,
-    newest_record,
-    wait_for_port,
-)
+from fedmosaic.experiments.runs import processes as managed
+from fedmosaic.experiments.runs.processes import ManagedProcess
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
-from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.files import hold_directory, write_atomically
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
 
+if TYPE_CHECKING:  # whoever only starts processes loads no model's library
+    from fedmosaic.experiments.simulation.cluster import Cluster
+
 _SCENARIO, _RUN = "scenario.json", "run.json"
-_SERVER_START_SECONDS = 20.0
-_POLL_SECONDS = 0.25
 _OVER = (0, NOTHING_EXCHANGED)
 """Statuses with which a process ends when its run is over."""
 
@@ -75,6 +66,11 @@ class Arguments:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic run` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic run", description=__doc__)
+    from transformers.utils.logging import disable_progress_bar
+
+    from fedmosaic.experiments.comparison.record import read_run
+    from fedmosaic.experiments.comparison.report import show
+
     console = Console()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if parsed.scenario.is_dir():
@@ -92,8 +88,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _cluster(arguments: Arguments) -> Cluster | None:
+def _cluster(arguments: Arguments) -> "Cluster | None":
     """The cluster that is asked for; ConfigurationError where the options contradict each other."""
+    from fedmosaic.experiments.simulation.cluster import Cluster
+
     cluster = Cluster(arguments.address, arguments.actors, arguments.actors_per_gpu)
     if arguments.engine == "ray" and not arguments.processes:
         return cluster
@@ -117,36 +115,31 @@ def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Sc
     """
     content = scenario.model_dump(mode="json")
     for change in changes:
-        _set(content, change)
-    content["variant"] = variant
-    return validate(content, Scenario, "the changes")
-
-
-def _set(content: dict[str, Any], change: str) -> None:
-    key, equals, value = change.partition("=")
-    *path, last = key.strip().split(".")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    table: Any = content
-    for name in path:
-        table = table.get(name) if isinstance(table, dict) else None
-    if not equals or not isinstance(table, dict):
-        raise ConfigurationError(
-            f"--set {change!r}: write key=value with a key of the scenario, such as seed=1"
-        )
-    table[last] = parsed
+        key, equals, value = change.partition("=")
+        *path, last = key.strip().split(".")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        table: Any = content
+        for name in path:
+            table = table.get(name) if isinstance(table, dict) else None
+        if not equals or not isinstance(table, dict):
+            raise ConfigurationError(
+                f"--set {change!r}: write key=value with a key of the scenario, such as seed=1"
+            )
+        table[last] = parsed
+    return validate(content | {"variant": variant}, Scenario, "the changes")
 
 
 def run_here(
-    scenario: Scenario, base: Path, output_dir: Path, console: Console, cluster: Cluster | None = None
+    scenario: Scenario, base: Path, output_dir: Path, console: Console, cluster: "Cluster | None" = None
 ) -> Path:
     """Run a scenario in this process, or on a cluster; arguments and result as of `run`."""
     return resume(_make_directory(scenario.resolved(base.resolve()), output_dir), console, cluster)
 
 
-def resume(directory: Path, console: Console, cluster: Cluster | None = None) -> Path:
+def resume(directory: Path, console: Console, cluster: "Cluster | None" = None) -> Path:
     """Go on with a run in one process or on a cluster, or begin it; a finished run is only read.
 
     `ConfigurationError` if there is none, or it runs as processes; `StateError` if another process runs it.
@@ -157,6 +150,8 @@ def resume(directory: Path, console: Console, cluster: Cluster | None = None) ->
             f"{directory} is no run of one process; a run as processes goes on when its server and clients "
             "are started again, each on its own kit"
         )
+    from fedmosaic.experiments.methods import simulate_method
+
     with hold_directory(directory / "run.lock", "let it end"):
         scenario = read_configuration(directory / _SCENARIO, Scenario)
         started = time.monotonic()
@@ -180,11 +175,9 @@ def _make_directory(scenario: Scenario, output_dir: Path, *, processes: bool = F
     stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
     for suffix in chain([""], (f"-{number}" for number in count(2))):
         directory = (output_dir / f"{scenario.name}-{stamp}{suffix}").resolve()
-        try:
+        with suppress(FileExistsError):
             directory.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        break
+            break
     _begin(scenario, directory, processes=processes)
     return directory
 
@@ -230,10 +223,10 @@ def run(
     """
     started = time.monotonic()
     scenario = scenario.resolved(base.resolve())
-    check_as_processes(scenario)
+    managed.check_as_processes(scenario)
     directory = _make_directory(scenario, output_dir, processes=True)
     profile = fit_profile(scenario, directory, console, own_process=True, kept=fitted)
-    port = free_port()
+    port = managed.free_port()
     found_federation(scenario, profile, directory, port)
     console.print(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
@@ -241,10 +234,10 @@ def run(
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = ("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
     server = ManagedProcess("server", command, directory / "server.log")
-    clients = [client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
+    clients = [managed.client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
     try:
         server.start({})
-        wait_for_port(port, server, _SERVER_START_SECONDS)
+        managed.wait_for_port(port, server, seconds=20.0)
         for client in clients:
             client.start(threads)
         _watch(scenario, server, clients, directory, console)
@@ -270,13 +263,15 @@ def _watch(
         while going_on:
             going_on = any(client.running for client in clients)
             for client in clients:
-                shown.show(client.name, newest_record(kits / client.name / "state" / "progress.jsonl"))
+                shown.show(
+                    client.name, managed.newest_record(kits / client.name / "state" / "progress.jsonl")
+                )
             for process in (*clients, *([server] if going_on else [])):
                 if process.status not in (None, *_OVER):
                     raise RunFailedError(
                         f"{process.name} ended with status {process.status}; {process.end()}"
                     )
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.25)
     alone = [client.name for client in clients if client.status == NOTHING_EXCHANGED]
     if alone:
         console.print(f"[bold red]received nothing, in any round: {', '.join(alone)}[/]; their logs tell why")

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmosaic.client.model.examples import read_examples
+from fedmosaic.client.data.records import read_examples
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario, ScenarioClient
 from fedmosaic.protos.errors import ConfigurationError
-
-_STOP_SECONDS = 15.0
 
 
 @dataclass
@@ -56,7 +54,7 @@ class ManagedProcess:
             return
         self._process.terminate()
         try:
-            self._process.wait(_STOP_SECONDS)
+            self._process.wait(15.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

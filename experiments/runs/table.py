@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,18 +108,17 @@ def main(arguments: Sequence[str]) -> int:
             f"Written by `{command}` of fedmosaic {__version__}: {len(every)} runs, {os.cpu_count()} cores, "
             f"{platform.machine()}, {dt.datetime.now(dt.UTC):%Y-%m-%d}."
         )
-        write_block(parsed.page, parsed.table.name, f"{markdown(groups)}\n{origin}")
+        text, start, end = _places(parsed.page, parsed.table.name)
+        content = f"{markdown(groups)}\n{origin}".strip()
+        parsed.page.write_text(f"{text[:start]}\n\n{content}\n\n{text[end:]}", encoding="utf-8")
     return 0
 
 
-def write_block(page: Path, name: str, content: str) -> None:
-    """Put content between a page's marks of this name; `ConfigurationError` if they are not there once."""
-    text, start, end = _places(page, name)
-    page.write_text(f"{text[:start]}\n\n{content.strip()}\n\n{text[end:]}", encoding="utf-8")
-
-
 def _places(page: Path, name: str) -> tuple[str, int, int]:
-    """The page's text, where its block of this name begins, and where the mark of its end does."""
+    """A page's text, and where what stands between its marks of this name begins and ends.
+
+    `ConfigurationError` if the marks are not there once.
+    """
     first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     try:
         text = page.read_text(encoding="utf-8")
@@ -148,8 +148,7 @@ def cells(arguments: Arguments) -> list[Cell]:
             if seed in (arguments.seeds or table.seeds)
             and scenario.name in (row.scenarios or (scenario.name,))
         ]
-    names = [cell.name for cell in result]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, count in Counter(cell.name for cell in result).items() if count > 1]
     if twice:
         raise ConfigurationError(f"{arguments.table}: two cells are named {twice[0]}; give one a variant")
     return result

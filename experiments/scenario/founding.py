@@ -8,8 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedmosaic.client.colora.aligned import basis_name
-from fedmosaic.client.profile.fit import PROFILE, Arguments, fit
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
@@ -29,11 +27,14 @@ def fit_profile(
     With a process of its own (`RunFailedError` if it is killed) the memory of its model is given back. `kept`
     is the folder of what an earlier run fitted to the same probe, data and settings; it is made if absent.
     """
-    stored = directory / "profile" / PROFILE
+    stored = directory / "profile" / federation.PROFILE
     if kept is not None and not stored.exists() and _usable(kept):
         shutil.copytree(kept, stored.parent, dirs_exist_ok=True)
     if stored.exists():
         return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
+    # What follows is rare where the basis is kept, and needs the libraries of a model.
+    from fedmosaic.client.profile.fit import Arguments, fit
+
     console.print("fitting the public basis of the task profile on public data")
     probe, profile = scenario.probe, scenario.profile
     arguments = Arguments(
@@ -59,7 +60,7 @@ def fit_profile(
     if kept is not None:
         # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
         kept.mkdir(parents=True, exist_ok=True)
-        for name in (federation.BASIS, PROFILE):
+        for name in (federation.BASIS, federation.PROFILE):
             if (stored.parent / name).exists():
                 write_atomically(kept / name, (stored.parent / name).read_bytes())
     return mechanism
@@ -68,7 +69,7 @@ def fit_profile(
 def _usable(kept: Path) -> bool:
     """Whether the folder holds a mechanism and the basis that it names."""
     try:
-        mechanism = ProfileMechanism.model_validate_json((kept / PROFILE).read_bytes())
+        mechanism = ProfileMechanism.model_validate_json((kept / federation.PROFILE).read_bytes())
         basis = kept / federation.BASIS
         check_basis(mechanism, basis if basis.exists() else None)
     except (OSError, ValueError, MechanismError):
@@ -81,6 +82,8 @@ def agreed_adapter(scenario: Scenario) -> AdapterTerms:
     named = [client.model.aligned for client in scenario.clients if client.model.aligned]
     if scenario.adapter.basis or not named:
         return scenario.adapter
+    from fedmosaic.client.colora.aligned import basis_name
+
     return scenario.adapter.model_copy(update={"basis": basis_name(named[0])})
 
 
@@ -108,7 +111,6 @@ def found_federation(
             allow_plaintext=scenario.allow_plaintext,
         ),
     )
-    names = [client.id for client in scenario.clients]
-    config = config.model_copy(update={"terms": settled(config.terms, names)})
+    config = config.model_copy(update={"terms": settled(config.terms, config.members)})
     basis = directory / "profile" / federation.BASIS
     consortium.create(config, directory / "federation", basis if basis.exists() else None, simulated=True)

@@ -22,9 +22,6 @@ from scipy.stats import rankdata, sem, t
 
 from fedmosaic.protos.errors import ConfigurationError
 
-Scores = Mapping[tuple[str, str], float]
-"""Of one client's model: score by (owner of the task, name of the task)."""
-
 
 class Pair(NamedTuple):
     """Self and Others, each in [0, 1]; NaN where nothing of the kind was scored."""
@@ -42,13 +39,16 @@ class Interval:
     count: int
 
 
-def client_scores(client: str, scores: Scores) -> Pair:
-    """Self and Others of one client in one round; `ConfigurationError` if nothing finite was scored."""
+def client_scores(client: str, scores: Mapping[str, float]) -> Pair:
+    """Self and Others of one client in one round, of scores by "owner/task".
+
+    `ConfigurationError` if nothing finite was scored.
+    """
     if not scores or not all(math.isfinite(value) for value in scores.values()):
         raise ConfigurationError(f"client {client!r} has no scores, or some not finite; score it again")
     of_owner: dict[str, list[float]] = {}
-    for (owner, _), value in scores.items():
-        of_owner.setdefault(owner, []).append(value)
+    for label, value in scores.items():
+        of_owner.setdefault(label.partition("/")[0], []).append(value)
     own = of_owner.pop(client, [])
     return Pair(_mean(own), _mean(map(fmean, of_owner.values())))
 

@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from fedmosaic.client.data.records import row_of
-from fedmosaic.client.model.examples import Example, read_examples
-from fedmosaic.client.model.scoring import score_examples
-from fedmosaic.experiments.scenario.streams import Stream, arrivals
+from fedmosaic.client.data.records import Example, read_examples, row_of
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
+
+if TYPE_CHECKING:  # whoever only starts processes loads no model's library
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from fedmosaic.experiments.scenario.streams import Stream
 
 EVALUATIONS = "evaluations.json"
 _BATCH = 32
@@ -27,7 +28,7 @@ def training_tasks(client: ScenarioClient) -> tuple[tuple[Example, ...], ...]:
     """A client's training examples by task; with several tasks the ids carry the task's name."""
     of_task = [read_examples(task.train) for task in client.task_list]
     if len(of_task) == 1:
-        return (of_task[0],)
+        return tuple(of_task)
     return tuple(
         tuple(replace(example, id=f"{task.name}/{example.id}") for example in examples)
         for task, examples in zip(client.task_list, of_task, strict=True)
@@ -39,12 +40,14 @@ def training_examples(client: ScenarioClient) -> list[Example]:
     return [example for task in training_tasks(client) for example in task]
 
 
-def client_stream(scenario: Scenario, index: int) -> Stream | None:
+def client_stream(scenario: Scenario, index: int) -> "Stream | None":
     """The stream of a client, or None where all its examples are there from the start."""
     if scenario.stream == "all":
         return None
-    training = scenario.training
-    tasks, seed = training_tasks(scenario.clients[index]), client_seed(scenario, index)
+    from fedmosaic.experiments.scenario.streams import Stream, arrivals
+
+    training, seed = scenario.training, client_seed(scenario, index)
+    tasks = training_tasks(scenario.clients[index])
     slices = arrivals(tasks, scenario.schedule.rounds, scenario.stream, seed)
     batches = training.steps * training.gradient_accumulation_steps
     return Stream(slices, batches, training.per_device_train_batch_size, seed)
@@ -105,20 +108,23 @@ class Evaluation:
 
     def sets_of(self, client: str) -> list[TestSet]:
         """What a client is scored on, cut to the scenario's numbers of examples."""
-        wanted = {"all": self._sets, "own": [t for t in self._sets if t.owner == client], "nothing": []}
-        return [self._cut(test, client) for test in wanted[self._scenario.score]]
+        own, others = self._scenario.evaluation_examples, self._scenario.others_examples
+        return [
+            replace(test, examples=test.examples[: (own if test.owner == client else others) or None])
+            for test in self._sets
+            if self._scenario.score == "all" or (self._scenario.score == "own" and test.owner == client)
+        ]
 
-    def _cut(self, test: TestSet, client: str) -> TestSet:
-        own = test.owner == client
-        limit = self._scenario.evaluation_examples if own else self._scenario.others_examples
-        return replace(test, examples=test.examples[: limit or None])
-
-    def score(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, client: str) -> dict[str, float]:
+    def score(
+        self, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", client: str
+    ) -> dict[str, float]:
         """Score a client's model; see `TestSet.label` for the keys."""
         return {test.label: self.score_set(model, tokenizer, test) for test in self.sets_of(client)}
 
-    def score_set(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> float:
+    def score_set(self, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", test: TestSet) -> float:
         """Share of right answers on one test set; by choices, or by what is written where there are none."""
+        from fedmosaic.client.model.scoring import score_examples
+
         longest = self._scenario.training.max_length
         return score_examples(model, tokenizer, test.examples, _BATCH, max_length=longest).value
 
@@ -126,8 +132,7 @@ class Evaluation:
         self, client: str, state: Path, alike: Hashable, score: Callable[[TestSet], float]
     ) -> None:
         """Score round 0, unless that is done, once per test set for all clients with the same `alike`."""
-        known = self._untrained
-        tests = {(alike, t.label, len(t.examples)): t for t in self.sets_of(client)}
+        known, tests = self._untrained, {(alike, t.label, len(t.examples)): t for t in self.sets_of(client)}
         if tests and 0 not in read_evaluations(state):
             known |= {key: score(test) for key, test in tests.items() if key not in known}
             add_evaluation(state, 0, {test.label: known[key] for key, test in tests.items()})

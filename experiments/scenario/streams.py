@@ -11,21 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from fedmosaic.client.model.examples import Example
+from fedmosaic.client.data.records import Example
 from fedmosaic.client.model.training import EpochSampler
 from fedmosaic.protos.errors import ConfigurationError
 
-Order = Literal["static", "dynamic"]
-
-COUNT_DECAY = 0.99
-"""How much a batch fades the memory of what was drawn before."""
-
-COUNT_TEMPERATURE = 0.125
-"""Softmax temperature over the (negative) counts: one draw more makes an example e⁻⁸ as likely."""
-
 
 def arrivals(
-    tasks: Sequence[Sequence[Example]], rounds: int, order: Order, seed: int
+    tasks: Sequence[Sequence[Example]], rounds: int, order: Literal["static", "dynamic"], seed: int
 ) -> tuple[tuple[Example, ...], ...]:
     """Cut a client's tasks into one slice per round, from round 1 on; every example arrives exactly once.
 
@@ -103,9 +95,9 @@ class Stream:
         return [(1, b - a) for a, b in zip([0, *due], due, strict=False)]
 
     def _batch(self, counts: np.ndarray, number: int, position: int) -> list[int]:
-        counts *= COUNT_DECAY
+        counts *= 0.99
         random = np.random.default_rng([self.seed, number, position])
-        logits = -(counts - counts.min()) / COUNT_TEMPERATURE
+        logits = -(counts - counts.min()) / 0.125
         # Gumbel's trick draws without replacement with these probabilities, also where they underflow.
         order = np.argsort(-(logits + random.gumbel(size=len(counts))), kind="stable")
         chosen = order[: self.batch_size].tolist()

@@ -5,28 +5,17 @@ Paths in a scenario file are relative to the file; `$NAME` in them is taken from
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
+from fedmosaic.client.settings import ModelSettings, ProbeModelSettings, TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
+from fedmosaic.privacy.federation import terms
 from fedmosaic.privacy.federation.names import Family, MemberId
-from fedmosaic.privacy.federation.terms import (
-    AdapterPrivacyTerms,
-    AdapterTerms,
-    GroupSumTerms,
-    RelevanceTerms,
-    ScheduleTerms,
-)
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
-
-_RENAMED: Final = {"pictures": "images"}
-"""Keys of a scenario file that have another name now."""
-_GONE: Final = ("unseen", "adaptation_steps")
 
 
 class RunFailedError(FedMosaicError):
@@ -83,22 +72,6 @@ class ScenarioClient(Frozen):
             raise ValueError(f"client {self.id} names a task twice: {names}")
         return self
 
-    def resolved(self, base: Path) -> "ScenarioClient":
-        """The same client with absolute paths; see `Scenario.resolved`."""
-        tasks = [
-            task.model_copy(update={"train": _located(base, task.train), "test": _located(base, task.test)})
-            for task in self.tasks
-        ]
-        return self.model_copy(
-            update={
-                "train": self.train and _located(base, self.train),
-                "test": self.test and _located(base, self.test),
-                "model": _model(base, self.model),
-                "projector": self.projector and _located(base, self.projector),
-                "tasks": tuple(tasks),
-            }
-        )
-
     @property
     def task_list(self) -> tuple[ScenarioTask, ...]:
         """The client's tasks in order."""
@@ -124,12 +97,12 @@ class Scenario(Frozen):
     description: str = ""
     probe: ProbeModelSettings
     profile: ScenarioProfile
-    adapter: AdapterTerms = AdapterTerms()
-    adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
-    group_sums: GroupSumTerms = GroupSumTerms()
+    adapter: terms.AdapterTerms = terms.AdapterTerms()
+    adapter_privacy: terms.AdapterPrivacyTerms = terms.AdapterPrivacyTerms()
+    group_sums: terms.GroupSumTerms = terms.GroupSumTerms()
     policy: AggregationPolicy = AggregationPolicy()
-    relevance: RelevanceTerms = RelevanceTerms()
-    schedule: ScheduleTerms = ScheduleTerms()
+    relevance: terms.RelevanceTerms = terms.RelevanceTerms()
+    schedule: terms.ScheduleTerms = terms.ScheduleTerms()
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
     training: TrainingSettings = TrainingSettings()
@@ -170,12 +143,12 @@ class Scenario(Frozen):
     def _renamed_keys(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
-        for old in _RENAMED.keys() & content:
-            raise ValueError(f"the key {old!r} is now called {_RENAMED[old]!r}; rename it")
+        if "pictures" in content:
+            raise ValueError("the key 'pictures' is now called 'images'; rename it")
         if content.get("unseen"):
             raise ValueError("unseen clients are no longer part of a scenario; leave the key out")
         # Runs of before have these keys, empty, in their `scenario.json`.
-        return {key: value for key, value in content.items() if key not in _GONE}
+        return {key: value for key, value in content.items() if key not in ("unseen", "adaptation_steps")}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scenario":
@@ -206,26 +179,22 @@ class Scenario(Frozen):
         A model path that is no folder there stays as it is: it may be the id of a model on a hub.
         `ConfigurationError` if a path needs an environment variable that is not set.
         """
-        public = _located(base, self.profile.public_data)
-        return self.model_copy(
-            update={
-                "clients": tuple(client.resolved(base) for client in self.clients),
-                "probe": _model(base, self.probe),
-                "images": self.images and _located(base, self.images),
-                "profile": self.profile.model_copy(update={"public_data": public}),
-            }
-        )
 
+        def place(value: Any) -> Any:
+            if isinstance(value, Path):
+                return (base / _expanded(str(value))).resolve()
+            if isinstance(value, tuple):
+                return tuple(map(place, value))
+            if isinstance(value, ModelSettings):
+                aligned = value.aligned and _expanded(value.aligned)
+                changes = {"path": _expanded(value.path), "aligned": aligned}
+                return value.model_copy(update=changes).located(base)
+            if isinstance(value, Frozen):
+                named = {name: place(getattr(value, name)) for name in value.model_fields_set}
+                return value.model_copy(update=named)
+            return value
 
-def _located(base: Path, path: Path) -> Path:
-    return (base / _expanded(str(path))).resolve()
-
-
-def _model(base: Path, settings: ModelSettings) -> ModelSettings:
-    changes = {"path": _expanded(settings.path)}
-    if settings.aligned is not None:
-        changes["aligned"] = _expanded(settings.aligned)
-    return settings.model_copy(update=changes).located(base)
+        return cast("Scenario", place(self))
 
 
 def _expanded(path: str) -> str:

@@ -14,6 +14,10 @@ TICK_SECONDS = 0.25
 """How often a waiting client looks at the clock for deadlines; everything else comes as an event."""
 
 
+class TurnOverError(TransportError):
+    """The round that a client asks for is not open yet, so its turn is over."""
+
+
 class InProcessTransport:
     """One client's way to a coordinator; several may be used from threads of their own."""
 
@@ -64,20 +68,22 @@ class InProcessTransport:
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """Wait for a round to open and return what to load before it.
 
-        `TransportError` if the round did not open within this transport's patience, or the run was given up.
+        `TurnOverError` if it does not open within this transport's patience, `TransportError` if the run was
+        given up.
         """
         deadline = time.monotonic() + self._patience
-        while time.monotonic() < deadline:
+        while True:
             self._check_going_on()
             self._round_changed.clear()
             self._coordinator.advance()
             aggregate = self._pulled(round_number)
             if aggregate is not None:
                 return aggregate
+            if time.monotonic() >= deadline:
+                raise TurnOverError(f"round {round_number} did not open within {self._patience:.0f} s")
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
             self._round_changed.wait(self._tick)
-        raise TransportError(f"round {round_number} did not open within {self._patience:.0f} s")
 
     def _pulled(self, round_number: int) -> Aggregate | None:
         aggregate = self._coordinator.pull(self._client_id, round_number)
@@ -130,20 +136,3 @@ class InProcessTransport:
     def close(self) -> None:
         """Hear of no more changes."""
         self._coordinator.unsubscribe(self._hear)
-
-
-class TurnOverError(Exception):
-    """The round that a client asks for is not open yet, so its turn is over."""
-
-
-class TurnTransport(InProcessTransport):
-    """The way of a client that goes on when the round has opened, in place of waiting for it."""
-
-    def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
-        """What to load before a round; `TurnOverError` if it is not open yet."""
-        self._check_going_on()
-        self._coordinator.advance()
-        aggregate = self._pulled(round_number)
-        if aggregate is None:
-            raise TurnOverError
-        return aggregate

@@ -28,7 +28,7 @@ from fedmosaic.experiments.simulation.client import SharedProbe, StreamLearner, 
 from fedmosaic.experiments.simulation.compute import training_cost
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
 from fedmosaic.experiments.simulation.progress import ClientProgress, RunProgress
-from fedmosaic.experiments.simulation.transport import TurnOverError, TurnTransport
+from fedmosaic.experiments.simulation.transport import InProcessTransport, TurnOverError
 from fedmosaic.privacy.federation.kits import BASIS, Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
@@ -151,9 +151,9 @@ class _Client:
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
             self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
-        self.transport = TurnTransport(
-            worker.coordinator, self.entry.id, stopped=worker.stopped, tick_seconds=worker.tick_seconds,
-            traffic=Traffic(self.state.directory / TRAFFIC),
+        self.transport = InProcessTransport(
+            worker.coordinator, self.entry.id, patience_seconds=0.0, stopped=worker.stopped,
+            tick_seconds=worker.tick_seconds, traffic=Traffic(self.state.directory / TRAFFIC),
         )  # fmt: skip
         self.member = Participant(
             self.kit, self.transport, self.learner, self.state, self.ledger, self.plan, self._releases(),

@@ -1,7 +1,7 @@
 """`fedmosaic experiments sharing`: what sharing brings under DP, against the number of members.
 
-One group of members with one task, rank-r cores at the leading singular vectors of W on every layer, one
-noisy step per round. Releases, all of them the product's own mechanism and accounting:
+One group of members with one task, rank-r cores at the leading singular vectors of W on every layer or
+the last ones, one noisy step per round. Releases, all of them the product's own mechanism and accounting:
 
     sum     the group's noise is added once (`adapter.protection = "distributed-dp"`)
     own     every member adds its own (`dp` with one step per round)
@@ -15,8 +15,10 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,16 +30,25 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_shared
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.engine import only_shared_branch
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.model.examples import EncodedExample, Example, collate, encode_examples, padding_token
+from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.model.examples import (
+    IGNORED,
+    EncodedExample,
+    Example,
+    collate,
+    encode_examples,
+    padding_token,
+)
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.experiments.comparison.tables import percent
 from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
@@ -50,11 +61,8 @@ logger = logging.getLogger(__name__)
 
 Release = Literal["sum", "own", "alone"]
 Task = Literal["intents", "domains", "shifted", "contradicting"]
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
-_MODULES = [f"self_attn.{name}_proj" for name in "qvo"] + [
-    f"mlp.{name}_proj" for name in ("gate", "up", "down")
-]
+_MODULES = [f"self_attn.{n}_proj" for n in "qvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 _FORMS = ("Request: {}\nIntent?", "A letter says: {}\nIt is about")
 _BATCH = 48
 _MAX_LENGTH = 96
@@ -81,6 +89,10 @@ class Settings:
     """Examples n of each member, all different."""
     intents: int = 20
     rank: int = 16
+    layers: int | None = None
+    """Cores on the last so many layers only, in place of all."""
+    form: str | None = None
+    """What stands around a request, {}, in place of the task's own form; the answer follows in its line."""
     steps: int = 150
     learning_rate: float = 0.015
     sampling_rate: float = 0.2
@@ -92,17 +104,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured cell.
+    """One measured cell; `settings` are what it depends on besides.
 
-    Attributes:
-        release: who adds noise.
-        members: m of the group; 1 for a member alone.
-        epsilon: of each member, at δ = 1 / (examples of the group); inf for none.
-        seed: of data, samples and noise.
-        noise_multiplier: σ that protects each member.
-        noise_over_signal: length of the noise over that of the last step's sum.
-        accuracy: share of right answers.
-        settings: everything else that it depends on.
+    `epsilon` is of each member, at δ = 1 / (examples of the group), or inf; `noise_multiplier` is the σ that
+    protects it, and `noise_over_signal` compares lengths in the last step's sum.
     """
 
     release: Release
@@ -148,20 +153,45 @@ def run(settings: Settings) -> list[Cell]:
 
 
 def _wanted(settings: Settings) -> Iterator[tuple[Release, int, float, int]]:
-    for seed in settings.seeds:
-        for release in settings.releases:
-            if release == "alone":
-                yield release, 1, math.inf, seed
-                continue
-            for members, epsilon in product(settings.members, settings.epsilons):
-                if release == "sum" or math.isfinite(epsilon):
-                    yield release, members, epsilon, seed
+    for seed, release in product(settings.seeds, settings.releases):
+        if release == "alone":
+            yield release, 1, math.inf, seed
+            continue
+        for members, epsilon in product(settings.members, settings.epsilons):
+            if release == "sum" or math.isfinite(epsilon):
+                yield release, members, epsilon, seed
 
 
 def _label(settings: Settings) -> str:
     swept = ("data", "model", "out", "members", "epsilons", "releases", "seeds")
-    kept = (field.name for field in fields(settings) if field.name not in swept)
-    return f"{settings.model.name}, " + ", ".join(f"{name} {getattr(settings, name)}" for name in kept)
+    # Cells from before there was a choice of layers stay what they were.
+    kept = {name: value for name, value in vars(settings).items() if name not in swept and value is not None}
+    return f"{settings.model.name}, " + ", ".join(f"{name} {value}" for name, value in kept.items())
+
+
+def _remember_below(settings: Settings, model: PreTrainedModel, layers: int, padding: int) -> None:
+    """Cut a model to its last layers; what comes out of those below, which are not trained, is kept by text.
+
+    A token's output does not depend on what follows it, so a text has the same one in every batch.
+    """
+    config, decoder = cast(Any, model.config), cast(Any, model).get_decoder()
+    below = config.num_hidden_layers - layers
+    lower = cast(Any, load_base_model(settings.model, keep_layers=below)[0]).get_decoder()
+    lower.norm, decoder.layers, config.num_hidden_layers = nn.Identity(), decoder.layers[below:], layers
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def remembered(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        texts = [tuple(row[: int((row != padding).nonzero().max()) + 1].tolist()) for row in inputs[0]]
+        if new := [index for index, text in enumerate(texts) if text not in kept]:
+            with torch.no_grad():
+                states = lower(input_ids=inputs[0][new], use_cache=False).last_hidden_state
+            kept.update((texts[i], row[: len(texts[i])]) for i, row in zip(new, states, strict=True))
+        found = torch.zeros_like(output)
+        for row, text in zip(found, texts, strict=True):
+            row[: len(text)] = kept[text]
+        return found
+
+    decoder.get_input_embeddings().register_forward_hook(remembered)
 
 
 class _Bench:
@@ -171,15 +201,16 @@ class _Bench:
         self._settings = settings
         torch.set_num_threads(1)
         model, self._tokenizer = load_base_model(settings.model)
+        if settings.layers is not None:
+            _remember_below(settings, model, settings.layers, padding_token(self._tokenizer))
+        if settings.form is not None:
+            self._tokenizer.chat_template = "{{ messages[0].content }}"
+        rank, blocks = settings.rank, int(model.config.num_hidden_layers)
         config = CoLoraConfig(
-            r=settings.rank,
-            alpha=2.0 * settings.rank,
-            blocks=int(model.config.num_hidden_layers),
-            target_modules=_MODULES,
-            other_layers="none",
+            r=rank, alpha=2.0 * rank, blocks=blocks, target_modules=_MODULES, other_layers="none"
         )
         self._model = adapt(model, config)
-        set_basis(self._model, _singular_vectors(self._model, settings.rank), label="weights")
+        set_basis(self._model, _singular_vectors(self._model, rank), label="weights")
         self._start = read_shared(self._model).astype(np.float64)
 
     def measure(
@@ -190,26 +221,21 @@ class _Bench:
         rows, tests = _rows(settings, members, seed)
         encoded = [encode_examples(self._tokenizer, own, _MAX_LENGTH) for own in rows]
         sigma, share, grid = self._noise(release, members, epsilon)
-        source, batch = SeededTestNoise(10_000 + seed), settings.sampling_rate * settings.examples
+        source, rate = SeededTestNoise(10_000 + seed), settings.sampling_rate
         gradients: list[FloatArray | None] = []
         ratio = 0.0
         with only_shared_branch(self._model):
             for _ in range(settings.steps):
                 self._write(gradients)
-                chosen = [
-                    [own[i] for i in poisson_sample(len(own), settings.sampling_rate, source)]
-                    for own in encoded
-                ]
-                total = self._sum([example for own in chosen for example in own], grid)
-                y = total.units.astype(np.float64)
+                chosen = [own[i] for own in encoded for i in poisson_sample(len(own), rate, source)]
+                y = self._sum(chosen, grid).units.astype(np.float64)
                 if share:
                     nothing = ClippedSum.empty(len(y))
-                    shares = [noisy_share(nothing, grid, source) for _ in range(members)]
-                    noise = np.sum(shares, axis=0).astype(np.float64)
+                    noise = np.sum([noisy_share(nothing, grid, source) for _ in range(members)], axis=0)
                     ratio = float(np.linalg.norm(noise) / max(1.0, float(np.linalg.norm(y))))
                     y = y + noise
                 y *= settings.clipping_norm / grid.steps
-                gradients.append(mixed_gradient([GroupSum(y, members * batch)], [1.0]))
+                gradients.append(mixed_gradient([GroupSum(y, members * rate * settings.examples)], [1.0]))
             self._write(gradients)
             accuracy = score_examples(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH).value
             self._model.unmerge_adapter()
@@ -238,7 +264,8 @@ class _Bench:
 
     def _sum(self, chosen: Sequence[EncodedExample], grid: ShareGrid) -> ClippedSum:
         total = ClippedSum.empty(len(self._start))
-        ordered = sorted(chosen, key=lambda example: len(example.input_ids))
+        # By length of the prompt: answers then stand at few positions of a batch, and logits are dear.
+        ordered = sorted(chosen, key=lambda example: int((example.labels == IGNORED).sum()))
         layers, padding = shared_modules(self._model), padding_token(self._tokenizer)
         for start in range(0, len(ordered), _BATCH):
             rows = _gradients(self._model, layers, ordered[start : start + _BATCH], padding)
@@ -260,14 +287,12 @@ def _gradients(
         # No weight is trained, so the graph begins where the first layer ends.
         seen[layer] = (inputs[0].detach(), output if output.requires_grad else output.requires_grad_())
 
-    hooks = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(hook).remove)
         # Padding is on the right, and no token sees what follows it: without a mask attention is faster.
         rows = collate(batch, padding)
         losses = example_losses(model, {name: rows[name] for name in ("input_ids", "labels")})
-    finally:
-        for registered in hooks:
-            registered.remove()
     parts = []
     back = torch.autograd.grad(losses.sum(), [seen[layer][1] for layer in layers])
     for layer, o_BTK in zip(layers, back, strict=True):
@@ -280,13 +305,9 @@ def _gradients(
 def _singular_vectors(model: PeftModel, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     bases = {}
     for layer in shared_modules(model):
-        left, _, right = torch.linalg.svd(
-            cast(nn.Linear, layer.get_base_layer()).weight.detach().double(), full_matrices=False
-        )
-        bases[layer.settings["default"].placement.name] = (
-            right[:rank].contiguous(),
-            left[:, :rank].contiguous(),
-        )
+        weight = cast(nn.Linear, layer.get_base_layer()).weight.detach().double()
+        left, _, right = torch.linalg.svd(weight, full_matrices=False)
+        bases[layer.settings["default"].placement.name] = right[:rank], left[:, :rank]
     return bases
 
 
@@ -299,13 +320,14 @@ def _rows(settings: Settings, members: int, seed: int) -> tuple[list[list[Exampl
     if settings.task == "domains":
         names = list(CLINC_DOMAINS)
         place = {intent: i for i, name in enumerate(names) for intent in CLINC_DOMAINS[name].split()}
-    choices = tuple(name.replace("_", " ") for name in names)
+    space, forms = ("", _FORMS) if settings.form is None else (" ", (settings.form, settings.form))
+    choices = tuple(space + name.replace("_", " ") for name in names)
 
     def examples(rows: Sequence[tuple[str, str]], member: int) -> list[Example]:
         group = {"shifted": 1, "contradicting": member % 2}.get(settings.task, 0)
         answers = [choices[(place[intent] + group) % len(choices)] for _, intent in rows]
         return [
-            Example("", _FORMS[group].format(text), answer, choices)
+            Example("", forms[group].format(text), answer, choices)
             for (text, _), answer in zip(rows, answers, strict=True)
         ]
 
@@ -324,75 +346,54 @@ def _rows(settings: Settings, members: int, seed: int) -> tuple[list[list[Exampl
     return own, examples(tests[: settings.tests : 2], 0) + examples(tests[1 : settings.tests : 2], 1)
 
 
-def gains(cells: Sequence[Cell]) -> dict[tuple[Release, float, int], Interval]:
-    """Accuracy above that of a member alone, paired by seed, by release, ε and number of members."""
+def gains(cells: Sequence[Cell]) -> dict[str, dict[int, Interval]]:
+    """Accuracy above that of a member alone, paired by seed: by release and ε, then by number of members."""
     alone = {cell.seed: cell.accuracy for cell in cells if cell.release == "alone"}
-    found: dict[tuple[Release, float, int], list[float]] = {}
+    found = defaultdict[tuple[bool, float, int], list[float]](list)
     for cell in cells:
         if cell.release != "alone" and cell.seed in alone:
-            gained = found.setdefault((cell.release, cell.epsilon, cell.members), [])
-            gained.append(cell.accuracy - alone[cell.seed])
-    measured = {key: interval(values) for key, values in found.items()}
-    return {key: value for key, value in measured.items() if value is not None}
+            key = (cell.release == "own", -cell.epsilon, cell.members)
+            found[key].append(cell.accuracy - alone[cell.seed])
+    lines = defaultdict[str, dict[int, Interval]](dict)
+    for (own, minus, members), values in sorted(found.items()):
+        name = f"ε = {-minus:g}, noise of {'each member' if own else 'the group'}"
+        if (gained := interval(values)) is not None:
+            lines["no noise" if math.isinf(minus) else name][members] = gained
+    return lines
 
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The table: a row per release and ε, a column per number of members, points above a member alone."""
     found = gains(cells)
-    members = sorted({m for _, _, m in found})
-    rows = [
-        [_name(release, epsilon), *(_points(found.get((release, epsilon, m))) for m in members)]
-        for release, epsilon in _lines(found)
-    ]
-    alone = interval([cell.accuracy for cell in cells if cell.release == "alone"])
-    return "\n".join(
-        [
-            *markdown_table(["", *(f"m = {m}" for m in members)], rows, numbers=True),
-            "",
-            f"Points of accuracy above a member alone ({_points(alone)}), ± half of a 95 % interval.",
-        ]
-    )
-
-
-def _lines(found: Iterable[tuple[Release, float, int]]) -> list[tuple[Release, float]]:
-    return sorted({key[:2] for key in found}, key=lambda key: (key[0] != "sum", -key[1]))
-
-
-def _name(release: Release, epsilon: float) -> str:
-    if math.isinf(epsilon):
-        return "no noise"
-    return f"ε = {epsilon:g}, noise of {'the group' if release == 'sum' else 'each member'}"
-
-
-def _points(value: Interval | None) -> str:
-    if value is None:
-        return "–"
-    half = "" if value.half_width is None else f" ± {100 * value.half_width:.1f}"
-    return f"{100 * value.mean:.1f}{half}"
+    members = sorted({m for line in found.values() for m in line})
+    rows = [[name, *(percent(line.get(m)) for m in members)] for name, line in found.items()]
+    table = markdown_table(["", *(f"m = {m}" for m in members)], rows, numbers=True)
+    alone = percent(interval([cell.accuracy for cell in cells if cell.release == "alone"]))
+    return "\n".join([*table, "", f"Points above a member alone ({alone}), ± half of a 95 % interval."])
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Draw the gain over the number of members, one line per release and ε."""
+    """Draw the gain over the number of members, one line per release and ε, as SVG."""
     found = gains(cells)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    for release, epsilon in _lines(found):
-        points = sorted((m, value) for (r, e, m), value in found.items() if (r, e) == (release, epsilon))
+    for name, line in found.items():
         panel.errorbar(
-            [m for m, _ in points],
-            [100 * value.mean for _, value in points],
-            yerr=[100 * (value.half_width or 0.0) for _, value in points],
+            [*line],
+            [100 * gained.mean for gained in line.values()],
+            yerr=[100 * (gained.half_width or 0.0) for gained in line.values()],
             marker="o",
-            linestyle="-" if release == "sum" else ":",
-            label=_name(release, epsilon),
+            linestyle=":" if "each" in name else "-",
+            label=name,
         )
+    members = sorted({m for line in found.values() for m in line})
     panel.axhline(0.0, color="black", linewidth=0.8)
     panel.set_xscale("log", base=2)
-    panel.set_xticks(sorted({m for _, _, m in found}), [str(m) for m in sorted({m for _, _, m in found})])
+    panel.set_xticks(members, [str(m) for m in members])
     panel.set_xlabel("members of the group")
     panel.set_ylabel("points above a member alone")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="lower right")
     # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, metadata={"Date": None})

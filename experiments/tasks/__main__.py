@@ -20,8 +20,6 @@ from fedmosaic.experiments.tasks.projector import PublicImages, train_projector
 from fedmosaic.experiments.tasks.sets import SETS, Size, write_set
 from fedmosaic.protos.errors import ConfigurationError
 
-_PROJECTOR_LENGTH: Final = 96
-_PROJECTOR_TESTS: Final = 1000
 _COLUMNS: Final = ("train", "test", "images", "most_frequent_answer", "question_only")
 
 
@@ -95,9 +93,9 @@ def pretrain(arguments: TrainProjector, console: Console) -> None:
         per_device_train_batch_size=16,
         learning_rate=1e-3,
         warmup=min(50, arguments.steps),
-        max_length=_PROJECTOR_LENGTH,
+        max_length=96,
     )
-    public = PublicImages("easy-VQA 1.0", folder, train, test[:_PROJECTOR_TESTS])
+    public = PublicImages("easy-VQA 1.0", folder, train, test[:1000])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         projector, record, accuracies = train_projector(model, tokenizer, public, settings, cache, console)

@@ -17,8 +17,6 @@ EASY_VQA: Final = Asset(
     size=3215672,
     licence="MIT",
 )
-_IMAGE_BYTES: Final = 100_000
-_QUESTIONS_BYTES: Final = 4_000_000
 
 
 def easy_vqa(cache: Path, part: str) -> tuple[Path, tuple[Example, ...]]:
@@ -29,12 +27,12 @@ def easy_vqa(cache: Path, part: str) -> tuple[Path, tuple[Example, ...]]:
     """
     wheel = fetch(EASY_VQA, cache)
     folder = cache / "pictures" / "easy-vqa"
-    for name, content in read_members(wheel, f"easy_vqa/data/{part}/images/", ".png", _IMAGE_BYTES):
+    for name, content in read_members(wheel, f"easy_vqa/data/{part}/images/", ".png", 100_000):
         place = folder / part / name.rpartition("/")[2]
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(content)
-    content = read_member(wheel, f"easy_vqa/data/{part}/questions.json", _QUESTIONS_BYTES)
+    content = read_member(wheel, f"easy_vqa/data/{part}/questions.json", 4_000_000)
     try:
         rows = [(str(q), str(a), int(number)) for q, a, number in json.loads(content)]
     except (ValueError, TypeError) as error:

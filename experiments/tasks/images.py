@@ -20,8 +20,6 @@ from fedmosaic.experiments.tasks.labelled import stable_hash
 from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, part_of
 from fedmosaic.protos.errors import ConfigurationError
 
-_DRAWINGS: Final = 340
-"""Of each alphabet; as many as Tagalog has, the fewest."""
 CLOTHES: Final = (
     "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
 )  # fmt: skip
@@ -29,7 +27,7 @@ CLOTHES: Final = (
 
 
 def which_alphabet(*alphabets: str) -> Task:
-    """Omniglot: which alphabet is a drawing of? As many drawings of each, chosen by hash."""
+    """Omniglot: which alphabet is a drawing of? 340 of each by hash, as many as Tagalog has, the fewest."""
     choices = tuple(name.replace("_", " ") for name in alphabets)
 
     def read(data: Path) -> Iterator[Row]:
@@ -37,7 +35,7 @@ def which_alphabet(*alphabets: str) -> Task:
         for alphabet, choice in zip(alphabets, choices, strict=True):
             named = [(name, m) for name, ms in drawings.items() for m in ms]
             own = [(name, member) for name, member in named if name.partition("/")[0] == alphabet]
-            for name, member in sorted(own, key=lambda pair: stable_hash("drawing", pair[1]))[:_DRAWINGS]:
+            for name, member in sorted(own, key=lambda pair: stable_hash("drawing", pair[1]))[:340]:
                 path = f"pictures/omniglot/{'-'.join(member.split('/')[1:])}"
                 made = {path: partial(_drawing, data, member)}
                 yield Row(f"{marker(path)} Letter?", choice, choices, name, made)

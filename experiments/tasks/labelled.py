@@ -1,18 +1,16 @@
 """From labelled texts to the training and test examples of one classification task.
 
-Where a text goes is decided by a hash of its group or of itself, and so depends on nothing else: adding a
-text moves no other text across a border.
+Where a text goes is decided by hashes of groups and texts, so that it does not depend on their order.
 """
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedmosaic.client.model.examples import Example
+from fedmosaic.client.data.records import Example
 from fedmosaic.protos.errors import ConfigurationError
-
-_TEST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,34 @@ def distinct(items: Iterable[LabelledText], seen: set[str]) -> Iterator[Labelled
             yield item
 
 
-def share(items: Iterable[LabelledText], clients: int) -> list[list[LabelledText]]:
-    """Deals texts to clients, whole groups at a time; one list per client."""
-    shares: list[list[LabelledText]] = [[] for _ in range(clients)]
-    for item in items:
-        shares[stable_hash("client", item.group) % clients].append(item)
+def share(items: Iterable[LabelledText], parts: int, purpose: str = "client") -> list[list[LabelledText]]:
+    """Deals texts to so many parts, whole groups at a time, the groups of each class in turn.
+
+    Every part has as many groups of a class as any other, up to one. Their order is fixed by hashes, which
+    `purpose` changes.
+    """
+    shares: list[list[LabelledText]] = [[] for _ in range(parts)]
+    part_of: dict[str, int] = {}
+    dealt: Counter[str] = Counter()
+    for item in sorted(items, key=lambda item: (stable_hash(purpose, item.group), item.text)):
+        if item.group not in part_of:
+            part_of[item.group] = dealt[item.label] % parts
+            dealt[item.label] += 1
+        shares[part_of[item.group]].append(item)
     return shares
 
 
 def split(task: ClassificationTask, items: Sequence[LabelledText], train_rows: int, test_rows: int) -> Split:
     """Balanced training and test sets of so many rows, whole groups at a time, in an order fixed by hashes.
 
-    `ConfigurationError` if there are too few texts of a class, a label that is no choice, or a number of rows
-    that is no multiple of the number of choices.
+    A quarter of the groups of each class is for the test set. `ConfigurationError` if there are too few texts
+    of a class, a label that is no choice, or a number of rows that is no multiple of the number of choices.
     """
-    border = int(_TEST_SHARE * 2**64)
     ordered = sorted(items, key=lambda item: stable_hash("order", item.text))
-    train = [item for item in ordered if stable_hash("test", item.group) >= border]
-    test = [item for item in ordered if stable_hash("test", item.group) < border]
+    tested = {item.group for item in share(items, 4, "test")[0]}
     return Split(
-        train=_balanced(task, train, train_rows, "training"), test=_balanced(task, test, test_rows, "test")
+        train=_balanced(task, [i for i in ordered if i.group not in tested], train_rows, "training"),
+        test=_balanced(task, [i for i in ordered if i.group in tested], test_rows, "test"),
     )
 
 

@@ -14,13 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedmosaic.client.model.examples import Example, encode_examples, padding_token
 from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.scoring import score_examples
-from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
+from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.vision.features import CHANNELS, GRID, SIZE, image_features
 from fedmosaic.client.vision.inputs import located, number_images, put_images, tokenizer_with_images
 from fedmosaic.client.vision.projector import ProjectedFeatures, Projector, ProjectorRecord
 from fedmosaic.protos.errors import ModelError
-
-_SCORED_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,22 @@ def train_projector(
     put_images(model, ProjectedFeatures(features, projector), ids.each)
     with_images = tokenizer_with_images(tokenizer, ids)
     started = time.monotonic()
-    report = _train(model, with_images, public.train, settings, console)
+    shuffled = list(public.train)
+    random.Random(settings.seed).shuffle(shuffled)  # noqa: S311 (public data, no secret)
+    needed = shuffled[: settings.steps * settings.per_device_train_batch_size]
+    with Progress(console=console) as progress:
+        task = progress.add_task("training the projector", total=settings.steps)
+        report = train_local(
+            model,
+            encode_examples(with_images, needed, settings.max_length),
+            settings,
+            pad_token_id=padding_token(with_images),
+            progress=lambda step, _total, _loss: progress.update(task, completed=step),
+        )
     seconds = time.monotonic() - started
     projector.requires_grad_(False)
     seen, blind = (
-        score_examples(model, t, public.test, _SCORED_BATCH, max_length=settings.max_length).value
+        score_examples(model, t, public.test, 32, max_length=settings.max_length).value
         for t in (with_images, tokenizer_with_images(tokenizer, None))
     )
     record = ProjectorRecord(
@@ -73,24 +82,3 @@ def train_projector(
         report.first_loss, report.last_loss,
     )  # fmt: skip
     return projector, record, (seen, blind)
-
-
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    settings: TrainingSettings,
-    console: Console,
-) -> TrainingReport:
-    shuffled = list(examples)
-    random.Random(settings.seed).shuffle(shuffled)  # noqa: S311 (public data, no secret)
-    needed = shuffled[: settings.steps * settings.per_device_train_batch_size]
-    with Progress(console=console) as progress:
-        task = progress.add_task("training the projector", total=settings.steps)
-        return train_local(
-            model,
-            encode_examples(tokenizer, needed, settings.max_length),
-            settings,
-            pad_token_id=padding_token(tokenizer),
-            progress=lambda step, _total, _loss: progress.update(task, completed=step),
-        )

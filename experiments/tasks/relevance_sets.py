@@ -5,15 +5,20 @@ one form of question. AG News asks for the headline of an article of a given top
 intent behind a request of a given domain. The public examples come from data sets that no task uses.
 """
 
-import csv
-import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.experiments.tasks.rows import read_json
+from fedmosaic.experiments.tasks.rows import (
+    read_csv,
+    read_instructions,
+    read_json,
+    read_lines,
+    read_requests,
+    read_running_text,
+)
 from fedmosaic.protos.errors import ConfigurationError
 
 Pairs = list[tuple[str, str]]
@@ -97,8 +102,8 @@ def _examples(sources: dict[str, Pairs], size: int, seed: int) -> dict[str, list
 def _easy(data: Path) -> dict[str, Pairs]:
     text, questions = data / "cl_benchmark_text", data / "llm_adapters_qa"
     return {
-        "gsm8k": [(row["question"], row["answer"]) for row in _json_lines(data / "gsm8k/train.jsonl")],
-        "e2e": [(f"Describe: {row['mr']}", row["ref"]) for row in _csv(data / "e2e_nlg/devset.csv")],
+        "gsm8k": [(row["question"], row["answer"]) for row in read_lines(data / "gsm8k/train.jsonl")],
+        "e2e": [(f"Describe: {row['mr']}", row["ref"]) for row in read_csv(data / "e2e_nlg/devset.csv")],
         "mnli": _labelled(text / "NLI/MNLI", "Does sentence 1 entail or contradict sentence 2?"),
         "qqp": _labelled(text / "QQP/QQP", "Do both sentences mean the same?"),
         "sst2": _labelled(text / "SC/SST-2", "Is the sentiment good or bad?"),
@@ -108,7 +113,7 @@ def _easy(data: Path) -> dict[str, Pairs]:
         "clinc150": [pair for pairs in _hard_intents(data).values() for pair in pairs],
         "banking77": [
             (f"{row['text']}\nCategory:", row["category"].replace("_", " "))
-            for row in _csv(data / "banking77/train.csv")
+            for row in read_csv(data / "banking77/train.csv")
         ],
     }
 
@@ -123,11 +128,9 @@ def _hard_news(data: Path) -> dict[str, Pairs]:
 
 
 def _hard_intents(data: Path) -> dict[str, Pairs]:
-    splits = read_json(data / "clinc150/data_full.json")
-    rows = [row for split in ("train", "val", "test") for row in splits[split]]
     domain_of = {intent: domain for domain, intents in CLINC_DOMAINS.items() for intent in intents.split()}
     domains: dict[str, Pairs] = {domain: [] for domain in CLINC_DOMAINS}
-    for query, intent in rows:
+    for query, intent in read_requests(data):
         domains[domain_of[intent]].append((f"{query}\nIntent:", intent.replace("_", " ")))
     return domains
 
@@ -137,18 +140,10 @@ def _public(data: Path) -> dict[str, Pairs]:
         f"bbh-{path.stem}": [(row["input"], row["target"]) for row in read_json(path)["examples"]]
         for path in sorted((data / "bbh").glob("*.json"))
     }
-    for path in sorted((data / "self_instruct").glob("*.jsonl")):
-        sources[path.stem] = [
-            (f"{row['instruction']}\n{instance['input']}", instance["output"])
-            for row in _json_lines(path)
-            for instance in row["instances"]
-        ]
-    sources["wikitext"] = [
-        (" ".join(words[:24]), " ".join(words[24:56]))
-        for path in sorted((data / "wikitext2").glob("*.txt"))
-        for words in map(str.split, path.read_text(encoding="utf-8").splitlines())
-        if len(words) >= 56
-    ]
+    for name, asked, answer in read_instructions(data):
+        sources.setdefault(name, []).append((asked, answer))
+    long = read_running_text(data, 56)
+    sources["wikitext"] = [(" ".join(words[:24]), " ".join(words[24:56])) for words in long]
     sources["dbpedia"] = _titles(data / "cl_benchmark_text/TC/dbpedia/test.json", "Text")
     if len(sources) < 5:
         raise ConfigurationError(
@@ -164,13 +159,13 @@ TASK_SETS: Final[Mapping[str, Callable[[Path], dict[str, Pairs]]]] = {
 }
 
 
+def _splits(folder: Path) -> list[dict[str, str]]:
+    return [row for split in ("train", "test") for row in read_json(folder / f"{split}.json")]
+
+
 def _labelled(folder: Path, question: str) -> Pairs:
-    return [
-        (f"{row['sentence']}\n{question}", row["label"])
-        for split in ("train", "test")
-        for row in read_json(folder / f"{split}.json")
-        if row["label"] != "-"
-    ]
+    rows = _splits(folder)
+    return [(f"{row['sentence']}\n{question}", row["label"]) for row in rows if row["label"] != "-"]
 
 
 def _titles(path: Path, kind: str) -> Pairs:
@@ -179,17 +174,4 @@ def _titles(path: Path, kind: str) -> Pairs:
 
 
 def _instructions(folder: Path) -> Pairs:
-    return [
-        (row["instruction"], row["output"])
-        for split in ("train", "test")
-        for row in read_json(folder / f"{split}.json")
-    ]
-
-
-def _json_lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return [(row["instruction"], row["output"]) for row in _splits(folder)]

@@ -1,5 +1,6 @@
 """Rows of a set of tasks; splits are fixed by hashes of what belongs together, the same everywhere."""
 
+import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,9 @@ def in_test(group: str) -> bool:
     return stable_hash("row test", normalise(group)) < int(_TEST_SHARE * 2**64)
 
 
-def part_of(task: Task, number: int, parts: int, purpose: str, key: Callable[[Row], str]) -> Task:
+def part_of(
+    task: Task, number: int, parts: int, purpose: str, key: Callable[[Row], str] = lambda row: row.group
+) -> Task:
     """One of several equal parts of a task's rows, by the hash of a key of each."""
 
     def read(data: Path) -> Iterator[Row]:
@@ -62,3 +65,37 @@ def question(choices: tuple[str, ...]) -> str:
 def read_json(path: Path) -> Any:
     """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """What a file of JSON lines holds."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table with a line of heads."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_requests(data: Path) -> list[tuple[str, str]]:
+    """All requests of CLINC150 with their intents; those out of scope are in other parts of the file."""
+    content = read_json(data / "clinc150" / "data_full.json")
+    return [(text, intent) for part in ("train", "val", "test") for text, intent in content[part]]
+
+
+def read_instructions(data: Path) -> Iterator[tuple[str, str, str]]:
+    """Name of the file, instruction with its input, and answer of every instance of self-instruct."""
+    for path in sorted((data / "self_instruct").glob("*.jsonl")):
+        for row in read_lines(path):
+            for instance in row["instances"]:
+                yield path.stem, f"{row['instruction']}\n{instance['input']}", str(instance["output"])
+
+
+def read_running_text(data: Path, least: int) -> Iterator[list[str]]:
+    """The words of every line of WikiText-2 that has so many."""
+    for path in sorted((data / "wikitext2").glob("*.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if len(words) >= least:
+                yield words

@@ -2,9 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +12,7 @@ from fedmosaic.client.vision.inputs import images_in, without_images
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks.images import SIBLINGS
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
-from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, in_test
+from fedmosaic.experiments.tasks.rows import Row, TaskSet, in_test
 from fedmosaic.experiments.tasks.texts import TEXT_SETS, public_texts
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -29,37 +28,6 @@ class Size:
     test: int
     public: int
     tuning: bool = False
-
-
-@dataclass(frozen=True)
-class SplitTask:
-    """The examples of one client's task, and the rows that their images are made from."""
-
-    client: str
-    name: str
-    task: Task
-    train: list[Example]
-    test: list[Example]
-    rows: list[Row]
-
-
-def split_set(tasks: TaskSet, data: Path, size: Size) -> Iterator[SplitTask]:
-    """Split every task of a set; `ConfigurationError` if data is missing, or there are hardly any rows."""
-    seen: set[str] = set()
-    for client, of_client in tasks.items():
-        for name, task in of_client.items():
-            try:
-                rows = list(task.read(data))
-            except OSError as error:
-                raise ConfigurationError(
-                    f"{error.filename} is missing; task {name} needs {task.origin} in the data folder"
-                ) from None
-            train, test = split_rows(f"{client}/{name}", rows, size, seen)
-            if min(len(train), len(test)) < _FEWEST:
-                raise ConfigurationError(
-                    f"task {name} has {len(train)} training and {len(test)} test rows; give {_FEWEST} of each"
-                )
-            yield SplitTask(client, name, task, train, test, rows)
 
 
 def split_rows(
@@ -103,43 +71,49 @@ def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
 
 
 def write_set(tasks: TaskSet, data: Path, out: Path, size: Size) -> dict[str, dict[str, object]]:
-    """Write a set below `out`, and give what `table.json` says: sizes, origins and licences by task."""
+    """Write a set below `out`, and give what `table.json` says: sizes, origins and licences by task.
+
+    `ConfigurationError` if data is missing, or there are hardly any rows.
+    """
     table: dict[str, dict[str, object]] = {}
-    for found in split_set(tasks, data, size):
-        folder = out / found.client
-        folder.mkdir(parents=True, exist_ok=True)
-        write_examples(folder / f"{found.name}.train.jsonl", found.train)
-        write_examples(folder / f"{found.name}.test.jsonl", found.test)
-        most = Counter(example.answer for example in found.test).most_common(1)[0][1]
-        table[f"{found.client}/{found.name}"] = {
-            "train": len(found.train),
-            "test": len(found.test),
-            "images": _write_images(found, out),
-            "most_frequent_answer": round(most / len(found.test), 3),
-            "question_only": round(question_only(found.train, found.test), 3),
-            "origin": found.task.origin,
-            "licence": found.task.licence,
+    seen: set[str] = set()
+    for client, name, task in ((c, n, t) for c, of_client in tasks.items() for n, t in of_client.items()):
+        try:
+            rows = list(task.read(data))
+        except OSError as error:
+            raise ConfigurationError(
+                f"{error.filename} is missing; task {name} needs {task.origin} in the data folder"
+            ) from None
+        train, test = split_rows(f"{client}/{name}", rows, size, seen)
+        if min(len(train), len(test)) < _FEWEST:
+            raise ConfigurationError(
+                f"task {name} has {len(train)} training and {len(test)} test rows; give {_FEWEST} of each"
+            )
+        (out / client).mkdir(parents=True, exist_ok=True)
+        write_examples(out / client / f"{name}.train.jsonl", train)
+        write_examples(out / client / f"{name}.test.jsonl", test)
+        most = Counter(example.answer for example in test).most_common(1)[0][1]
+        used = {path for example in (*train, *test) for path in images_in(example.prompt)}
+        images = {path: make for row in rows for path, make in row.images.items() if path in used}
+        for path, make in images.items():
+            if not (out / path).exists():
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                make().save(out / path)
+        table[f"{client}/{name}"] = {
+            "train": len(train),
+            "test": len(test),
+            "images": len(images),
+            "most_frequent_answer": round(most / len(test), 3),
+            "question_only": round(question_only(train, test), 3),
+            "origin": task.origin,
+            "licence": task.licence,
         }
-    _write_public(data, out, size.public)
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-    return table
-
-
-def _write_images(found: SplitTask, out: Path) -> int:
-    used = {path for example in (*found.train, *found.test) for path in images_in(example.prompt)}
-    images = {path: make for row in found.rows for path, make in row.images.items() if path in used}
-    for path, make in images.items():
-        if not (out / path).exists():
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            make().save(out / path)
-    return len(images)
-
-
-def _write_public(data: Path, out: Path, rows: int) -> None:
-    """Instructions and texts that no client has, for bases and for servers that distil."""
-    pairs = sorted(set(public_texts(data)), key=lambda pair: stable_hash("public", pair[0]))
+    # Instructions and texts that no client has, for bases and for servers that distil.
+    pairs = sorted(filter(all, set(public_texts(data))), key=lambda pair: stable_hash("public", pair[0]))
     public = [
         Example(f"public-{stable_hash('public id', '|'.join(pair)):016x}", *pair)
-        for pair in islice((pair for pair in pairs if all(pair)), rows)
+        for pair in pairs[: size.public]
     ]
     write_examples(out / "public.jsonl", public)
+    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    return table

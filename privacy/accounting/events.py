@@ -25,15 +25,10 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class GaussianEvent:
     """`steps` releases of a Poisson-subsampled Gaussian mechanism under add/remove of one record.
 
-    Each step sums the clipped contributions of a Poisson sample and adds N(0, σ²C²) per coordinate; an empty
-    sample still releases noise and still counts as a step. The clipping norm C does not enter the accounting:
-    only its ratio to the noise, σ, does. AccountingError if a value is outside its domain.
-
-    Args:
-        noise_multiplier: σ, noise standard deviation in units of the clipping norm, ≥ 0 and finite; 0 means
-            that nothing protects the release (ε = ∞).
-        sampling_rate: q in (0, 1], the probability with which each record enters one step.
-        steps: number of releases, ≥ 0.
+    Each step sums the clipped contributions of a Poisson sample of rate q in (0, 1] and adds N(0, σ²C²) per
+    coordinate; an empty sample still releases noise and still counts as a step. σ, `noise_multiplier`, is in
+    units of the clipping norm C, ≥ 0 and finite; 0 means that nothing protects the release (ε = ∞).
+    AccountingError if a value is outside its domain.
 
     Reference:
         Abadi et al. 2016, section 3; Mironov, Talwar and Zhang 2019 (arXiv:1908.10530), section 3.

@@ -14,8 +14,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES
-from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES
+from fedmosaic.privacy.encryption.ckks.modular import SEED_BYTES, WORD_BYTES
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import WeightRow

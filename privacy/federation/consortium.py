@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import identity, kits
-from fedmosaic.privacy.federation.kits import FederationConfig, too_few
+from fedmosaic.privacy.federation.kits import FederationConfig, lonely, too_few
 from fedmosaic.privacy.federation.office import (
     AUTHORITY_KEY,
     FOUNDING,
@@ -51,18 +51,15 @@ class Approval:
 
 
 def create_federation(
-    config: FederationConfig | Path | str,
-    out: Path | str = "federation",
-    basis: Path | str | None = None,
+    config: FederationConfig | Path | str, out: Path | str = "federation", basis: Path | str | None = None
 ) -> Roster:
     """Found a federation on one machine, as `fedmosaic keys init --for-demo` does: every party's keys.
 
-    Whoever holds `out` can pose as any member. Members on machines of their own make their keys there:
-    `fedmosaic keys request`. `basis` is the file of the public basis, if the terms name one.
+    Whoever holds `out` can pose as any member; members on machines of their own use `fedmosaic keys request`.
 
     Raises:
         ConfigurationError: the file is wrong, no client's noise could be planned, or `out` is not empty.
-        MechanismError: the basis is damaged, or not the one that the terms name.
+        MechanismError: `basis`, a file, is damaged, or not the public basis that the terms name.
     """
     return create(planned(config), Path(out), Path(basis) if basis is not None else None)
 
@@ -71,7 +68,7 @@ def planned(config: FederationConfig | Path | str) -> FederationConfig:
     """A founding configuration, or that of a file, whose terms were tried and have their noise written in."""
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    terms = settled(with_bounded_delta(config.terms), [member.id for member in config.members])
+    terms = settled(with_bounded_delta(config.terms), config.members)
     return config.model_copy(update={"terms": terms})
 
 
@@ -92,10 +89,10 @@ def create(
 ) -> Roster:
     """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`.
 
-    That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, and
-    the kits of thousands share one file of the roster, and of the basis.
+    That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, or
+    waits for the disk, and the kits of thousands share one file of the roster, and of the basis.
     """
-    with _made_at_once(config, directory, basis) as making:
+    with _made_at_once(config, directory, basis, simulated=simulated) as making:
         _begin(config, making, None)
         requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
         for member in config.parties:
@@ -123,7 +120,9 @@ def _settle(office: Office, config: FederationConfig, requests: Sequence[KeyRequ
 
 
 @contextmanager
-def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None) -> Iterator[Path]:
+def _made_at_once(
+    config: FederationConfig, directory: Path, basis: Path | None, *, simulated: bool = False
+) -> Iterator[Path]:
     from fedmosaic.privacy.mechanism.projection import check_basis  # reads tensors, which a server never does
 
     check_basis(config.terms.profile, basis)
@@ -135,7 +134,8 @@ def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None)
         if basis is not None:
             shutil.copyfile(basis, making / kits.BASIS)
         yield making
-        for path in (*making.rglob("*"), making, making.parent):
+        # For thousands of kits that takes minutes, and a simulated server waits for no disk either.
+        for path in () if simulated else (*making.rglob("*"), making, making.parent):
             sync_directory(path)
         making.rename(directory)
     except BaseException:
@@ -296,8 +296,7 @@ def revoke_member(directory: Path, member_id: str, passphrase: str | None = None
         raise ConfigurationError("no roster is signed yet, so nobody can be taken off it")
     office.roster.member(member_id)
     left = tuple(m for m in office.roster.members if m.id != member_id)
-    problem = too_few(len(left), office.roster.terms)
-    if problem:
+    if problem := too_few(len(left), office.roster.terms) or lonely(left, office.roster.terms):
         raise ConfigurationError(
             f"without {member_id!r}, {problem}; first add another member with `fedmosaic keys approve`, or "
             "found a new federation whose terms fit fewer members"

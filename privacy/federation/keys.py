@@ -306,7 +306,7 @@ def _promise(roster: Roster) -> str:
 
 
 def _warn(console: Console, roster: Roster, *, families: bool = True) -> None:
-    for problem in (kits.fragile(len(roster.members), roster.terms), families and kits.unaligned(roster)):
+    for problem in (kits.fragile(roster.members, roster.terms), families and kits.unaligned(roster)):
         if problem:
             console.print(f"[bold yellow]Warning:[/] {problem}.")
 

@@ -10,6 +10,8 @@
 """
 
 import datetime as dt
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.federation.roster import Roster, check_distinct
+from fedmosaic.privacy.federation.roster import Member, Roster, check_distinct
 from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
@@ -30,6 +32,8 @@ AUTHORITY_CERTIFICATE = "authority.pem"
 CONSORTIUM_KEY = "consortium.pub"
 ROSTER = "roster.json"
 BASIS = "public_basis.safetensors"
+PROFILE = "profile.json"
+"""The task profile's terms as `fedmosaic probe` writes them, beside its basis."""
 TLS_CERTIFICATE = "tls.pem"
 TLS_KEY = "tls.key"
 IDENTITY_KEY = "identity.key"
@@ -44,7 +48,8 @@ class MemberEntry(Frozen):
     id: MemberId
     """Name of the member: lower-case letters, digits and hyphens."""
     family: Family = ""
-    """Architecture of its model. Members of different families need an aligned basis, see `adapter.basis`."""
+    """Architecture of its model. Members of different families receive nothing from each other, see
+    `relevance.across_families`."""
 
 
 class WitnessEntry(Frozen):
@@ -90,6 +95,33 @@ class FederationConfig(Frozen):
         return self
 
 
+def _smallest_family(members: Sequence[Member | MemberEntry], terms: Terms) -> tuple[str, int, int]:
+    """Of the families that exchange apart from others: the smallest, its members, and how many there are."""
+    counts = Counter("" if terms.relevance.across_families else member.family for member in members)
+    family = min(sorted(counts), key=counts.__getitem__)
+    return family, counts[family], len(counts)
+
+
+def lonely(members: Sequence[Member | MemberEntry], terms: Terms) -> str:
+    """Which family could not exchange under terms that keep families apart; empty if all can."""
+    family, kin, families = _smallest_family(members, terms)
+    sums = terms.group_sums if terms.adapter.in_group_sums else None
+    needed = sums.minimum_contributors if sums else terms.policy.fewest_contributors + 1
+    if families > 1 and kin < needed:
+        return (
+            f"family {family!r} has {kin} of the {len(members)} members, who receive from their own family "
+            f"only, and of fewer than {needed} nobody receives anything: name at least {needed} of it, or "
+            "none, or, where `fedmosaic align evaluate` has shown that the models help each other, write "
+            "terms.relevance.across_families = true"
+        )
+    if sums and sums.groups < families:
+        return (
+            f"terms.group_sums.groups is {sums.groups} with members of {families} families, which share no "
+            f"sum: write at least {families}, or terms.relevance.across_families = true"
+        )
+    return ""
+
+
 def too_few(members: int, terms: Terms) -> str:
     """What so many members cannot do under these terms; empty if they can."""
     fewest, sampled = terms.policy.fewest_contributors, terms.schedule.sampled_clients
@@ -118,20 +150,24 @@ def too_few(members: int, terms: Terms) -> str:
     return ""
 
 
-def fragile(members: int, terms: Terms) -> str:
+def fragile(entries: Sequence[Member | MemberEntry], terms: Terms) -> str:
     """What one absence would stop in a federation that is large enough; empty if the others go on."""
-    least = terms.policy.minimum_contributors
+    least, (family, members, apart) = terms.policy.minimum_contributors, _smallest_family(entries, terms)
     if members > least + 1:
         return ""
+    where = f" in family {family!r}" if apart > 1 else ""
     return (
-        f"with {members} members and a policy of {least} contributors other than the recipient, one member "
-        f"that is away stops all exchange: the others train alone while it is. Name at least {least + 2}"
+        f"with {members} members{where} and a policy of {least} contributors other than the recipient, one "
+        "member that is away stops all exchange: the others train alone while it is. Name at least "
+        f"{least + 2}"
     )
 
 
 def unaligned(roster: Roster) -> str:
-    """Why the adapters of different architectures may not mean the same; empty where there is one."""
+    """Why members may gain nothing from others of another family, or of their own; empty if all is well."""
     families = sorted({member.family for member in roster.members if member.family})
+    if not roster.terms.relevance.across_families:
+        return lonely(roster.members, roster.terms)
     if len(families) < 2:
         return ""
     named = f"{', '.join(families[:4])}{', …' if len(families) > 4 else ''}"
@@ -139,12 +175,13 @@ def unaligned(roster: Roster) -> str:
     if not roster.terms.adapter.basis:
         return (
             f"{begun} and no aligned basis: what one learns means nothing to another. Align them once with "
-            "`fedmosaic align`, and found the federation with its adapter.basis"
+            "`fedmosaic align`, and found the federation with its adapter.basis, or with "
+            "relevance.across_families = false"
         )
     return (
         f"{begun} on one aligned basis, which was shown to carry what they learn only between depths of one "
         "model: measure the transfer ratio with `fedmosaic align evaluate`, and where its interval holds 0 "
-        "found a federation for each family"
+        "found the federation with relevance.across_families = false"
     )
 
 

@@ -53,7 +53,8 @@ def check_distinct(what: str, values: Sequence[str]) -> None:
 class Roster(Frozen):
     """Members and terms, with the consortium's signature over all of it.
 
-    Where a witness is named, a recipient accepts no aggregate that it has not countersigned.
+    Where a witness is named, a recipient accepts no aggregate that it has not countersigned. A roster that
+    says nothing of `relevance.across_families` is from before that term: its members share across families.
     """
 
     version: Literal[1] = 1
@@ -64,6 +65,14 @@ class Roster(Frozen):
     terms: Terms
     witness: Witness | None = None
     signature: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shared_across(cls, content: Any) -> Any:
+        terms = content.get("terms") if isinstance(content, dict) else None
+        if not isinstance(terms, dict) or not isinstance(relevance := terms.get("relevance", {}), dict):
+            return content
+        return content | {"terms": terms | {"relevance": {"across_families": True} | relevance}}
 
     @model_validator(mode="after")
     def _distinct(self) -> "Roster":
@@ -95,6 +104,8 @@ class Roster(Frozen):
             unused["adapter_privacy"] = {"largest_delta"}
         if self.terms.schedule.sampled_clients is None:
             unused["schedule"] = {"sampled_clients"}
+        if self.terms.relevance.across_families:
+            unused["relevance"] = {"across_families"}
         exclude: dict[str, Any] = {"signature": True, "terms": unused}
         exclude |= {} if self.witness else {"witness": True}
         return canonical_json(self.model_dump(mode="json", exclude=exclude)).encode()
@@ -125,6 +136,11 @@ class Roster(Frozen):
     def party(self, party_id: str) -> Member:
         """The same, or the witness."""
         return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
+
+    def sharing_families(self, section: str = "shared") -> dict[str, str]:
+        """Family within which alone a member shares a section, by member; one for all where they may mix."""
+        mixed = section != "family" and self.terms.relevance.across_families
+        return {member.id: "" if mixed else member.family for member in self.members}
 
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
         """Ids of the members that take part in a round; see `taking_part`."""
@@ -168,6 +184,8 @@ class RosterMark(Frozen):
         terms = roster.terms.model_dump(mode="json")
         if not roster.terms.adapter.in_group_sums:
             del terms["group_sums"]  # as in the roster's own hash
+        if roster.terms.relevance.across_families:
+            del terms["relevance"]["across_families"]
         if roster.witness is not None:  # its keys may change, like a member's
             terms["witness"] = [roster.witness.id, roster.witness.seconds]
         for name, part in terms.items():

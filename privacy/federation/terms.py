@@ -177,6 +177,9 @@ class RelevanceTerms(Frozen):
     """τ of the softmax over similarities; a small τ favours the most similar client."""
     average_decay: float = Field(default=0.5, ge=0, lt=1)
     """Weight of earlier releases in a profile's moving average."""
+    across_families: bool = False
+    """Whether members receive from other families than their own. What one model learnt was shown to help
+    another only between depths of one model; `fedmosaic align evaluate` measures it for yours."""
 
 
 class ScheduleTerms(Frozen):

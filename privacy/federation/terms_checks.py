@@ -9,6 +9,7 @@ from fedmosaic.privacy.accounting.calibrate import check_plannable, noise_multip
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.accounting.leverage import noise_share
+from fedmosaic.privacy.federation.kits import MemberEntry, lonely
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.shares import plan_grid
 from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals
@@ -25,11 +26,13 @@ _LARGEST_CLIENT: Final = 1_000_000
 _LONGEST_NUMBER: Final = 1.2345678901234567e-100
 
 
-def settled(terms: Terms, members: Sequence[str]) -> Terms:
+def settled(terms: Terms, members: Sequence[MemberEntry]) -> Terms:
     """Terms on which these members can found a federation, noise written in; else ConfigurationError."""
+    if problem := lonely(members, terms):
+        raise ConfigurationError(problem)
     check_plan(terms)
     terms = with_planned_noise(terms)
-    check_sums(terms, members)
+    check_sums(terms, [member.id for member in members])
     return terms
 
 

@@ -159,9 +159,11 @@ class WitnessBook:
         """What the claimed row is to be applied to, if the row may be."""
         try:
             label, length = self.sections(claim.recipient)[claim.section]
-            terms, members = self._roster.terms, self._roster.identity_keys()
+            terms, families = self._roster.terms, self._roster.sharing_families(claim.section)
             bits = terms.encryption.weight_bits
-            check_row(claim.recipient, claim.row, terms.policy, members=members, bits=bits)
+            check_row(
+                claim.recipient, claim.row, terms.policy, members=families, families=families, bits=bits
+            )
         except (IdentityError, PolicyError) as error:
             raise _WrongError("row", str(error)) from None
         except KeyError:

@@ -74,8 +74,7 @@ class Ledger:
             target_epsilon: budget for all budgeted channels together; None records without refusing.
             accountant: "prv" (default), "rdp" or "pld".
             budgeted_channels: which channels the budget bounds. One whose releases are not differentially
-                private costs ε = ∞ and must be left out here by name, or nothing can be released on it under
-                a budget.
+                private costs ε = ∞ and must be left out here by name, or nothing can be released on it.
             examples: n, the client's number of units; checked against δ, not stored.
             unit: what is added or removed: all releases of a ledger protect the same.
             clock: tells the time.
@@ -148,8 +147,7 @@ class Ledger:
             covered_by: "dp", or, with ε = ∞, "cryptography" or "nothing".
             example_ids: the epoch's example ids, to have it composed in parallel with other epochs that were
                 given so; the ledger proves that they share none.
-            context: the run, or for a profile its mechanism: another one makes another release, charged like
-                the first.
+            context: the run, or for a profile its mechanism: another one makes another release, charged too.
 
         Raises:
             BudgetExceededError: the release would pass the target ε; recorded as REFUSED, nothing charged.

@@ -41,11 +41,8 @@ _NORM_MARGIN: Final = 1.0 - 2.0**-32
 class ClippedSum:
     """A sum of clipped rows before noise: private, never to leave the process.
 
-    Attributes:
-        units: (k,) int64, the sum in units of the grid.
-        clipped: number of rows that the bound shortened.
-        rejected: number of rows that were not finite and count as zero.
-        rows: number of rows, rejected ones included.
+    `units` are (k,) int64, the sum in units of the grid. Of all `rows`, the bound shortened `clipped`, and
+    `rejected` were not finite and count as zero.
     """
 
     units: IntArray = field(repr=False)
@@ -68,16 +65,11 @@ class ClippedSum:
 
 
 def clip(rows: FloatArray, clipping_norm: float, grid: int = GRID) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Bring every row to the integer grid with an L2 norm of at most one clipping norm.
+    """Bring (n, k) rows of any values to the integer grid with an L2 norm of at most one clipping norm.
 
-    Args:
-        rows: (n, k) standardised rows, any values.
-        clipping_norm: bound C > 0, in the unit of `rows`.
-        grid: steps g of the grid per clipping norm.
-
-    Returns:
-        (n, k) int64 in units of C / g, every row's exact L2 norm at most g; and (n,) bool, which
-        rows the bound shortened. A row with a value that is not finite becomes zero.
+    C > 0 is in the unit of the rows, and the grid has g steps per C. Returns (n, k) int64 in units of C / g,
+    every row's exact L2 norm at most g; and (n,) bool, which rows the bound shortened. A row with a value
+    that is not finite becomes zero.
     """
     finite = np.isfinite(rows).all(axis=1, keepdims=True)
     values = np.where(finite, rows, 0.0).astype(np.float64)
@@ -106,18 +98,10 @@ def clipped_sum(rows: FloatArray, clipping_norm: float, grid: int = GRID) -> Cli
 def noisy_sum(
     total: ClippedSum, clipping_norm: float, noise_multiplier: float, noise: NoiseSource
 ) -> Float64Array:
-    """Draw noise and turn a private sum into one that may be used freely.
+    """Draw noise and turn a private sum of k coordinates into (k,) float64 that may be used freely.
 
-    Every call is one more event for the accountant, to be charged before it is made.
-
-    Args:
-        total: the private sum of k coordinates.
-        clipping_norm: C.
-        noise_multiplier: σ.
-        noise: `SecureNoise()` in real runs.
-
-    Returns:
-        (k,) float64, the sum plus N(0, σ²C²) rounded to the grid, in the unit of the rows.
+    The sum plus N(0, σ²C²) rounded to the grid, in the unit of the rows. Every call is one more event for the
+    accountant, to be charged before it is made; `noise` is `SecureNoise()` in real runs.
     """
     draws = np.rint(noise.gaussian(len(total.units), noise_multiplier * GRID)).astype(np.int64)
     return np.asarray((total.units + draws) * (clipping_norm / GRID), dtype=np.float64)

@@ -42,11 +42,8 @@ class GradientFactors:
 class PublicBasis:
     """What a map takes from public data rather than from a seed; absent parts are None.
 
-    Attributes:
-        left: (hidden_size, r1) float32, directions of δ.
-        right: (intermediate_size, r2) float32, directions of x.
-        centre: (k,) float32, mean of the public rows.
-        whitening: (k, k) float32, applied to centred rows from the left.
+    `left` (hidden_size, r1) and `right` (intermediate_size, r2) are directions of δ and x; `centre` (k,) is
+    the mean of the public rows; `whitening` (k, k) is applied to centred rows from the left. All float32.
     """
 
     left: Float32Array | None = None
@@ -69,10 +66,7 @@ class PublicBasis:
 
     @classmethod
     def load(cls, path: Path) -> "PublicBasis":
-        """Read a basis of finite float32 arrays.
-
-        Whether it is the agreed one, `PublicMap` decides by hash.
-        """
+        """Read a basis of finite float32; whether it is the agreed one, `PublicMap` says by its hash."""
         try:
             if path.stat().st_size > MAXIMUM_BASIS_BYTES:
                 raise MechanismError(f"{path} has over {MAXIMUM_BASIS_BYTES} bytes; it is no public basis")

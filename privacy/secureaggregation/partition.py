@@ -1,7 +1,7 @@
 """Who adds up with whom, what came of every round, and the hash that binds both into the next sum's masks."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -59,10 +59,13 @@ class Partition(Frozen):
         """Index of a member's group."""
         return next(index for index, group in enumerate(self.groups) if member in group)
 
-    def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
-        """PolicyError unless a member may take part in these groups of at least `minimum`, at most `most`."""
+    def check(self, member: str, families: Mapping[str, str], minimum: int, most: int) -> None:
+        """PolicyError unless a member may take part in these groups of at least `minimum`, at most `most`.
+
+        `families` has every member of the roster, with the family within which alone it may share.
+        """
         everybody = [name for group in self.groups for name in group]
-        strangers = sorted(set(everybody) - set(roster))
+        strangers = sorted(set(everybody) - set(families))
         if strangers:
             raise PolicyError(f"the server's groups name {', '.join(strangers)}, who are not on the roster")
         if len(everybody) != len(set(everybody)):
@@ -79,6 +82,11 @@ class Partition(Frozen):
         weights = np.array(self.mixing.get(member, ()))
         if weights.shape != (len(self.groups),) or (weights < 0.0).any():
             raise PolicyError(f"the server gave {member!r} no mixing weights for {len(self.groups)} groups")
+        for group, weight in zip(self.groups, weights, strict=True):
+            others = sorted(name for name in group if families[name] != families[member])
+            if others and (member in group or weight > 0.0):
+                named = ", ".join(others)
+                raise PolicyError(f"the server lets {member!r} share sums with other families: {named}")
 
 
 @dataclass(frozen=True)

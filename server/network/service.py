@@ -21,7 +21,6 @@ from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.downloads import Download
 from fedmosaic.server.network.peers import (
     Context,
     identify,
@@ -31,6 +30,7 @@ from fedmosaic.server.network.peers import (
     refuse,
 )
 from fedmosaic.server.network.waiting import Changes
+from fedmosaic.server.round.aggregates import Download
 from fedmosaic.server.storage.blobs import MissingBlobError
 from fedmosaic.server.uploads import Ticket
 

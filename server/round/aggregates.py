@@ -1,13 +1,14 @@
 """What the open round hands out: aggregates as the database describes them, and their weight rows."""
 
+import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedmosaic.protos.errors import StateError, WireError
-from fedmosaic.protos.messages import AggregateSection, WeightRow
+from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 from fedmosaic.server.round.relations import Rows, unpack
 from fedmosaic.server.round.weights import section_label
 from fedmosaic.server.settings import ServerSettings
@@ -27,6 +28,35 @@ class Place:
     size: int
 
 
+NOWHERE = Place("", 0, 0)
+"""Of a section that is refused."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """An aggregate without payloads; these, as views of files, one per section, empty where refused.
+
+    `sha256` is of all payloads, laid end to end.
+    """
+
+    aggregate: Aggregate
+    payloads: tuple[memoryview, ...]
+    sha256: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of all payloads."""
+        return sum(len(payload) for payload in self.payloads)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the files still are what was aggregated; reads all of them."""
+        digest = hashlib.sha256()
+        for payload in self.payloads:
+            digest.update(payload)
+        return digest.digest() == self.sha256
+
+
 @dataclass(frozen=True)
 class Offer:
     """What clients may load before the open round, by recipient, and the rows that it was made with.
@@ -38,12 +68,31 @@ class Offer:
     stored: Mapping[str, StoredAggregate]
     rows: Rows
 
-    def sections(self, settings: ServerSettings, client: str) -> list[tuple[AggregateSection, Place]]:
-        """Sections of a client's aggregate, without their payloads, and where these stand.
+    def download(
+        self, settings: ServerSettings, blobs: Blobs, client: str, epoch: int, head: bytes
+    ) -> Download:
+        """What was made for a client when the round before was closed; `epoch` is of the uploads to come.
 
         Raises:
-            StateError: its description is damaged.
+            MissingBlobError: a file is missing.
+            StateError: what the database says of the aggregate is damaged.
         """
+        number, stored = self.round, self.stored.get(client)
+        if stored is None:
+            why = f"{client} had not enrolled when round {number - 1} was closed"
+            names = settings.dimensions(client) if number > 1 else ()
+            nothing = tuple(AggregateSection(name, None, b"", why) for name in names)
+            return Download(Aggregate(number, nothing, 0, epoch, head), (), hashlib.sha256().digest())
+        found = self.sections(settings, client)
+        payloads = tuple(
+            blobs.read("aggregates", number, at.blob, at.start, at.size) if at.size else memoryview(b"")
+            for _, at in found
+        )
+        aggregate = Aggregate(number, tuple(s for s, _ in found), stored.key_epoch, epoch, head)
+        return Download(aggregate, payloads, stored.sha256)
+
+    def sections(self, settings: ServerSettings, client: str) -> list[tuple[AggregateSection, Place]]:
+        """Sections of a client's aggregate, without payloads, and where these are; StateError if damaged."""
         try:
             return [
                 self._section(record, client, section_label(record["name"], settings.family(client)))
@@ -61,7 +110,7 @@ class Offer:
         if kept is not None:  # made anew, or by an older program
             row = WeightRow(tuple(kept["contributors"]), tuple(kept["weights"]), kept["bits"])
         if record["refusal"] or row is None:
-            return AggregateSection(name, None, b"", record["refusal"] or LOST), Place("", 0, 0)
+            return AggregateSection(name, None, b"", record["refusal"] or LOST), NOWHERE
         blob = f"{client}.{name}" if start is None else WHOLE
         signed = (bytes.fromhex(text) for text in record.get("witness", ()))
         place = Place(blob, int(start or 0), int(record["size"]))
@@ -83,27 +132,17 @@ def stored_offer(store: Store, blobs: Blobs, round_number: int) -> Offer:
 
 
 def stored_aggregate(
-    key_epoch: int,
-    sections: Sequence[AggregateSection],
-    sizes: Sequence[int],
-    sha256: bytes,
-    starts: Sequence[int] | None = None,
+    key_epoch: int, parts: Iterable[tuple[AggregateSection, Place]], sha256: bytes
 ) -> StoredAggregate:
-    """What the database keeps of an aggregate.
+    """What the database keeps of an aggregate, as `Offer.sections` gives it back; the hash is of payloads.
 
-    Args:
-        key_epoch: of the uploads inside.
-        sections: without their payloads.
-        sizes: bytes of the payload of every section, 0 where it is refused.
-        sha256: of all payloads, laid end to end.
-        starts: where each payload begins in the round's blob; by default each has a blob of its own, and the
-            rows are kept here.
+    Rows of what stands in the round's one blob are in the file of `relations`, those of all else here.
     """
     records = []
-    for index, (section, size) in enumerate(zip(sections, sizes, strict=True)):
-        record: dict[str, Any] = {"name": section.name, "size": size, "refusal": section.refusal}
+    for section, place in parts:
+        record: dict[str, Any] = {"name": section.name, "size": place.size, "refusal": section.refusal}
         if section.countersignature:
             record["witness"] = [section.uploads_sha256.hex(), section.countersignature.hex()]
-        alone = None if section.row is None else vars(section.row)
-        records.append({**record, "row": alone} if starts is None else {**record, "start": starts[index]})
+        alone = {"row": None if section.row is None else vars(section.row)}
+        records.append(record | ({"start": place.start} if place.blob == WHOLE else alone))
     return StoredAggregate(key_epoch, json.dumps(records), sha256)

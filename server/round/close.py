@@ -1,4 +1,7 @@
-"""Close a round: relevance, weights, aggregates on disk. CPU work, called outside every lock."""
+"""Close a round: relevance, weights, aggregates on disk. CPU work, called outside every lock.
+
+A damaged aggregate is made anew from the same uploads and weight rows.
+"""
 
 import hashlib
 import logging
@@ -12,10 +15,10 @@ from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import AggregateSection, SectionName
-from fedmosaic.server.round.aggregates import Offer, stored_aggregate
+from fedmosaic.server.round.aggregates import LOST, NOWHERE, Offer, Place, stored_aggregate
 from fedmosaic.server.round.relations import pack
 from fedmosaic.server.round.relevance import Relevance, relevance
-from fedmosaic.server.round.weights import Plan, groups, plan
+from fedmosaic.server.round.weights import Plan, groups, plan, section_label
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import WHOLE, Blobs
 from fedmosaic.server.storage.store import Store, StoredAggregate, StoredUpload
@@ -147,7 +150,8 @@ class Closer:
             bits, present = settings.encryption.weight_bits, frozenset(clients)
             profiles = {c: p for c, p in self._store.profiles().items() if c in present}
             related = relevance([profiles.get(client) for client in clients], settings.similarity)
-            terms = settings.temperature, settings.policy, bits
+            families = [settings.receives_from(client) for client in clients]
+            terms = settings.temperature, settings.policy, bits, families
             plans = [plan(group, clients, related, *terms) for group in found]
             rows = {p.group.label: p.rows for p in plans}
             content = pack(clients, related.similarity, rows, bits)
@@ -162,29 +166,20 @@ class Closer:
         self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int
     ) -> dict[str, StoredAggregate]:
         """Form all sums, write them, and describe what every recipient gets."""
-        sections: dict[str, list[AggregateSection]] = defaultdict(list)
-        sizes: dict[str, list[int]] = defaultdict(list)
-        starts: dict[str, list[int]] = defaultdict(list)
+        parts: dict[str, list[tuple[AggregateSection, Place]]] = defaultdict(list)
         digests: dict[str, Any] = defaultdict(hashlib.sha256)
 
         def pieces() -> Iterator[memoryview]:
             end = 0
             for recipient, section, payload in self._sums(plans, payloads, round_number, epoch):
-                sections[recipient].append(section)
-                sizes[recipient].append(len(payload))
-                starts[recipient].append(end)
+                parts[recipient].append((section, Place(WHOLE, end, len(payload))))
                 end += len(payload)
                 with self._traces.span("aggregate", round_number, recipient, section.name):
                     digests[recipient].update(payload)
                     yield payload
 
         self._blobs.write_pieces("aggregates", round_number + 1, WHOLE, pieces())
-        return {
-            recipient: stored_aggregate(
-                epoch, sections[recipient], sizes[recipient], digests[recipient].digest(), starts[recipient]
-            )
-            for recipient in sorted(sections)
-        }
+        return {name: stored_aggregate(epoch, parts[name], digests[name].digest()) for name in sorted(parts)}
 
     def _sums(
         self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int
@@ -209,13 +204,42 @@ class Closer:
             for recipient, why in _told(p, round_number).items():
                 yield recipient, AggregateSection(name, None, b"", why), memoryview(b"")
 
+    def repair(self, offer: Offer, recipient: str) -> StoredAggregate:
+        """Make a recipient's aggregate of the open round anew, with the rows that it was made with; store it.
+
+        Where the uploads are damaged too, the recipient is refused it, and trains one round alone.
+        """
+        settings, stored, closed = self._settings, offer.stored[recipient], offer.round - 1
+        sections = [section for section, _ in offer.sections(settings, recipient)]
+        uploads = self._store.uploads(closed)
+        used = {name for section in sections if section.row for name in section.row.contributors}
+        digest, parts = hashlib.sha256(), []
+        try:
+            payloads = upload_payloads(self._blobs, {name: uploads[name] for name in used}, closed)
+            for section in sections:
+                place = NOWHERE
+                if section.row is not None:
+                    label = section_label(section.name, settings.family(recipient))
+                    size = settings.dimensions(recipient)[section.name]
+                    context = RoundContext(settings.federation, stored.key_epoch, closed, label, size)
+                    records = {client: payloads[client][section.name] for client in section.row.contributors}
+                    (payload,) = self._aggregator.aggregate(records, {recipient: section.row}, context)
+                    place = Place(f"{recipient}.{section.name}", 0, len(payload))
+                    self._blobs.write("aggregates", offer.round, place.blob, payload)
+                    # Of a sum of real numbers the last digits depend on how many rows were summed at once.
+                    digest.update(payload)
+                parts.append((section, place))
+        except (DamagedUploadsError, KeyError) as error:
+            log.error("the aggregate of %s cannot be made anew: %s", recipient, error)
+            parts = [(AggregateSection(s.name, None, b"", s.refusal or LOST), NOWHERE) for s in sections]
+            digest = hashlib.sha256()
+        made = stored_aggregate(stored.key_epoch, parts, digest.digest())
+        self._store.replace_aggregate(offer.round, recipient, made)
+        return made
+
 
 def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_number: int) -> Payloads:
-    """Sections of stored uploads, after a look whether they still are what was accepted.
-
-    Raises:
-        DamagedUploadsError: some are not.
-    """
+    """Sections of stored uploads; DamagedUploadsError where some are not what was accepted any more."""
     payloads: dict[str, dict[SectionName, bytes]] = {}
     damaged = set()
     for client, upload in uploads.items():

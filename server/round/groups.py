@@ -6,12 +6,13 @@ of fewer than the least number of contributors could form no sum; its members jo
 Shape legend: N clients, R groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from fedmosaic.privacy.secureaggregation.partition import Partition
 from fedmosaic.server.round.relevance import FloatArray, Relevance
 
 
@@ -55,6 +56,34 @@ def group_clients(
     largest = max(large, key=len)
     largest.extend(index for index in order if index not in set(known))
     return tuple(sorted(tuple(sorted(clients[index] for index in group)) for group in large if group))
+
+
+def divide(
+    families: Mapping[str, str], relevance: Relevance, most: int, least: int, temperature: float
+) -> Partition:
+    """Groups of one family each, and how each client mixes those of its own; see the two functions below.
+
+    Args:
+        families: family by client, in the order of `relevance`'s rows.
+        relevance: similarity of all clients.
+        most: groups in all; each family has as many as the others, and at least one.
+        least: members that a group must have.
+        temperature: τ of the mixing.
+    """
+    clients, each = list(families), max(1, most // len(set(families.values())))
+    groups: list[tuple[str, ...]] = []
+    mixing: dict[str, tuple[float, ...]] = {}
+    for family in sorted(set(families.values())):
+        kin = [index for index, client in enumerate(clients) if families[client] == family]
+        names = [clients[index] for index in kin]
+        own = Relevance(relevance.similarity[np.ix_(kin, kin)], relevance.significant[kin])
+        found = group_clients(names, own, each, least)
+        before, after = (0.0,) * len(groups), len(found)
+        mixed = mixing_weights(names, own, found, temperature)
+        mixing = {client: (*row, *(0.0,) * after) for client, row in mixing.items()}
+        mixing |= {client: (*before, *row) for client, row in mixed.items()}
+        groups.extend(found)
+    return Partition(groups=tuple(groups), mixing=mixing)
 
 
 def mixing_weights(

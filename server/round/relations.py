@@ -19,14 +19,7 @@ Rows = Mapping[str, Mapping[str, WeightRow]]
 
 
 def pack(clients: Sequence[str], similarity_NN: FloatArray, rows: Rows, bits: int) -> memoryview:
-    """Similarity and rows as arrays of numpy's own format.
-
-    Args:
-        clients: N names in the order of `similarity_NN`.
-        similarity_NN: (N, N), NaN where nothing is known.
-        rows: over these clients.
-        bits: precision of every row.
-    """
+    """(N, N) similarity, NaN where nothing is known, and rows over these N clients, in numpy's own format."""
     column = {client: index for index, client in enumerate(clients)}
     arrays: dict[str, Any] = {"clients": np.array(clients), "bits": np.uint32(bits)}
     for label, found in rows.items():

@@ -69,18 +69,14 @@ def plain_cosine(vectors_NK: FloatArray) -> Relevance:
 
 
 def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevance:
-    """Cosine of the noise-free vectors, estimated from noisy ones whose noise variance is known.
+    """Cosine of the noise-free vectors (N, K), from noisy ones of known variance per coordinate (N,).
 
     Inner products of independent releases are unbiased; squared norms are too large by K·v. With
     n_i = ‖y_i‖² − K·v_i and the guard s_i = √(2K)·v_i, the standard deviation of pure noise's squared norm,
 
         S_ij = ⟨y_i, y_j⟩ / √(max(n_i, s_i) · max(n_j, s_j)),  clipped to [−1, 1].
 
-    A client with n_i < 2 s_i is not significant.
-
-    Args:
-        vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
-        variances_N: (N,) noise variance per coordinate of each client's vector, ≥ 0.
+    A client with n_i < 2 s_i is not significant. A row with NaN, infinity or only zeros counts as no profile.
     """
     dimensions = vectors_NK.shape[1]
     usable_N = _usable(vectors_NK) & np.isfinite(variances_N) & (variances_N >= 0.0)
@@ -100,7 +96,11 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
 
 
 def softmax_weights(
-    relevance_matrix: Relevance, temperature: float, present: BoolArray, recipients: BoolArray | None = None
+    relevance_matrix: Relevance,
+    temperature: float,
+    present: BoolArray,
+    recipients: BoolArray | None = None,
+    families: Sequence[str] = (),
 ) -> FloatArray:
     """Weights with which every client receives from the others.
 
@@ -114,6 +114,7 @@ def softmax_weights(
         temperature: τ > 0.
         present: (N,) who contributes to this sum.
         recipients: (N,) whose rows are wanted; all by default.
+        families: N names; k runs over the family of i, and w_ij = 0 outside it. One family if left out.
 
     Returns:
         (N, N) rows that sum to 1; rows of zeros where nobody else is present or the row is not wanted.
@@ -122,9 +123,10 @@ def softmax_weights(
         FedMosaic (arXiv 2506.11024): softmax with temperature, the recipient excluded.
     """
     similarity_NN = relevance_matrix.similarity
+    family_N = np.unique(families or [""] * len(similarity_NN), return_inverse=True)[1]
     weights_NN = np.zeros(similarity_NN.shape)
     for i in np.flatnonzero(np.ones_like(present) if recipients is None else recipients):
-        others = present.copy()
+        others = present & (family_N == family_N[i])
         others[i] = False
         if not others.any():
             continue

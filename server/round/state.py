@@ -36,18 +36,14 @@ class Round:
 
     Attributes:
         number: the round that is open or being aggregated, from 1; rounds + 1 once the run is finished.
-        rounds: how many rounds the run has.
         phase: OPEN takes uploads, CLOSED is being aggregated.
-        members: everybody on the roster.
         quorum: least number of contributions with which a deadline closes the round.
-        duration: seconds from the opening of a round to its deadline.
-        deadline: in the clock of the events.
+        duration: seconds from the opening of a round to its deadline, which is in the clock of the events.
         arrived: content hash of every upload of this round that is stored, by client.
         contributors: those of `arrived` whose upload has sections.
         absent: members that are not waited for, because they missed a round and were not seen since.
         able: members that can upload at all: not without the group key of the epoch, nor where others were
             drawn.
-        extensions: how often the deadline of this round was extended.
         draw: who takes part, by round; None where everybody does in every one.
         asked: members whose stored upload of this round was damaged, and who were asked for it again.
         given_up: those of them who did not send it in time; this round goes on without them.
@@ -98,12 +94,7 @@ class Round:
         return replace(self, absent=self.absent - {client})
 
     def key_agreed(self, holders: frozenset[str], now: float) -> "Round":
-        """The group key is agreed; only now can uploads come, so the deadline starts now.
-
-        Args:
-            holders: members that hold the key.
-            now: seconds, in the clock of `deadline`.
-        """
+        """The group key is agreed among `holders`; only now can uploads come, so the deadline starts now."""
         able = self.members & holders
         absent = self.absent | (self.members - able)
         return replace(self, able=able, absent=absent, deadline=now + self.duration)
@@ -120,12 +111,7 @@ class Round:
     ) -> tuple["Round", ReceiptStatus | Rejected]:
         """What becomes of a valid upload; ACCEPTED asks for it to be stored before the answer goes out.
 
-        Args:
-            client: who sends it.
-            number: the round it is for.
-            content_hash: digest of the upload.
-            stored_hash: digest of the upload that is stored for this client and round, if there is one.
-            contributes: whether it has sections.
+        `stored_hash` is the digest of what is stored for this client and round; `contributes` means sections.
         """
         if stored_hash == content_hash:
             return self, ReceiptStatus.DUPLICATE
@@ -174,12 +160,7 @@ class Round:
         return replace(state, deadline=now + state.duration, extensions=state.extensions + 1)
 
     def reopened(self, damaged: frozenset[str], deadline: float) -> "Round":
-        """Stored uploads of the closed round are not what their clients sent; it opens again for these.
-
-        Args:
-            damaged: whose they are.
-            deadline: until when they are to send them again.
-        """
+        """What the `damaged` sent is not what is stored; the round opens again, for these to resend."""
         return replace(
             self,
             phase=Phase.OPEN,
@@ -243,12 +224,7 @@ class Round:
 
 
 def first_round(
-    members: Collection[str],
-    quorum: int,
-    rounds: int,
-    duration: float,
-    now: float,
-    draw: Draw | None = None,
+    members: Collection[str], quorum: int, rounds: int, duration: float, now: float, draw: Draw | None = None
 ) -> Round:
     """The first round, just opened; see `Round` for the arguments."""
     everybody = frozenset(members)

@@ -31,14 +31,9 @@ _OVER: Final = "over"
 
 
 class RoundSums:
-    """The sums of one round's groups.
+    """The sums of one round's groups, one for each of `terms`.
 
-    Args:
-        round_number: its number.
-        terms: of every group's sum.
-        seconds: how long each step waits for a member.
-        now: in the caller's clock.
-        left_out: member → why it may not take part.
+    `seconds` says how long each step waits for a member, `left_out` which members may not take part, and why.
     """
 
     def __init__(
@@ -68,11 +63,7 @@ class RoundSums:
         return all(group.step == _OVER for group in self._groups)
 
     def post(self, member: str, step: str, payload: bytes) -> None:
-        """Take a member's message of a step.
-
-        Raises:
-            Refusal: it is not of any group, the step is over, or the message is not acceptable.
-        """
+        """Take a member's message; Refusal if it is of no group, the step is over, or it is not usable."""
         try:
             self._group_of(member).post(member, step, payload)
         except EncryptionError as error:
@@ -85,23 +76,14 @@ class RoundSums:
             ) from None
 
     def read(self, member: str, step: str) -> dict[str, bytes]:
-        """What a member is to be told when a step is over; empty before.
-
-        Raises:
-            Refusal: it is not of any group, or its group forms no sum.
-        """
+        """What a member is told when a step is over, empty before; Refusal if its group forms no sum."""
         group = self._group_of(member)
         if group.failure:
             raise Refusal(RefusalKind.PRECONDITION, "NO_SUM", group.failure, "go on with the next round")
         return group.read(member, step)
 
     def advance(self, expected: Collection[str], now: float) -> bool:
-        """Close the steps that are due. Returns whether one was.
-
-        Args:
-            expected: members that are known to be there.
-            now: current time.
-        """
+        """Close the steps that are due; whether one was. Members of `expected` are known to be there."""
         return any([group.advance(expected, now) for group in self._groups])
 
     def due(self) -> list[Callable[[], None]]:
@@ -259,14 +241,10 @@ class _GroupSum:
 
 
 def liars(disputes: Collection[tuple[str, str]], colluders: int) -> dict[str, str]:
-    """Who must have lied about envelopes: of every dispute one has, and no more than `colluders` do.
+    """Members, and why, that must have lied about envelopes: `disputes` are (recipient, sender).
 
-    Args:
-        disputes: (recipient, sender), of all rounds.
-        colluders: t.
-
-    Returns:
-        Member → fault, of those who dispute with more than t others. An honest one never does.
+    Of every dispute one has lied, and no more than t `colluders` do: an honest member never disputes with
+    more than t others.
     """
     opposed: defaultdict[str, set[str]] = defaultdict(set)
     for recipient, sender in disputes:

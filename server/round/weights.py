@@ -76,12 +76,8 @@ def groups(
 ) -> list[Group]:
     """The shared section, and one group for every family that shares.
 
-    Args:
-        uploaded: section names of every client's upload of this round.
-        recipients: everybody who is to receive.
-        families: family in which a client shares, by client.
-        shared_dimensions: length of the shared vector.
-        family_dimensions: length of each sharing family's.
+    `uploaded` has the section names of every client's upload of this round, `families` the family in which a
+    client shares, `family_dimensions` the length of each family's vector.
     """
     everybody = frozenset(client for client, sections in uploaded.items() if "shared" in sections)
     found = [Group("shared", "", shared_dimensions, everybody, frozenset(recipients))]
@@ -101,6 +97,7 @@ def plan(
     temperature: float,
     policy: AggregationPolicy,
     bits: int,
+    families: Sequence[str] = (),
 ) -> Plan:
     """Weight rows of one group.
 
@@ -118,10 +115,11 @@ def plan(
         temperature: τ of the softmax.
         policy: limits on every row.
         bits: precision of the weights.
+        families: of the clients, if each is to receive from its own only.
     """
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)
-    weights_NN = softmax_weights(relevance, temperature, present, wanted)
+    weights_NN = softmax_weights(relevance, temperature, present, wanted, families)
     made = _Rows(clients, policy, bits)
     rows: dict[str, WeightRow] = {}
     refusals: dict[str, str] = {}
@@ -153,10 +151,9 @@ class _Rows:
         return self._table_NN[: len(self._order)]
 
     def add(self, index: int, weights_N: FloatArray) -> tuple[WeightRow, bool]:
-        """A row with which no pair solves for an adapter, if there is one; and whether a pair does.
+        """A row with which no pair solves for an adapter, if there is one, and whether a pair does.
 
-        Raises:
-            PolicyError: the policy cannot be kept.
+        PolicyError if the policy cannot be kept.
         """
         recipient = self._clients[index]
         chosen, solves = self._row(recipient, weights_N), True

@@ -15,7 +15,7 @@ from fedmosaic.protos.messages import AggregateSection, RoundStatus, SectionName
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.witnessing import AggregateClaim, ReviewHeader, SignedUpload, Verdict
-from fedmosaic.server.round.aggregates import Place, stored_aggregate
+from fedmosaic.server.round.aggregates import NOWHERE, Place, stored_aggregate
 from fedmosaic.server.round.close import ClosedRound
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
@@ -132,22 +132,19 @@ class Witnessing:
             verdicts, closed = dict(self._verdicts), self._closed
         stored, lines = {}, list(closed.refusals)
         for recipient, before in closed.offer.stored.items():
-            sections, places = [], []
-            digest = hashlib.sha256()
+            parts, digest = [], hashlib.sha256()
             for section, place in closed.offer.sections(self._settings, recipient):
                 verdict = verdicts.get((recipient, section.name))
                 if section.row is not None and (verdict is None or verdict.refusal):
-                    why, place = self._why(verdict), Place("", 0, 0)
+                    why, place = self._why(verdict), NOWHERE
                     section = AggregateSection(section.name, None, b"", why)
                     lines.append(f"{recipient} trains alone: {why}")
                 elif verdict is not None:
                     uploads, signature = verdict.uploads_sha256, verdict.signature
                     section = replace(section, uploads_sha256=uploads, countersignature=signature)
                     digest.update(self._payload(place))
-                sections.append(section)
-                places.append(place)
-            sizes, starts = [p.size for p in places], [p.start for p in places]
-            stored[recipient] = stored_aggregate(before.key_epoch, sections, sizes, digest.digest(), starts)
+                parts.append((section, place))
+            stored[recipient] = stored_aggregate(before.key_epoch, parts, digest.digest())
         offer = replace(closed.offer, stored=stored)
         return self._number, replace(closed, offer=offer, refusals=lines)
 

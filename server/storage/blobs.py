@@ -48,14 +48,9 @@ class Blobs:
     """The payload files of one server; only one process may open a folder at a time."""
 
     def __init__(self, root: Path, *, durable: bool) -> None:
-        """Open or create the folder.
+        """Open or create the folder; StateError if another server is using it.
 
-        Args:
-            root: the server's state folder, made if missing; closed to other users if it is open to them.
-            durable: False skips fsync.
-
-        Raises:
-            StateError: another server is using the folder.
+        A folder that is open to other users is closed to them. Unless `durable`, nothing is fsynced.
         """
         self._root = root
         self._durable = durable
@@ -125,11 +120,7 @@ class Blobs:
     def read(
         self, area: Area, round_number: int, name: str, start: int = 0, size: int | None = None
     ) -> memoryview:
-        """Content of a blob, or of a part of it; a large one is mapped, not copied.
-
-        Raises:
-            MissingBlobError: the file is missing.
-        """
+        """Content of a blob, or of a part; a large one is mapped. MissingBlobError if there is no file."""
         path = self.path(area, round_number, name)
         try:
             return map_file(path, start, size)

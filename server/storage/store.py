@@ -63,12 +63,10 @@ class Store:
     """The database. Every method is one transaction; the caller serialises writers."""
 
     def __init__(self, url: str, *, durable: bool, reading: bool = False) -> None:
-        """Open or create the database; unless `durable`, SQLite answers before data is on the disk.
+        """Open or create the database; StateError if that cannot be, or it is of another version.
 
-        With `reading`, another process has created it and writes to it, and this one cannot.
-
-        Raises:
-            StateError: the database cannot be opened, or is of another version.
+        Unless `durable`, SQLite answers before data is on the disk. With `reading`, another process has
+        created it and writes to it, and this one cannot.
         """
         self._holder = ""
         self._taken = False
@@ -96,9 +94,8 @@ class Store:
     def hold(self, folder: str | None) -> None:
         """Take the database for this server: whoever held it before can write nothing any more.
 
-        Args:
-            folder: mark of the state folder, which has the payloads that the database names; None where the
-                database stands in that folder. StateError if the database goes with another one.
+        `folder` is the mark of the state folder, which has the payloads that the database names; None where
+        the database stands in that folder. StateError if it goes with another one.
         """
         known = self.get("folder")
         if folder is not None and known not in (None, folder):
@@ -230,14 +227,10 @@ class Store:
         *,
         key_epoch: int = 0,
     ) -> None:
-        """Record the end of a round and the opening of the next, with its key epoch, in one transaction.
+        """Record the end of a round, with the aggregates for the next, in one transaction.
 
-        Args:
-            round_number: the round that was aggregated.
-            result: what the summary tells of it; JSON-compatible.
-            aggregates: by client, for round_number + 1.
-            metadata: values of the run that change with it.
-            key_epoch: of the next round; the key messages of earlier ones are forgotten.
+        `result` is JSON-compatible, `metadata` what changes with the round. Key messages of epochs before
+        `key_epoch`, that of the next round, are forgotten.
         """
         told = {"round": round_number, "result": json.dumps(result, allow_nan=False)}
         rows = [{"round": round_number + 1, "client": c, **asdict(a)} for c, a in aggregates.items()]

@@ -187,12 +187,12 @@ def _has_postgresql() -> bool:
 
 
 def campaign(seed: int, seconds: float, place: Path, modes: list[str]) -> list[Run]:
-    """Runs of every mode in turn until the time is over, at least one of each; one line for each."""
+    """Runs of every mode in turn until the time is over, at least one with every fault; a line for each."""
     runs: list[Run] = []
     possible = [fault for fault in faults.FAULTS if fault != "postgresql" or _has_postgresql()]
     undisturbed: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
     began = time.monotonic()
-    while len(runs) < 2 * len(modes) or time.monotonic() - began < seconds:
+    while len(runs) < (1 + len(possible)) * len(modes) or time.monotonic() - began < seconds:
         number = len(runs)
         mode = modes[number % len(modes)]
         draw = random.Random(f"{seed} {number}")

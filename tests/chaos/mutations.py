@@ -22,9 +22,11 @@ from google.protobuf.message import Message
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.records import ClippingRecord, read_average, read_profile, read_upload
+from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import read_record
 from fedmosaic.client.statement import statement_inputs
 from fedmosaic.client.transport.connection import open_channel
+from fedmosaic.client.witness import WitnessSettings
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
@@ -43,11 +45,15 @@ from fedmosaic.privacy.statement.shareable import shareable
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.protos.messages import WeightRow
 from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.server.round.relations import unpack
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
 from fedmosaic.server.storage.store import Store, default_url
+from fedmosaic.server.summary import with_rounds
 
 MEMBER = "eva"
+_AT_ONCE = 1000
+_SLOW = ("server.db", "session", "rows", "epoch")
 _LARGEST_GROWTH = 64 * 2**20
 """Bytes that this process, server and caller together, may grow by over all calls."""
 _EXTREMES = (None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64)
@@ -183,8 +189,8 @@ def _call(channel: grpc.Channel, name: str, messages: list[bytes]) -> str:
     return "OK"
 
 
-def mutate_messages(directory: Path, draw: random.Random, count: int) -> tuple[int, list[str], Any]:
-    """Send mutated requests of every call with a member's certificate.
+def mutate_messages(directory: Path, seed: int, count: int) -> tuple[int, list[str], Any]:
+    """Send mutated requests of every call with a member's certificate; each call has draws of its own.
 
     Returns:
         How many were sent, the faults, and the bytes that were recorded.
@@ -198,13 +204,15 @@ def mutate_messages(directory: Path, draw: random.Random, count: int) -> tuple[i
             kept = record(directory, port)
             rest = (kit / "authority.pem", kit / "tls.pem", kit / "tls.key")
             with open_channel(f"localhost:{port}", *rest) as channel, ThreadPoolExecutor(8) as pool:
-                before = 0
+                before, draws = 0, {name: random.Random(f"{seed} {name}") for name in kept}
                 for part in (count // 10, count - count // 10):
                     for name, originals in kept.items():
-                        work = [_mutated(name, originals, draw) for _ in range(part)]
                         # A second push of a member ends the first, so these come one after the other.
-                        order = map if name == "Push" else pool.map
-                        answers = Counter(order(lambda m, n=name: _call(channel, n, m), work))
+                        order, answers = map if name == "Push" else pool.map, Counter[str]()
+                        for start in range(0, part, _AT_ONCE):
+                            few = range(start, min(start + _AT_ONCE, part))
+                            work = [_mutated(name, originals, draws[name]) for _ in few]
+                            answers.update(order(lambda m, n=name: _call(channel, n, m), work))
                         sent += part
                         faults += [
                             f"{name}: {text} ({n} times)" for text, n in answers.items() if ":" in text
@@ -262,6 +270,12 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
     for name in ("roster.json", "consortium.pub", "authority.pem", "tls.pem", "tls.key", "identity.key"):
         file(kit / name, whole_kit)
     file(server / "server.toml", lambda: settings_from_kit(server))
+    told = 'kit = "kit"\nserver = "fl.example.org:7443"\nstate_dir = "state"\n'
+    (kit / "witness.toml").write_text(told)
+    file(kit / "witness.toml", lambda: read_configuration(kit / "witness.toml", WitnessSettings).located(kit))
+    more = '[model]\npath = "m"\n[probe]\npath = "m"\n[data]\ntrain = "train.jsonl"\n'
+    (kit / "client.toml").write_text(told + more)
+    file(kit / "client.toml", lambda: read_configuration(kit / "client.toml", ClientSettings).located(kit))
     config = directory / "federation.json"
     roster = open_kit(kit).roster
     members = [{"id": member.id} for member in roster.members]
@@ -299,6 +313,10 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
 
     file(ledger, same_ledger)
     file(state / "ledger.sqlite.head", same_ledger)
+    relations = server / "state" / "relations" / "000001" / "all.bin"
+    file(relations, lambda: unpack(relations.read_bytes(), relations))
+    result = server / "state" / "rounds" / "000001.json"
+    file(result, lambda: with_rounds({}, server / "state"))
     for log in (state / AUDIT, server / "state" / AUDIT):
         file(log, lambda log=log: read_audit(log))
     database = server / "state" / "server.db"
@@ -356,14 +374,17 @@ def _records(group_key: GroupKey) -> dict[str, tuple[bytes, Reader]]:
 
 
 def mutate_files(
-    directory: Path, kept: dict[str, list[bytes]], draw: random.Random, count: int
+    directory: Path, kept: dict[str, list[bytes]], seed: int, count: int
 ) -> tuple[int, list[str]]:
-    """Read mutated contents of every format; returns how many, and whatever was no FedMosaicError."""
+    """Read mutated contents of every format; returns how many, and whatever was no FedMosaicError.
+
+    Each has draws of its own. Those that take milliseconds to read get a fifth.
+    """
     faults: Counter[str] = Counter()
     tried = 0
     for name, (original, read) in readers(directory, kept).items():
         read(original)
-        slow = any(part in name for part in ("ckks", "sqlite", ".db", "session", "rows", "epoch"))
+        draw, slow = random.Random(f"{seed} {name}"), name.startswith(_SLOW)
         outcomes: Counter[str] = Counter()
         for number in range(count // 5 if slow else count):
             content = mutate_json(original, draw) if number % 2 else original
@@ -386,9 +407,8 @@ def mutate_files(
 
 def mutate_everything(directory: Path, seed: int, count: int) -> tuple[int, list[str]]:
     """Both, `count` times each call and format; returns how many mutations were tried, and the faults."""
-    draw = random.Random(seed)
     schedule = {"round_deadline_seconds": 36_000, "gathering_seconds": 300, "key_patience_seconds": 300}
     federation = fv.make_federation(directory / "f", fv.terms("mask", 3, **schedule))
-    sent, faults, kept = mutate_messages(federation, draw, count)
-    tried, more = mutate_files(federation, kept, draw, count)
+    sent, faults, kept = mutate_messages(federation, seed, count)
+    tried, more = mutate_files(federation, kept, seed, count)
     return sent + tried, faults + more

@@ -54,6 +54,17 @@ def test_a_damaged_session_is_named(content: bytes, tmp_path: Path) -> None:
     state.join_run("0" * 32)
 
 
+def test_a_damaged_mark_of_a_roster_is_named_like_the_rest_of_the_session(tmp_path: Path) -> None:
+    state = ClientState(tmp_path, "f", "ada")
+    state.join_run("0" * 32)
+    state.release()
+    path = tmp_path / "session.json"
+    for mark in ({"serial": 1, "sha256": "f" * 64, "terms": {"adapter": "g" * 64}}, {"serial": 0}, "roster"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"roster": mark}))
+        with pytest.raises(StateError, match=r"session\.json is damaged.*new state_dir"):
+            ClientState(tmp_path, "f", "ada")
+
+
 @pytest.mark.parametrize(
     "content", [*DAMAGE.values(), b'{"1/shared": "digest"}', b'{"1/shared": ["d", "x"]}']
 )

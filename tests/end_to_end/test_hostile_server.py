@@ -149,8 +149,7 @@ class FamilyLearner(fv.VectorLearner):
         return {"shared": self.local.copy(), "family": own}
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        if section == "family":
-            self.received.append(vector)
+        self.received.append((section, vector))
 
 
 class FamilyClient(fv.Client):
@@ -158,50 +157,58 @@ class FamilyClient(fv.Client):
         return FamilyLearner(self.seed, agreed, family=FAMILIES[self.name])
 
 
-def run_families(directory: Path, change: Change) -> dict[str, FamilyClient]:
+def run_families(
+    directory: Path, change: Change = lambda section: section, altered: str = "family"
+) -> tuple[dict[str, FamilyClient], Any]:
     terms = fv.terms("mask", 2)
     adapter = terms.adapter.model_copy(
         update={"family_dimensions": {"llama": FAMILY_SIZE, "qwen": FAMILY_SIZE}}
     )
     fv.make_federation(directory, terms.model_copy(update={"adapter": adapter}), families=FAMILIES)
-    clients, _ = fv.finish(
+    clients, summary = fv.finish(
         directory,
         FamilyClient,
-        lambda inner: HostileCoordinator(inner, lambda s: change(s) if s.name == "family" else s),
+        lambda inner: HostileCoordinator(inner, lambda s: change(s) if s.name == altered else s),
     )
-    found: dict[str, FamilyClient] = clients
-    return found
+    return clients, summary
 
 
 def test_families_share_under_the_same_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Four of one family receive each other's sum; one alone receives nothing, and is told why."""
+    """Four of one family receive each other's sums; one alone receives nothing, and is told why."""
     caplog.set_level(logging.WARNING, "fedmosaic.client.session")
-    clients = run_families(tmp_path / "f", lambda section: section)
+    clients, summary = run_families(tmp_path / "f")
+    kin = set(fv.MEMBERS[:4])
+    weights = summary["results"][0]["weights"]["shared"]
+    assert {name: set(row) for name, row in weights.items()} == {name: kin - {name} for name in kin}
     for seed, name in enumerate(fv.MEMBERS[:4]):
-        (received,) = clients[name].learner.received
+        received = dict(clients[name].learner.received)["family"]
         others = [other / 8 for other in range(4) if other != seed]
         assert min(others) < received.min() <= received.max() < max(others)
         assert np.ptp(received) < 1e-9
     assert clients["eva"].learner.received == []
-    (refusal,) = [line for line in caplog.messages if "no family aggregate" in line]
-    assert "0 contributors other than the recipient, at least 3 are required" in refusal
+    for section in ("family", "shared"):
+        (refusal,) = [line for line in caplog.messages if f"no {section} aggregate" in line]
+        assert "0 contributors other than the recipient, at least 3 are required" in refusal
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("section", "change", "message"),
     [
-        (with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
-        (with_row(one_hot), "1 contributors other than the recipient, at least 3 are required"),
+        ("family", with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
+        ("shared", with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
+        ("family", with_row(one_hot), "1 contributors other than the recipient, at least 3 are required"),
     ],
 )
 def test_a_family_of_fewer_than_it_seems_is_refused(
-    tmp_path: Path, change: Change, message: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, section: str, change: Change, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "fedmosaic.client.session")
-    clients = run_families(tmp_path / "f", change)
-    assert clients[VICTIM].learner.received == []
-    assert any("no family aggregate" in line and message in line for line in caplog.messages)
-    assert len(clients["ben"].learner.received) == 1
+    clients, _ = run_families(tmp_path / "f", change, section)
+    assert [name for name, _ in clients[VICTIM].learner.received] == [
+        name for name in ("shared", "family") if name != section
+    ]
+    assert any(f"no {section} aggregate" in line and message in line for line in caplog.messages)
+    assert len(clients["ben"].learner.received) == 2
 
 
 def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path: Path) -> None:

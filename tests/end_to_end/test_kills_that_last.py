@@ -223,6 +223,8 @@ def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
     lines, exchanged = coordinator.last_words()
     assert not exchanged
     assert "NOTHING WAS EXCHANGED" in lines[-1]
+    assert "at least 3 are required" in lines[-1]
+    assert set(coordinator.summary()["received_rounds"].values()) == {0}
     coordinator.close()
 
 

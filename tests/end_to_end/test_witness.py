@@ -27,8 +27,8 @@ from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.protos.witnessing import countersigned_digest
-from fedmosaic.server import coordinator as coordinators
 from fedmosaic.server import run as runs
+from fedmosaic.server.round.aggregates import Offer
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
 
@@ -75,12 +75,12 @@ class LyingAggregator:
         return list(made.values())
 
 
-def rob(read_download: Any) -> Any:
+def rob(download_of: Any) -> Any:
     """What a server would have to do to hand out an aggregate past the witness."""
     seen: dict[int, AggregateSection] = {}
 
     def robbed(*arguments: Any) -> Any:
-        download = read_download(*arguments)
+        download = download_of(*arguments)
         number = download.aggregate.round
         if arguments[3] != ROBBED or number not in (2, 3, 4):
             return download
@@ -143,7 +143,7 @@ def test_lies_about_rows_are_caught_and_named(
     """Over gRPC, CKKS: four lies to one recipient, and three countersignatures that are none to another."""
     caplog.set_level(logging.INFO, "fedmosaic")
     monkeypatch.setattr(runs, "create_aggregator", LyingAggregator)
-    monkeypatch.setattr(coordinators, "read_download", rob(coordinators.read_download))
+    monkeypatch.setattr(Offer, "download", rob(Offer.download))
     directory = found(tmp_path / "f", "ckks", ROUNDS)
     with serving(directory) as port, witnessed(directory, port) as ended:
         clients = take_part(directory, port)

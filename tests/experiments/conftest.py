@@ -7,47 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fedmosaic.experiments.scenario.terms import Scenario
+from tiny import tiny_llama, tiny_llava, word_tokenizer
 
-_SPECIAL = ["<unk>", "</s>"]
 _WORDS = [f"w{i}" for i in range(40)] + ["yes", "no", "red", "blue"]
 
 
 def _save_model(folder: Path, layers: int, width: int) -> None:
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate([*_SPECIAL, *_WORDS])}, unk_token=_SPECIAL[0]))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # a read-only property in the stubs only
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=_SPECIAL[1], pad_token=_SPECIAL[1], unk_token=_SPECIAL[0]
-    )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
+    words, end = ["<unk>", "</s>", *_WORDS], "</s>"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layers)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        tiny_llama(
+            layers, vocab_size=len(words), hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=layers, num_attention_heads=2, bos_token_id=1, eos_token_id=1,
+            initializer_range=0.2,
+        ).save_pretrained(folder)  # fmt: skip
+    word_tokenizer(words, eos_token=end, pad_token=end).save_pretrained(folder)
 
 
 def _write(path: Path, count: int, start: int, choices: tuple[str, str]) -> None:
@@ -96,6 +73,7 @@ def tiny_scenario(tiny_folder: Path) -> Any:
             "encryption": {"backend": "plain"},
             "allow_plaintext": True,
             "policy": {"minimum_contributors": 2, "weight_cap": 0.6, "squares_cap": 1.0},
+            "relevance": {"across_families": True},
             "schedule": {"rounds": 2, "quorum": 4},
             "training": {
                 "steps": 3,
@@ -125,17 +103,10 @@ def tiny_scenario(tiny_folder: Path) -> Any:
 def llava_folder(tmp_path: Path, tiny_folder: Path) -> Path:
     """A LLaVA with random weights: a picture of four tokens, and the small model's shape and tokenizer."""
     text = LlamaConfig.from_pretrained(tiny_folder / "small")
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-        patch_size=14,
-    )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=4)
-    folder = tmp_path / "llava"
+    folder, side = tmp_path / "llava", {"height": 8, "width": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlavaForConditionalGeneration(config).save_pretrained(folder)
+        tiny_llava(text, 2, image_token_index=3, image_seq_length=4).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder / "small").save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder
-    )
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=side).save_pretrained(folder)
     return folder

@@ -196,10 +196,23 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def coordinator(federation: TestFederation, clock: Clock, tmp_path: Path) -> Any:
-    made = Coordinator(federation.settings(tmp_path / "state"), clock)
-    yield made
-    made.close()
+def begin(federation: TestFederation, clock: Clock, tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
+    """Begin the run in `tmp_path / "state"` with changed settings, or go on with it; closed at the end."""
+    begun: list[Coordinator] = []
+
+    def make(of: TestFederation = federation, **changes: Any) -> Coordinator:
+        begun.append(Coordinator(of.settings(tmp_path / "state", **changes), clock))
+        return begun[-1]
+
+    yield make
+    for coordinator in begun:
+        if not coordinator._run.blobs._lock.closed:  # crashed, or closed by the test
+            coordinator.close()
+
+
+@pytest.fixture
+def coordinator(begin: Callable[..., Coordinator]) -> Coordinator:
+    return begin()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

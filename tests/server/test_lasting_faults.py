@@ -14,7 +14,7 @@ import pytest
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.round.aggregates import stored_aggregate
+from fedmosaic.server.round.aggregates import Place, stored_aggregate
 from fedmosaic.server.storage.store import StoreTakenError
 
 
@@ -58,9 +58,9 @@ def test_a_damaged_upload_is_left_out_named_and_asked_for_again(
 
 @pytest.mark.parametrize("quorum", [4, 5])
 def test_a_damaged_upload_that_does_not_come_again_stops_nobody(
-    federation: Any, tmp_path: Path, clock: Any, quorum: int
+    federation: Any, begin: Any, tmp_path: Path, clock: Any, quorum: int
 ) -> None:
-    coordinator = Coordinator(federation.settings(tmp_path / "state", quorum=quorum), clock)
+    coordinator = begin(quorum=quorum)
     federation.push(coordinator, 1)
     cut(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
     coordinator.advance()
@@ -70,12 +70,11 @@ def test_a_damaged_upload_that_does_not_come_again_stops_nobody(
     (result,) = coordinator.summary()["results"]
     assert result["uploaded"] == ["clinic-a", "clinic-c", "clinic-d", "clinic-e"]
     assert coordinator.status("clinic-a").waiting_for == federation.clients[:1] + federation.clients[2:]
-    coordinator.close()
 
 
 @DAMAGES
 def test_a_damaged_aggregate_is_made_anew(
-    federation: Any, coordinator: Any, tmp_path: Path, damage: Damage
+    federation: Any, begin: Any, coordinator: Any, tmp_path: Path, damage: Damage
 ) -> None:
     federation.play(coordinator, 1)
     right = federation.values(coordinator.pull("clinic-e", 2).sections[0].payload)
@@ -85,40 +84,38 @@ def test_a_damaged_aggregate_is_made_anew(
     np.testing.assert_allclose(federation.values(section.payload), right, atol=1e-6)
     assert (folder / "clinic-e.shared.bin").read_bytes() == section.payload
     federation.crash(coordinator)
-    after = Coordinator(federation.settings(tmp_path / "state"))
+    after = begin()
     assert after.pull("clinic-e", 2).sections == (section,)
-    after.close()
 
 
-def test_aggregates_of_an_older_program_are_handed_out(federation: Any, tmp_path: Path, clock: Any) -> None:
-    before = Coordinator(federation.settings(tmp_path / "state"), clock)
+def test_aggregates_of_an_older_program_are_handed_out(federation: Any, begin: Any, tmp_path: Path) -> None:
+    before = begin()
     federation.play(before, 1)
     pulled = {client: before.pull(client, 2).sections for client in federation.clients}
     for client, (section,) in pulled.items():
-        size, digest = len(section.payload), hashlib.sha256(section.payload).digest()
-        before._run.store.replace_aggregate(2, client, stored_aggregate(0, [section], [size], digest))
+        place, digest = Place(f"{client}.shared", 0, len(section.payload)), hashlib.sha256(section.payload)
+        made = stored_aggregate(0, [(section, place)], digest.digest())
+        before._run.store.replace_aggregate(2, client, made)
         before._run.blobs.write("aggregates", 2, f"{client}.shared", section.payload)
     (tmp_path / "state" / "aggregates" / "000002" / "all.bin").unlink()
     shutil.rmtree(tmp_path / "state" / "relations")
     federation.crash(before)
-    after = Coordinator(federation.settings(tmp_path / "state"), clock)
+    after = begin()
     assert {client: after.pull(client, 2).sections for client in federation.clients} == pulled
-    after.close()
 
 
 def test_a_restarted_server_without_its_weight_rows_stops_nobody(
-    federation: Any, tmp_path: Path, clock: Any, caplog: pytest.LogCaptureFixture
+    federation: Any, begin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = Coordinator(federation.settings(tmp_path / "state"), clock)
+    before = begin()
     federation.play(before, 1)
     federation.crash(before)
     cut(tmp_path / "state" / "relations" / "000001" / "all.bin")
-    after = Coordinator(federation.settings(tmp_path / "state"), clock)
+    after = begin()
     assert "trains round 2 alone" in caplog.text
     assert "could not be made anew" in after.pull("clinic-a", 2).sections[0].refusal
     federation.play(after, 2)
     assert after.pull("clinic-a", 3).sections[0].row is not None
-    after.close()
 
 
 def test_an_aggregate_that_cannot_be_made_anew_is_refused_and_stops_nobody(
@@ -200,13 +197,6 @@ def test_of_two_servers_on_copies_of_one_folder_the_older_stops(
     newer.close()
 
 
-def after_one_round(federation: Any, tmp_path: Path, clock: Any) -> Path:
-    coordinator = Coordinator(federation.settings(tmp_path / "state"), clock)
-    federation.play(coordinator, 1)
-    coordinator.close()
-    return tmp_path / "state" / "server.db"
-
-
 def scramble(database: Path) -> None:
     content = bytearray(database.read_bytes())
     content[4096 : 3 * 4096] = b"\xa5" * 2 * 4096
@@ -227,21 +217,19 @@ def spoil(key: str, value: str) -> Damage:
 @pytest.mark.parametrize(
     "damage",
     [
-        scramble,
-        empty,
-        Path.unlink,
-        spoil("run", "{"),
-        spoil("run", "[]"),
-        spoil("round", "x"),
+        scramble, empty, Path.unlink, spoil("run", "{"), spoil("run", "[]"), spoil("round", "x"),
         spoil("absent", "{"),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_database_is_one_clear_error(
-    federation: Any, tmp_path: Path, clock: Any, damage: Damage
+    federation: Any, begin: Any, tmp_path: Path, damage: Damage
 ) -> None:
-    damage(after_one_round(federation, tmp_path, clock))
+    coordinator = begin()
+    federation.play(coordinator, 1)
+    coordinator.close()
+    damage(tmp_path / "state" / "server.db")
     with pytest.raises(StateError, match=r"damaged|cannot be opened|does not know|database failed"):
-        Coordinator(federation.settings(tmp_path / "state"), clock)
+        begin()
 
 
 def test_a_server_whose_database_is_away_stops_without_a_traceback(
@@ -273,18 +261,3 @@ def test_the_last_words_tell_who_received_and_who_is_silent(
     assert "3 rounds with 15 uploads" in line
     assert "clinic-a 2, clinic-b 2" in line
     assert "none of clinic-b" in line
-
-
-def test_a_run_without_any_aggregate_says_so(federation: Any, tmp_path: Path, clock: Any) -> None:
-    few = federation.clients[:3]
-    coordinator = Coordinator(federation.settings(tmp_path / "state", quorum=3, rounds=2), clock)
-    for number in (1, 2):
-        federation.play(coordinator, number, few)
-        clock.now += 61.0
-        coordinator.advance()
-    lines, exchanged = coordinator.last_words()
-    assert not exchanged
-    assert "NOTHING WAS EXCHANGED" in lines[1]
-    assert "at least 3 are required" in lines[1]
-    assert set(coordinator.summary()["received_rounds"].values()) == {0}
-    coordinator.close()

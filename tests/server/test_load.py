@@ -16,7 +16,6 @@ from fedmosaic.privacy.encryption.records import RoundContext, upload_header
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import ReceiptStatus, WeightRow
 from fedmosaic.server import summary as summary_module
-from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.storage.blobs import map_file
 
 
@@ -26,9 +25,9 @@ def play_without_profile(federation: Any, coordinator: Any, round_number: int) -
 
 
 def test_the_account_does_not_grow_with_the_rounds_and_matrices_are_kept_once(
-    federation: Any, tmp_path: Path, clock: Any
+    federation: Any, begin: Any, tmp_path: Path
 ) -> None:
-    coordinator = Coordinator(federation.settings(tmp_path / "state", rounds=8), clock)
+    coordinator = begin(rounds=8)
     state = tmp_path / "state"
     federation.play(coordinator, 1)
     sizes = []
@@ -48,7 +47,6 @@ def test_the_account_does_not_grow_with_the_rounds_and_matrices_are_kept_once(
     federation.push(coordinator, 8, federation.clients[1:], profile=None)
     coordinator.advance()
     assert coordinator.summary()["results"][7]["relations"] == 8
-    coordinator.close()
 
 
 def test_whoever_waits_is_woken_before_the_account_is_written(
@@ -57,11 +55,11 @@ def test_whoever_waits_is_woken_before_the_account_is_written(
     order: list[str] = []
     coordinator.advance()
     coordinator.subscribe(order.append)
-    monkeypatch.setattr(summary_module, "write_summary", lambda *_: order.append("written"))
+    monkeypatch.setattr(summary_module, "write_summary", lambda _, told, file="run.json": order.append(file))
     federation.push(coordinator, 1)
     order.clear()
     coordinator.advance()
-    assert order == ["round", "written"]
+    assert [what for what in order if what != "status.json"] == ["round", "run.json"]
 
 
 def test_whoever_looks_waits_for_no_disk(federation: Any, coordinator: Any) -> None:
@@ -81,9 +79,9 @@ def test_whoever_looks_waits_for_no_disk(federation: Any, coordinator: Any) -> N
 
 
 def test_uploads_that_come_together_share_their_waits_for_the_disk(
-    federation: Any, tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+    federation: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coordinator = Coordinator(federation.settings(tmp_path / "state", durable=True), clock)
+    coordinator = begin(durable=True)
     calls: list[str] = []
     for owner, name in ((coordinator._run.store, "add_uploads"), (coordinator._run.blobs, "settle_uploads")):
         real = getattr(owner, name)
@@ -111,7 +109,6 @@ def test_uploads_that_come_together_share_their_waits_for_the_disk(
     assert answers == [ReceiptStatus.ACCEPTED] * 5
     assert calls == ["settle_uploads", "add_uploads"]
     assert set(coordinator._run.store.uploads(1)) == set(federation.clients)
-    coordinator.close()
 
 
 def test_an_upload_that_cannot_be_stored_fails_alone(
@@ -135,10 +132,10 @@ def test_an_upload_that_cannot_be_stored_fails_alone(
 
 
 def test_how_often_a_round_waits_for_the_disk(
-    federation: Any, tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+    federation: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """docs/operation.md has these numbers; the database's own wait, one per transaction, is not in them."""
-    coordinator = Coordinator(federation.settings(tmp_path / "state", durable=True), clock)
+    coordinator = begin(durable=True)
     federation.play(coordinator, 1)
     waits, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (waits.append(file), real(file)))
@@ -151,7 +148,6 @@ def test_how_often_a_round_waits_for_the_disk(
     waits.clear()
     coordinator.advance()
     assert len(waits) == 3  # new weight rows: folder, content, name
-    coordinator.close()
 
 
 def test_large_uploads_are_neither_read_whole_nor_all_in_memory_to_be_summed(tmp_path: Path) -> None:

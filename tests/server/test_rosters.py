@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from builders import founding
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.roster import RosterMark
-from fedmosaic.protos.errors import IdentityError, StateError
-from fedmosaic.protos.messages import ReceiptStatus
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, StateError
+from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.settings import ServerSettings, settings_from_kit
 
 LEAVER = "clinic-e"
 
@@ -145,8 +147,11 @@ def test_a_roster_is_never_rolled_back(
     Coordinator(second, clock).close()
 
 
-def test_a_member_keeps_its_family_in_a_run(running: Coordinator, federation: Any) -> None:
-    running.settings = running.settings.model_copy(update={"family_dimensions": {"llama": 4}})
+@pytest.mark.parametrize("changes", [{"family_dimensions": {"llama": 4}, "across_families": True}, {}])
+def test_a_member_keeps_its_family_in_a_run(
+    running: Coordinator, federation: Any, changes: dict[str, Any]
+) -> None:
+    running.settings = running.settings.model_copy(update=changes)
     settings = changed(federation, running.settings).model_copy(update={"families": {"clinic-a": "llama"}})
     with pytest.raises(StateError, match="'clinic-a' is of family 'llama' on the new roster"):
         running.renew(settings)
@@ -165,8 +170,6 @@ def test_groups_that_are_formed_keep_their_roster(running: Coordinator, federati
 def test_nothing_changes_while_a_round_is_aggregated_or_when_all_are_over(
     running: Coordinator, federation: Any
 ) -> None:
-    from fedmosaic.protos.messages import Phase
-
     settings, before = changed(federation, running.settings), running.settings
     running._run.round = replace(running._run.round, phase=Phase.CLOSED)
     assert not running.renew(settings)
@@ -183,3 +186,26 @@ def test_nobody_waits_for_the_statement_of_a_member_that_left(running: Coordinat
             running.enrol(name, federation.enrolment())
         federation.play(running, number, tuple(sorted(running.settings.members)))
     assert running.silent_members() == tuple(sorted(running.settings.members))
+
+
+def test_a_roster_below_its_quorum_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "f"
+    consortium.create(founding(), place)
+    assert settings_from_kit(place / "server").quorum == 4
+    # As an older program issued it.
+    monkeypatch.setattr(consortium, "too_few", lambda members, terms: "")
+    consortium.revoke_member(place, "d")
+    message = f"the roster of {place / 'server'} is not a valid ServerSettings:"
+    with pytest.raises(ConfigurationError) as error:
+        settings_from_kit(place / "server")
+    assert str(error.value) == f"{message}\n  (whole file): quorum is 4 with 3 members"
+
+
+def test_a_damaged_mark_of_the_roster_before_is_named(
+    first: ServerSettings, clock: Any, federation: Any
+) -> None:
+    running = Coordinator(first, clock)
+    running._run.store.put({"roster_mark": '{"serial": 1, "sha256": "x", "terms": {}}'})
+    running.close()
+    with pytest.raises(StateError, match=r"database is damaged: the roster before .* restore a backup"):
+        Coordinator(changed(federation, first), clock)

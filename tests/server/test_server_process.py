@@ -20,7 +20,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from end_to_end.ports import free_port
-from fedmosaic.protos.messages import ReceiptStatus
 from fedmosaic.server.network.serving import SERVICE
 
 
@@ -117,33 +116,8 @@ def test_the_server_imports_no_model_library_and_no_homomorphic_one() -> None:
     assert {"grpc", "numpy", "sqlalchemy"} <= loaded
 
 
-def test_a_kill_in_the_middle_of_a_round_loses_nothing_acknowledged(
-    federation: Any, launch: Any, connect: Any
-) -> None:
-    server = launch(durable=True, rounds=1)
-    transports = {c: connect(server, c, retry_seconds=120.0) for c in federation.clients}
-    for transport in transports.values():
-        run_id = transport.enrol(federation.enrolment()).run_id
-    uploads = {c: federation.upload(run_id, c, 1) for c in federation.clients}
-    for client in federation.clients[:3]:
-        assert transports[client].push(uploads[client]).status is ReceiptStatus.ACCEPTED
-    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
-    server.start()
-    assert transports["clinic-a"].push(uploads["clinic-a"]).status is ReceiptStatus.DUPLICATE
-    for client in federation.clients[3:]:
-        assert transports[client].push(uploads[client]).status is ReceiptStatus.ACCEPTED
-    assert transports["clinic-b"].pull(2).sections[0].row is not None
-    assert server.stop() == 0
-    assert "stopped; all rounds are over" in server.log
-    assert server.log.count("upload of clinic-a accepted") == 1
-
-
 def test_refused_connections_leave_their_reason_in_the_log(
-    federation: Any,
-    launch: Any,
-    authority: Any,
-    make_authority: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    federation: Any, launch: Any, authority: Any, make_authority: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRPC_VERBOSITY", "INFO")
     server = launch()

@@ -87,15 +87,14 @@ def _with_row(aggregate: Aggregate, shares: Mapping[str, float]) -> Aggregate:
     return replace(aggregate, sections=(replace(section, row=row),))
 
 
-def _row(shares: Mapping[str, float]) -> TamperAggregate:
+def _row(**shares: float) -> TamperAggregate:
     return lambda _line, aggregate: _with_row(aggregate, shares)
 
 
 def _other_row(_line: Line, aggregate: Aggregate) -> Aggregate:
     """A row that keeps the policy, but is not the one that the sum was made with."""
-    _, row = _section(aggregate)
-    shares = (0.4, 0.3, 0.2, 0.1)[: len(row.weights)]
-    return _with_row(aggregate, dict(zip(row.contributors, shares, strict=False)))
+    contributors = _section(aggregate)[1].contributors
+    return _with_row(aggregate, dict(zip(contributors, (0.4, 0.3, 0.2, 0.1), strict=False)))
 
 
 def _theirs(line: Line) -> AggregateSection:
@@ -106,36 +105,31 @@ def _theirs(line: Line) -> AggregateSection:
     return aggregate.sections[0]
 
 
-def _with_payload(aggregate: Aggregate, change: Callable[[bytes], bytes]) -> Aggregate:
-    section, _ = _section(aggregate)
-    return replace(aggregate, sections=(replace(section, payload=change(section.payload)),))
+def _sum(aggregate: Aggregate) -> bytes:
+    return _section(aggregate)[0].payload
+
+
+def _payload(aggregate: Aggregate, payload: bytes) -> Aggregate:
+    return replace(aggregate, sections=(replace(_section(aggregate)[0], payload=payload),))
 
 
 AGGREGATE_ATTACKS: Final[Mapping[str, TamperAggregate]] = {
-    "one-hot weight row": _row({"ben": 1.0}),
-    "two contributors": _row({"ben": 0.5, "cid": 0.5}),
-    "a weight above the cap": _row({"ben": 0.8, "cid": 0.1, "dee": 0.1}),
-    "one large weight, the others one unit": _row({"ben": 1 - 2**-11, "cid": 2**-12, "dee": 2**-12}),
-    "two weights of nearly one half, the other one small": _row({"ben": 0.4995, "cid": 0.4995, "dee": 0.001}),
-    "the recipient in its own row": _row({"ada": 0.4, "ben": 0.2, "cid": 0.2, "dee": 0.2}),
-    "a fake member in the row": _row({"ben": 0.4, "cid": 0.3, "mallory": 0.3}),
+    "one-hot weight row": _row(ben=1.0),
+    "two contributors": _row(ben=0.5, cid=0.5),
+    "a weight above the cap": _row(ben=0.8, cid=0.1, dee=0.1),
+    "one large weight, the others one unit": _row(ben=1 - 2**-11, cid=2**-12, dee=2**-12),
+    "two weights of nearly one half, the other one small": _row(ben=0.4995, cid=0.4995, dee=0.001),
+    "the recipient in its own row": _row(ada=0.4, ben=0.2, cid=0.2, dee=0.2),
+    "a fake member in the row": _row(ben=0.4, cid=0.3, mallory=0.3),
     "another row than the sum was made with": _other_row,
-    "another member's aggregate and row": lambda line, aggregate: replace(
-        aggregate, sections=(_theirs(line),)
+    "another member's aggregate and row": lambda line, sent: replace(sent, sections=(_theirs(line),)),
+    "another member's sum under the own row": lambda line, sent: _payload(sent, _theirs(line).payload),
+    "the aggregate of an earlier round, replayed": lambda line, sent: replace(
+        sent, sections=next(earlier.sections for earlier in line.aggregates if earlier.sections)
     ),
-    "another member's sum under the own row": lambda line, aggregate: _with_payload(
-        aggregate, lambda _: _theirs(line).payload
-    ),
-    "the aggregate of an earlier round, replayed": lambda line, aggregate: replace(
-        aggregate, sections=next(earlier.sections for earlier in line.aggregates if earlier.sections)
-    ),
-    "a flipped bit in the header of the sum": lambda _, aggregate: _with_payload(
-        aggregate, lambda sent: _flipped(sent, 10)
-    ),
-    "a sum cut short": lambda _, aggregate: _with_payload(aggregate, lambda sent: sent[:-8]),
-    "a key epoch that was never agreed on": lambda _, aggregate: replace(
-        aggregate, key_epoch=aggregate.key_epoch + 1
-    ),
+    "a flipped bit in the header of the sum": lambda _, sent: _payload(sent, _flipped(_sum(sent), 10)),
+    "a sum cut short": lambda _, sent: _payload(sent, _sum(sent)[:-8]),
+    "a key epoch that was never agreed on": lambda _, sent: replace(sent, key_epoch=sent.key_epoch + 1),
 }
 
 

@@ -18,7 +18,6 @@ from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
 
 FloatArray = npt.NDArray[np.float64]
 
-_RANK_TOLERANCE = 1e-6
 _RIDGE = 1e-9
 
 
@@ -33,10 +32,8 @@ class Equations:
 
 def independent_equations(weights_EU: FloatArray) -> int:
     """Number of linearly independent equations, as far as weights of so many bits can tell."""
-    if weights_EU.size == 0:
-        return 0
     values = np.linalg.svd(weights_EU, compute_uv=False)
-    return int(np.count_nonzero(values > _RANK_TOLERANCE * values.max()))
+    return int(np.count_nonzero(values > 1e-6 * values.max(initial=0.0)))
 
 
 def equations(
@@ -88,8 +85,6 @@ def solve(held: Equations, movement: float = 0.0) -> FloatArray:
     is the movement: standard deviation of a round's movement over that of an adapter.
     """
     weights, rounds = held.weights_EU, held.rounds_E
-    if not len(weights):
-        return np.zeros((weights.shape[1], held.right_ED.shape[1]))
     products = weights @ weights.T
     moved = movement**2 * np.minimum(rounds[:, None], rounds[None, :]) * products
     system = products + moved + _RIDGE * np.eye(len(weights))

@@ -10,8 +10,9 @@ Reference: Jagielski, Ullman and Oprea 2020, "Auditing differentially private ma
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,7 @@ FloatArray = npt.NDArray[np.float64]
 _LARGEST_EPSILON = 1e3
 
 
-@dataclass(frozen=True, eq=False)
-class CanaryScores:
+class CanaryScores(NamedTuple):
     """Scores of repeated releases with the canary, (n,), and without it, (m,)."""
 
     inside: FloatArray
@@ -64,15 +64,13 @@ def gaussian_mu(scores: CanaryScores, confidence: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float = results.DELTA) -> float:
     """ε at δ of N(0, 1) against N(μ, 1), from the closed form of δ(ε)."""
-    if math.isinf(mu):
-        return math.inf
 
     def excess(epsilon: float) -> float:
         return float(gaussian_delta(mu, np.array(epsilon))) - delta
 
-    if mu <= 0.0 or excess(0.0) <= 0.0:
+    if mu <= 0.0 or (math.isfinite(mu) and excess(0.0) <= 0.0):
         return 0.0
-    if excess(2.0 * _LARGEST_EPSILON) > 0.0:
+    if math.isinf(mu) or excess(2.0 * _LARGEST_EPSILON) > 0.0:
         return math.inf
     return float(brentq(excess, 0.0, 2.0 * _LARGEST_EPSILON, xtol=1e-12))
 
@@ -109,27 +107,24 @@ def audit_figures(scores: CanaryScores, claimed_epsilon: float) -> tuple[results
     `value` is the 95 % lower bound; `low` is the bound at the confidence of the alarm, which decides
     whether the claim is broken; `high` is the most that the method could have certified.
     """
+
+    def figure(name: str, certified: Callable[[float], float], most: float) -> results.Figure:
+        levels = (results.CONFIDENCE, 1.0 - results.ALARM_LEVEL)
+        shown, sure = (min(certified(level), _LARGEST_EPSILON) for level in levels)
+        low, high = min(sure, shown), max(shown, min(most, _LARGEST_EPSILON))
+        broken = sure > claimed_epsilon * (1.0 + 1e-9)
+        return results.Figure(
+            name=name, value=shown, low=low, high=high, bound=claimed_epsilon, broken=broken
+        )
+
     most = clopper_pearson_ceiling(
         scores.inside.size + scores.outside.size, results.DELTA, results.CONFIDENCE
     )
-    levels = (results.CONFIDENCE, 1.0 - results.ALARM_LEVEL)
-
-    def figure(name: str, certified: Sequence[float], most: float) -> results.Figure:
-        shown, sure = (min(each, _LARGEST_EPSILON) for each in certified)
-        return results.Figure(
-            name=name,
-            value=shown,
-            low=min(sure, shown),
-            high=max(shown, min(most, _LARGEST_EPSILON)),
-            bound=claimed_epsilon,
-            broken=sure > claimed_epsilon * (1.0 + 1e-9),
-        )
-
-    gaussian = [gaussian_epsilon(gaussian_mu(scores, level)) for level in levels]
-    assumed_nothing = [clopper_pearson_lower_bound(scores, results.DELTA, level) for level in levels]
-    return (
-        figure("certified ε, Gaussian scores", gaussian, math.inf),
-        figure("certified ε, no assumption", assumed_nothing, most),
+    gaussian = figure(
+        "certified ε, Gaussian scores", lambda level: gaussian_epsilon(gaussian_mu(scores, level)), math.inf
+    )
+    return gaussian, figure(
+        "certified ε, no assumption", partial(clopper_pearson_lower_bound, scores, results.DELTA), most
     )
 
 

@@ -18,8 +18,6 @@ from fedmosaic.experiments.attacks.statistics import roc
 from fedmosaic.experiments.attacks.statistics.results import CurvePoint, Figure
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 
-_SCORED_PER_RELEASE = 16
-_SMALLEST_RIDGE = 1e-9
 _TOKENS_AT_ONCE = 2048
 
 
@@ -30,24 +28,16 @@ def draw_members(
     return np.asarray(generator.random((releases, candidates)) < rate)
 
 
-def scored_candidates(
-    releases: int, candidates: int, count: int, generator: np.random.Generator
-) -> roc.BoolArray:
-    """(R, N) a few random candidates per release, whose scores are used; independent of who is a member.
+def scored(
+    scores: roc.FloatArray, members: roc.BoolArray, ceiling: roc.Ceiling, count: int = 16
+) -> tuple[tuple[Figure, ...], tuple[CurvePoint, ...]]:
+    """Figures and ROC of (R, N) scores, on the same few candidates of a release for every attack on it.
 
     All scores of a release share its noise, and candidates of one task are alike, so many scores of one
     release say little more than one. Rare false positives need many releases with few scores each.
     """
-    order = np.argsort(generator.random((releases, candidates)), axis=1)
-    return np.asarray(order < count)
-
-
-def scored(
-    scores: roc.FloatArray, members: roc.BoolArray, ceiling: roc.Ceiling
-) -> tuple[tuple[Figure, ...], tuple[CurvePoint, ...]]:
-    """Figures and ROC of (R, N) scores, on the same few candidates of a release for every attack on it."""
-    choice = np.random.default_rng([len(members), _SCORED_PER_RELEASE])
-    used = scored_candidates(len(members), members.shape[1], _SCORED_PER_RELEASE, choice)
+    choice = np.random.default_rng([len(members), count])
+    used = np.argsort(choice.random(members.shape), axis=1) < count
     flat, truth = scores[used], members[used]
     return roc.membership_figures(flat, truth, ceiling, np.nonzero(used)[0]), roc.roc_points(flat, truth)
 
@@ -108,7 +98,7 @@ def dictionary_scores(
     ⟨y, g_c⟩, the noise s is per coordinate, the rate is p.
     """
     size = len(gram)
-    ridge = noise**2 / (rate * (1.0 - rate)) + _SMALLEST_RIDGE * float(np.trace(gram)) / size
+    ridge = noise**2 / (rate * (1.0 - rate)) + 1e-9 * float(np.trace(gram)) / size
     centred = inner - rate * gram.sum(axis=1)
     return np.asarray(rate + np.linalg.solve(gram + ridge * np.eye(size), centred.T).T)
 

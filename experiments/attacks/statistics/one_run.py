@@ -42,7 +42,6 @@ GUESSED_SHARES = (0.1, 0.2, 0.4)
 """Shares of the canaries that are guessed, fixed before the run; every one of them costs confidence."""
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-4, 2.0**10
-_HALVINGS = 12
 
 
 def right_guesses(scores: FloatArray, included: BoolArray, guesses: int) -> int:
@@ -95,8 +94,7 @@ def refuted_factor(scores: FloatArray, included: BoolArray, family: Family, leve
     To a relative accuracy of 5 %, rounded up; infinity if no claim is refuted. It is below that of the true
     claim with chance `level`.
     """
-    low, high = 0.0, math.inf
-    factor = 1.0
+    low, high, factor = 0.0, math.inf, 1.0
     while high == math.inf or low == 0.0:
         if refutes(scores, included, family(factor), level):
             high = factor
@@ -108,9 +106,7 @@ def refuted_factor(scores: FloatArray, included: BoolArray, family: Family, leve
             if factor >= _LARGEST_FACTOR:
                 return math.inf
             factor *= 2.0
-    for _ in range(_HALVINGS):
-        if high <= 1.05 * low:
-            break
+    while high > 1.05 * low:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if refutes(scores, included, family(middle), level) else (middle, high)
     return high
@@ -127,11 +123,6 @@ def one_run_figure(
     """
     factors = [refuted_factor(scores, included, family, level) for level in (1.0 - CONFIDENCE, ALARM_LEVEL)]
     shown, sure = (0.0 if math.isinf(factor) else epsilon_at(factor) for factor in factors)
-    return Figure(
-        name="certified ε, one run, f-DP",
-        value=shown,
-        low=min(shown, sure),
-        high=max(shown, 1e3),
-        bound=epsilon_at(1.0),
-        broken=refutes(scores, included, family(1.0), ALARM_LEVEL),
-    )
+    name, low, high = "certified ε, one run, f-DP", min(shown, sure), max(shown, 1e3)
+    broken = refutes(scores, included, family(1.0), ALARM_LEVEL)
+    return Figure(name=name, value=shown, low=low, high=high, bound=epsilon_at(1.0), broken=broken)

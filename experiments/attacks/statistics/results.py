@@ -6,7 +6,7 @@ evidence: a report holds dozens of figures, and the strongest attacks sit exactl
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 from scipy.stats import beta
@@ -50,9 +50,9 @@ class Figure(Frozen):
     broken: bool = False
 
     @classmethod
-    def exact(cls, name: str, value: float) -> "Figure":
+    def exact(cls, name: str, value: float, bound: float | None = None, broken: bool = False) -> "Figure":
         """A number without uncertainty."""
-        return cls(name=name, value=value, low=value, high=value)
+        return cls(name=name, value=value, low=value, high=value, bound=bound, broken=broken)
 
     @classmethod
     def spread(cls, name: str, values: Sequence[float]) -> "Figure":
@@ -82,10 +82,6 @@ class CurvePoint(Frozen):
     true_positive_rate: Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def _delta(fields: dict[str, Any]) -> float | None:
-    return DELTA if fields.get("epsilon") is not None else None
-
-
 class AttackResult(Frozen):
     """One attack on one kind of release; results of one `attack` stand together.
 
@@ -106,7 +102,9 @@ class AttackResult(Frozen):
     release: str
     setting: Setting
     epsilon: Epsilon | None = None
-    delta: float | None = Field(default_factory=_delta)
+    delta: float | None = Field(
+        default_factory=lambda fields: None if fields.get("epsilon") is None else DELTA
+    )
     figures: tuple[Figure, ...]
     curve: tuple[CurvePoint, ...] = ()
     by_design: bool = False

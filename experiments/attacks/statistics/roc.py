@@ -31,22 +31,15 @@ IntArray = npt.NDArray[np.int64]
 RATES = (0.01, 0.001)
 """False positive rates at which the true positive rate is reported."""
 
-_BLOCKS = 20
-_LEAST_FALSE_RELEASES = 20
-"""Releases that the false positives must come from, at least, for a rate to be shown."""
-
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best that any membership test can do against a guarantee; 1 where nothing is promised.
-
-    Attributes:
-        mu: μ of Gaussian differential privacy, exact for full-batch Gaussian releases; else None.
-        curve: δ(ε) of any other composition; None if μ is given, or if nothing is promised.
-    """
+    """The best that any membership test can do against a guarantee; 1 where nothing is promised."""
 
     mu: float | None = None
+    """μ of Gaussian differential privacy, exact for full-batch Gaussian releases."""
     curve: PrivacyCurve | None = None
+    """δ(ε) of any other composition."""
 
     @classmethod
     def of_noise(cls, sigma: float) -> "Ceiling":
@@ -115,11 +108,14 @@ def membership_figures(
     if np.isnan(scores).any() or not members.any() or members.all():
         raise ValueError("scores must not be NaN, and there must be members and others")
     groups = np.arange(scores.size) if releases is None else releases
+    value, error = area_with_error(scores, members, groups)
+    reach = float(norm.ppf(0.5 + results.CONFIDENCE / 2.0)) * error
+    bound = ceiling.area if ceiling.promises else None
+    broken = bound is not None and value - float(norm.isf(results.ALARM_LEVEL)) * error > bound + 1e-9
+    low, high = max(0.0, value - reach), min(1.0, value + reach)
+    area = results.Figure(name="AUC", value=value, low=low, high=high, bound=bound, broken=broken)
     rates = (_rate_figure(scores, members, groups, ceiling, rate) for rate in RATES)
-    return (
-        _area_figure(scores, members, groups, ceiling),
-        *(figure for figure in rates if figure is not None),
-    )
+    return (area, *(figure for figure in rates if figure is not None))
 
 
 def area_with_error(scores: FloatArray, members: BoolArray, groups: IntArray) -> tuple[float, float]:
@@ -178,17 +174,6 @@ def _clustered_variance(influence: FloatArray, groups: IntArray) -> float:
     return sums.size / max(1, sums.size - 1) * float(np.sum(sums**2))
 
 
-def _area_figure(
-    scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling
-) -> results.Figure:
-    area, error = area_with_error(scores, members, groups)
-    reach = float(norm.ppf(0.5 + results.CONFIDENCE / 2.0)) * error
-    bound = ceiling.area if ceiling.promises else None
-    broken = bound is not None and area - float(norm.isf(results.ALARM_LEVEL)) * error > bound + 1e-9
-    low, high = max(0.0, area - reach), min(1.0, area + reach)
-    return results.Figure(name="AUC", value=area, low=low, high=high, bound=bound, broken=broken)
-
-
 def _rate_figure(
     scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling, rate: float
 ) -> results.Figure | None:
@@ -211,7 +196,7 @@ def _rate_figure(
         outside, of_release = scores[~members], groups[~members]
         highest = np.argsort(-outside, kind="stable")[: max(1, int(outside.size * rate))]
         # With few releases behind the false positives, one draw of noise decides the rate.
-        if np.unique(of_release[highest]).size < _LEAST_FALSE_RELEASES:
+        if np.unique(of_release[highest]).size < 20:
             return None
     name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
     return results.Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
@@ -226,7 +211,7 @@ def _rate_estimate(
     """
     _, index = np.unique(groups, return_inverse=True)
     value = _true_positive_rate(scores, members, rate)
-    blocks = min(_BLOCKS, int(index.max()) + 1)
+    blocks = min(20, int(index.max()) + 1)
     left_out = [
         _true_positive_rate(scores[index % blocks != b], members[index % blocks != b], rate)
         for b in range(blocks)

@@ -8,7 +8,7 @@ from typing import Final
 
 import yaml
 
-from fedmosaic.client.model.examples import Example
+from fedmosaic.client.data.records import Example
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
 from fedmosaic.protos.errors import ConfigurationError
 

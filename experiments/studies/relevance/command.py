@@ -12,31 +12,26 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.probe import gradient_factors, open_probe
-from fedmosaic.experiments.studies.relevance.designs import (
-    DESIGNS,
-    SIDES,
-    Rows,
-    complete_map,
-    encode,
-    fit_sides,
-    reduced_rows,
-)
-from fedmosaic.experiments.studies.relevance.measure import Recovery, measure
+from fedmosaic.experiments.scenario.metrics import area_under_curve
+from fedmosaic.experiments.studies.relevance import designs
+from fedmosaic.experiments.studies.relevance.designs import DESIGNS, encode, reduced_rows
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import load_public, load_task_set
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
-from fedmosaic.privacy.mechanism.gaussian import clip
-from fedmosaic.privacy.mechanism.noise import Float64Array
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clip
+from fedmosaic.privacy.mechanism.noise import Float64Array, IntArray, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
+from fedmosaic.server.round.relevance import corrected_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +43,7 @@ class Settings:
     data: Path
     """Folder with the data sets."""
     probes: tuple[Path, ...]
-    """Probe models: folders, or GGUF files in a folder with nothing else."""
+    """Folders of the probe models."""
     output_dir: Path = Path("runs/relevance")
     """Where results go."""
     task_sets: tuple[str, ...] = ("easy", "hard_news", "hard_intents")
@@ -79,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study from the command line."""
     settings = tyro.cli(Settings, args=arguments, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    cells = run(settings)
-    print(markdown(cells))
+    print(markdown(run(settings)))
     return 0
 
 
@@ -99,51 +93,77 @@ def run(settings: Settings) -> list[Cell]:
 
 
 def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
-    is_file = path.suffix == ".gguf"
-    model, tokenizer = load_base_model(
-        path.parent if is_file else path, settings.dtype, gguf_file=path.name if is_file else None
-    )
+    model, tokenizer = load_base_model(path, settings.dtype)
     probe, name = open_probe(model), path.stem
-    public = encode(
-        tokenizer, load_public(settings.data, settings.public_size, settings.seed), settings.max_length
-    )
+    public = load_public(settings.data, settings.public_size, settings.seed)
     logger.info("%s: fitting the basis on %d public examples", name, len(public))
-    public_factors = list(gradient_factors(probe, public))
-    sides = fit_sides(probe, public_factors, SIDES)
+    public_factors = list(gradient_factors(probe, encode(tokenizer, public, settings.max_length)))
+    sides = designs.fit_sides(probe, public_factors, designs.SIDES)
     public_rows = reduced_rows(probe, public_factors, DESIGNS.values(), sides)
     for task_set in settings.task_sets:
-        rows: list[Rows] = []
+        rows = []
         tasks = load_task_set(task_set, settings.data, settings.pool, settings.seed)
         for task, examples in tasks.items():
             logger.info("%s, %s: probing %d examples of %s", name, task_set, len(examples), task)
-            encoded = encode(tokenizer, examples, settings.max_length)
-            factors = list(gradient_factors(probe, encoded))
+            factors = list(gradient_factors(probe, encode(tokenizer, examples, settings.max_length)))
             rows.append(reduced_rows(probe, factors, DESIGNS.values(), sides))
         for title, design in DESIGNS.items():
             logger.info("%s, %s: measuring %s", name, task_set, title)
-            public_map = complete_map(design, probe, name, sides, public_rows[design.rows_name])
-            task_rows = [task[design.rows_name] for task in rows]
-            for n, epsilon, recovery in _measure(public_map, task_rows, settings):
-                yield Cell(name, task_set, title, public_map.mechanism.dimensions, n, epsilon, recovery)
+            public_map = designs.complete_map(design, probe, name, sides, public_rows[design.rows_name])
+            k, task_rows = public_map.mechanism.dimensions, [task[design.rows_name] for task in rows]
+            for n, epsilon, figures in _of_design(public_map, task_rows, settings):
+                yield Cell(name, task_set, title, k, n, epsilon, *figures)
 
 
-def _measure(
+def _of_design(
     public_map: PublicMap, rows_by_task: Sequence[Float64Array], settings: Settings
-) -> Iterator[tuple[int, float, Recovery]]:
-    bound = public_map.mechanism.clipping_norm
-    units = [clip(public_map.standardise(rows), bound)[0] for rows in rows_by_task]
-    mechanisms = [
-        public_map.mechanism.model_copy(
-            update={"noise_multiplier": _noise_multiplier(epsilon, settings.delta)}
-        )
+) -> Iterator[tuple[int, float, tuple[float, float, bool]]]:
+    own = public_map.mechanism
+    units = [clip(public_map.standardise(rows), own.clipping_norm)[0] for rows in rows_by_task]
+    sigmas = [
+        0.0 if math.isinf(epsilon) else noise_multiplier_for(epsilon, settings.delta, (), 1.0, 1)
         for epsilon in settings.epsilons
     ]
+    mechanisms = [own.model_copy(update={"noise_multiplier": sigma}) for sigma in sigmas]
     for n in settings.sizes:
-        recoveries = measure(units, mechanisms, n, settings.trials, settings.seed)
-        for epsilon, recovery in zip(settings.epsilons, recoveries, strict=True):
-            yield n, epsilon, recovery
+        found = measure(units, mechanisms, n, settings.trials, settings.seed)
+        for epsilon, figures in zip(settings.epsilons, found, strict=True):
+            yield n, epsilon, figures
 
 
-@lru_cache
-def _noise_multiplier(epsilon: float, delta: float) -> float:
-    return 0.0 if math.isinf(epsilon) else noise_multiplier_for(epsilon, delta, (), 1.0, 1)
+def measure(
+    units_by_task: Sequence[IntArray], mechanisms: Sequence[ProfileMechanism], n: int, trials: int, seed: int
+) -> list[tuple[float, float, bool]]:
+    """Release profiles of n examples for two clients per task, compare them, and average over trials.
+
+    A task's two clients hold its even and its odd rows, clipped as `clip` gives them. Gives, per mechanism,
+    the AUC of same-task pairs against all others, the share of clients whose most similar peer is of their
+    task, and whether n exceeded a client's examples, so that they were drawn with replacement.
+    """
+    pools = [units[half::2] for units in units_by_task for half in range(2)]
+    tasks = np.arange(len(pools)) // 2
+    rows, columns = np.triu_indices(len(pools), 1)
+    same = tasks[rows] == tasks[columns]
+    generator = np.random.default_rng([seed, n])
+    noise = SeededTestNoise(int(generator.integers(2**63)))
+    found: list[list[tuple[float, float]]] = [[] for _ in mechanisms]
+    for _ in range(trials):
+        sums = [
+            pool[generator.choice(len(pool), n, replace=n > len(pool))].sum(axis=0, dtype=np.int64)
+            for pool in pools
+        ]
+        for trial, mechanism in zip(found, mechanisms, strict=True):
+            released = np.array([release(ClippedSum(total, 0, 0, n), mechanism, noise) for total in sums])
+            variances = np.full(len(pools), mechanism.noise_variance)
+            similarity = corrected_cosine(released.astype(np.float64), variances).similarity
+            pairs = similarity[rows, columns]
+            trial.append((area_under_curve(pairs[same], pairs[~same]), top_match(similarity, tasks)))
+    replaced = any(n > len(pool) for pool in pools)
+    return [(*np.mean(trial, axis=0).tolist(), replaced) for trial in found]
+
+
+def top_match(similarity: Float64Array, labels: IntArray) -> float:
+    """Share of rows whose largest entry off the diagonal belongs to the row's own label."""
+    without_self = similarity.copy()
+    np.fill_diagonal(without_self, -np.inf)
+    return float(np.mean(labels[without_self.argmax(axis=1)] == labels))

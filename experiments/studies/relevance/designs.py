@@ -8,14 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.model.examples import (
-    IGNORED,
-    EncodedExample,
-    Example,
-    answer_tokens,
-    cut_prompt,
-    prompt_tokens,
-)
+from fedmosaic.client.model import examples as texts
 from fedmosaic.client.profile.fit import BasisSettings, fit_basis, standardise_rows
 from fedmosaic.client.profile.probe import Probe
 from fedmosaic.privacy.mechanism.noise import Float64Array
@@ -27,12 +20,7 @@ Rows = dict[str, Float64Array]
 
 @dataclass(frozen=True)
 class Design:
-    """One way to make a profile.
-
-    A reduction to some dimensions, whether every example's row gets unit norm, what standardises the rows,
-    the share that random dimension sampling keeps, and how many directions of δ a Kronecker reduction has
-    (those of x follow).
-    """
+    """One way to make a profile; `left` is how many directions of δ a Kronecker reduction has."""
 
     kind: Literal["coordinates", "tensor_sketch", "kronecker"]
     dimensions: int
@@ -86,20 +74,20 @@ SIDES: Final = (16, 32)
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
-) -> list[EncodedExample]:
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[texts.Example], max_length: int
+) -> list[texts.EncodedExample]:
     """Encode as the product does, but cut answers to half of `max_length` instead of refusing long ones."""
     end = int(tokenizer.eos_token_id)
     encoded = []
     for example in examples:
-        supervised = [*answer_tokens(tokenizer, example.answer), end][: max_length // 2]
-        prompt = prompt_tokens(tokenizer, example.prompt)
-        context = cut_prompt(tokenizer, prompt, max_length - len(supervised))
+        supervised = [*texts.answer_tokens(tokenizer, example.answer), end][: max_length // 2]
+        prompt = texts.prompt_tokens(tokenizer, example.prompt)
+        context = texts.cut_prompt(tokenizer, prompt, max_length - len(supervised))
         encoded.append(
-            EncodedExample(
+            texts.EncodedExample(
                 example.id,
                 torch.tensor([*context, *supervised], dtype=torch.int64),
-                torch.tensor([IGNORED] * len(context) + supervised, dtype=torch.int64),
+                torch.tensor([texts.IGNORED] * len(context) + supervised, dtype=torch.int64),
             )
         )
     return encoded

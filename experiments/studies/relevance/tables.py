@@ -10,12 +10,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fedmosaic.experiments.scenario.metrics import markdown_table
-from fedmosaic.experiments.studies.relevance.measure import Recovery
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured cell: probe, task set, design and its length k, examples n per release, and its ε."""
+    """One measured cell: a design with its length k, examples n per release, its ε, and what was found."""
 
     probe: str
     task_set: str
@@ -23,7 +22,9 @@ class Cell:
     dimensions: int
     n: int
     epsilon: float
-    recovery: Recovery
+    auc: float
+    top1: float
+    bootstrapped: bool
 
 
 def markdown(cells: Iterable[Cell]) -> str:
@@ -42,7 +43,7 @@ def markdown(cells: Iterable[Cell]) -> str:
         rows = []
         for design in dict.fromkeys(design for design, _, _ in found):
             row = [found[(design, *column)] for column in columns]
-            rows.append([design, str(row[0].dimensions), *(_figures(cell.recovery) for cell in row)])
+            rows.append([design, str(row[0].dimensions), *(_figures(cell) for cell in row)])
         parts.append("\n".join([f"### {task_set}, probe {probe}", "", *markdown_table(head, rows)]))
     legend = (
         "AUC / top-1 of the corrected cosine, averaged over trials; ε of one release. "
@@ -59,13 +60,13 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     designs = list(dict.fromkeys(cell.design for cell in cells))
     figure = Figure(figsize=(4 * len(sizes), 2.8 * len(rows) + 1), layout="constrained")
     panels = figure.subplots(len(rows), len(sizes), squeeze=False, sharex=True, sharey=True)
-    found = {(cell.probe, cell.task_set, cell.n, cell.design, cell.epsilon): cell.recovery for cell in cells}
+    found = {(cell.probe, cell.task_set, cell.n, cell.design, cell.epsilon): cell for cell in cells}
     for (i, row), (j, n) in itertools.product(enumerate(rows), enumerate(sizes)):
         panel = panels[i, j]
         for design in designs:
-            recoveries = [found[(*row, n, design, epsilon)] for epsilon in epsilons]
-            panel.plot(range(len(epsilons)), [r.auc for r in recoveries], marker="o", label=design)
-        replaced = " (with replacement)" if recoveries[0].bootstrapped else ""
+            line = [found[(*row, n, design, epsilon)] for epsilon in epsilons]
+            panel.plot(range(len(epsilons)), [cell.auc for cell in line], marker="o", label=design)
+        replaced = " (with replacement)" if line[0].bootstrapped else ""
         panel.set_title(f"{row[0]}, {row[1]}, n = {n}{replaced}", fontsize=8)
         panel.set_xticks(range(len(epsilons)), [_epsilon(epsilon) for epsilon in epsilons])
         panel.set_ylim(0.45, 1.02)
@@ -85,6 +86,5 @@ def _epsilon(epsilon: float) -> str:
     return "∞" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
-def _figures(recovery: Recovery) -> str:
-    mark = "†" if recovery.bootstrapped else ""
-    return f"{recovery.auc:.3f} / {recovery.top1:.2f}{mark}"
+def _figures(cell: Cell) -> str:
+    return f"{cell.auc:.3f} / {cell.top1:.2f}{'†' if cell.bootstrapped else ''}"

@@ -10,8 +10,13 @@ from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
 from fedmosaic.privacy.encryption.ckks import modular
-from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
-from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES, pack_words, unpack_words
+from fedmosaic.privacy.encryption.ckks.modular import (
+    SEED_BYTES,
+    WORD_BYTES,
+    expand_seed,
+    pack_words,
+    unpack_words,
+)
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, ring_blocks
 from fedmosaic.protos.errors import CiphertextError

@@ -1,11 +1,23 @@
-"""Exact arithmetic with residues of a 48-bit prime in numpy, and their 6-byte form on the wire."""
+"""Residues of a 48-bit prime in numpy: exact arithmetic, their 6-byte form on the wire, and those of a seed.
+
+The second polynomial of a fresh ciphertext is uniform and public, so a client sends a 32-byte seed and the
+server expands it. AES-256 in counter mode under the seed as key, rejection sampling for uniformity.
+
+Reference: FrodoKEM (Frodo.Gen using AES) and Kyber's 90s variant expand their public matrices from seeds
+in this way; NIST SP 800-38A (CTR).
+"""
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from fedmosaic.protos.errors import EncryptionError
 
 WORD_BYTES = 6
+SEED_BYTES = 32
+_AES_BLOCK_BYTES = 16
+# The first stream starts at counter 0 and is far shorter than 2^127 blocks.
+_REPLACEMENT_STREAM = 1 << 127
 _HALF_BITS = np.uint64(24)
 _HALF_MASK = np.uint64((1 << 24) - 1)
 _MAX_ROW_SUM = 1 << 16
@@ -59,20 +71,12 @@ def modular_subtract(left: NDArray[np.uint64], right: NDArray[np.uint64], modulu
 def modular_matrix_product(
     weights: NDArray[np.int64], residues: NDArray[np.uint64], modulus: int
 ) -> NDArray[np.uint64]:
-    """Multiply a matrix of small integers with a matrix of residues, exactly, at the speed of BLAS.
+    """(R, D) sums modulo q < 2**48 of (R, M) small weights with (M, D) residues, exactly, at BLAS's speed.
 
     Residues are split into halves c = h·2^24 + l. Rows of W sum to at most 2^16 and halves are below 2^24, so
     every partial sum of W·l and W·h is an integer below 2^40: float64 represents all of them exactly,
     whatever the order of summation or fusion of operations. The recombined sum Σ w·c is below 2^16·2^48 =
-    2^64 and fits a word before it is reduced.
-
-    Args:
-        weights: (R, M) integers ≥ 0, each row summing to at most 2**16.
-        residues: (M, D) residues below the modulus.
-        modulus: q below 2**48.
-
-    Returns:
-        (R, D) sums modulo q; EncryptionError where shapes or bounds would make them inexact.
+    2^64 and fits a word before it is reduced. EncryptionError where shapes or bounds would make it inexact.
     """
     if weights.ndim != 2 or residues.ndim != 2 or weights.shape[1] != residues.shape[0]:
         raise EncryptionError(f"cannot multiply weights {weights.shape} with residues {residues.shape}")
@@ -113,3 +117,36 @@ def _upper_half(words: NDArray[np.uint64], halves: NDArray[np.uint64]) -> None:
 
 def _lower_half(words: NDArray[np.uint64], halves: NDArray[np.uint64]) -> None:
     np.bitwise_and(words, _HALF_MASK, out=halves)
+
+
+def expand_seed(seed: bytes, start: int, words: NDArray[np.uint64], modulus: int) -> None:
+    """Write words start, start + 1, … of a public seed's uniform residues below q, 2**47 < q < 2**48.
+
+    Word i is made of bytes 16 + 6i … 21 + 6i of the key stream if that is below the modulus. Otherwise it is
+    the first word below the modulus of a second stream, which starts at counter 2^127 + i·2^32. `start` is a
+    multiple of 8, an AES block.
+    """
+    if len(seed) != SEED_BYTES or start % 8 != 0:
+        raise ValueError(f"expected a seed of {SEED_BYTES} bytes and a start that is a multiple of 8")
+    _read_stream(seed, start * WORD_BYTES // _AES_BLOCK_BYTES, words)
+    # For the modulus in use, fewer than one word in 10^10 is replaced.
+    if int(words.max(initial=0)) >= modulus:
+        for position in np.flatnonzero(words >= np.uint64(modulus)):
+            words[position] = _replacement(seed, start + int(position), modulus)
+
+
+def _replacement(seed: bytes, index: int, modulus: int) -> int:
+    counter = _REPLACEMENT_STREAM + (index << 32)
+    candidates = np.empty(8, dtype=np.uint64)
+    while True:
+        _read_stream(seed, counter, candidates)
+        accepted = candidates[candidates < np.uint64(modulus)]
+        if accepted.size:
+            return int(accepted[0])
+        counter += 3  # eight words of 6 bytes fill three AES blocks
+
+
+def _read_stream(seed: bytes, counter: int, words: NDArray[np.uint64]) -> None:
+    cipher = Cipher(algorithms.AES256(seed), modes.CTR(counter.to_bytes(_AES_BLOCK_BYTES, "big")))
+    stream = cipher.encryptor().update(bytes(_AES_BLOCK_BYTES + words.size * WORD_BYTES))
+    unpack_words(stream, _AES_BLOCK_BYTES, words)

@@ -71,10 +71,8 @@ class WordProduct:
     ) -> None:
         """Write weights · words modulo 2**32 to `sums`; EncryptionError where bounds would make them inexact.
 
-        Args:
-            weights: (R, M) integers ≥ 0, each row summing to at most 2**20.
-            words: M ≥ 1 vectors (D,) of int32; a word above 2**31 − 1 is its two's complement.
-            sums: R vectors (D,), overwritten.
+        (R, M) integers ≥ 0, each row summing to at most 2**20; M ≥ 1 vectors (D,) of int32, a word above
+        2**31 − 1 being its two's complement; R vectors (D,), overwritten.
         """
         if weights.size and (int(weights.min()) < 0 or int(weights.sum(axis=1).max()) > 1 << 20):
             raise EncryptionError("weights must be ≥ 0 with rows that sum to at most 2^20")

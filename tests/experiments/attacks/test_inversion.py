@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared
 from fedmosaic.client.dp.engine import example_gradient, only_shared_branch
@@ -17,8 +16,9 @@ from fedmosaic.experiments.attacks.statistics.pursuit import fit_background
 from fedmosaic.experiments.attacks.terms import TermReader
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import random_texts, tiny_llama
 
-VOCABULARY, KNOWN, LENGTH = 60, 3, 5
+KNOWN, LENGTH = 3, 5
 
 
 class Pad:
@@ -29,28 +29,16 @@ class Pad:
 
 
 def tiny(rank: int = 12) -> PeftModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    return adapt(LlamaForCausalLM(config), CoLoraConfig(r=rank, blocks=2))
+    base = tiny_llama(hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.3)
+    return adapt(base, CoLoraConfig(r=rank, blocks=2))
 
 
 def texts(count: int, seed: int) -> tuple[EncodedExample, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for index in range(count):
-        ids = torch.randint(2, VOCABULARY, (KNOWN + LENGTH,), generator=generator)
-        labels = ids.clone()
-        labels[:KNOWN] = IGNORED
-        found.append(EncodedExample(str(index), ids, labels))
-    return tuple(found)
+    return tuple(random_texts([KNOWN + LENGTH] * count, seed, LENGTH))
 
 
 def public(count: int = 60) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(7)
-    return tuple(torch.randint(2, VOCABULARY, (20,), generator=generator) for _ in range(count))
+    return tuple(text.input_ids for text in random_texts([20] * count, 7))
 
 
 def test_only_cores_that_act_on_their_own_position_are_read() -> None:

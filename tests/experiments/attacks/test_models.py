@@ -7,15 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
-from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import adapt, load_base_model
-from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
+from fedmosaic.client.profile.probe import gradient_factors, open_probe
 from fedmosaic.experiments.attacks import command as attacks
 from fedmosaic.experiments.attacks import parts as attack_parts
 from fedmosaic.experiments.attacks import report as attack_report
@@ -25,37 +22,21 @@ from fedmosaic.experiments.attacks.received import shared_vector
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
 from fedmosaic.experiments.attacks.target import candidates, open_prober, read_target
 from fedmosaic.experiments.attacks.text import Release, decode, evidence, spans_of, text_results
+from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicMap
 from fedmosaic.protos.errors import ConfigurationError
+from tiny import random_texts, tiny_llama, word_tokenizer
 
 WORDS = [f"word{chr(97 + i)}{chr(97 + j)}" for i in range(9) for j in range(9)]
 
 
 def tiny_model(hidden: int = 64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return tiny_llama(
         vocab_size=len(WORDS) + 3, hidden_size=hidden, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=4, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def tiny_probe() -> Probe:
-    return open_probe(tiny_model())
-
-
-def random_texts(count: int, length: int) -> list[EncodedExample]:
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for index in range(count):
-        ids = torch.randint(3, len(WORDS), (length + 3,), generator=generator)
-        labels = ids.clone()
-        labels[:3] = IGNORED
-        found.append(EncodedExample(str(index), ids, labels))
-    return found
 
 
 def test_spans_hold_every_token_and_hardly_anything_else() -> None:
@@ -74,7 +55,7 @@ def test_noise_alone_leaves_one_direction() -> None:
 
 
 def test_texts_are_recovered_from_the_authors_sanitiser_and_not_under_dp() -> None:
-    probe, texts = tiny_probe(), random_texts(2, 6)
+    probe, texts = open_probe(tiny_model()), random_texts([9] * 2, answer=6)
     reduction = Reduction(hidden_size=64, intermediate_size=96, projection_dimensions=64, kind="coordinates")
     mechanism = ProfileMechanism(probe="tiny", probe_sha256=probe.sha256, reduction=reduction)
     results = text_results(probe, texts, PublicMap(mechanism), None, SeededTestNoise(0), 0)
@@ -109,9 +90,8 @@ def test_gram_matrices_of_factors_are_those_of_the_gradients() -> None:
 
 
 def test_membership_is_certain_without_protection_and_at_its_ceiling_with_it() -> None:
-    probe = tiny_probe()
-    found = list(gradient_factors(probe, random_texts(60, 6)))
-    factors = [found[index] for index in range(60)]
+    probe = open_probe(tiny_model())
+    factors = list(gradient_factors(probe, random_texts([9] * 60, answer=6)))
     reduction = Reduction(hidden_size=64, intermediate_size=96, projection_dimensions=128)
     mechanism = ProfileMechanism(probe="tiny", probe_sha256=probe.sha256, reduction=reduction)
     results = profile_membership(
@@ -159,33 +139,17 @@ def test_words_are_read_from_an_update_and_not_under_dp() -> None:
 
 @pytest.fixture
 def scenario(tmp_path: Path) -> Path:
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {word: 3 + i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a token of text
-    tokenizer.pre_tokenizer = Whitespace()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",  # noqa: S106
-        eos_token="</s>",  # noqa: S106
-        unk_token="<unk>",  # noqa: S106
-    )
-    model = tiny_model(32)
-    model.save_pretrained(tmp_path / "model")
-    wrapped.save_pretrained(tmp_path / "model")
+    words = ["<s>", "</s>", "<unk>", *WORDS]
+    tiny_model(32).save_pretrained(tmp_path / "model")
+    word_tokenizer(words, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "model")  # noqa: S106
     generator = np.random.default_rng(0)
 
     def write(name: str, count: int, low: int, high: int) -> None:
-        lines = []
+        examples = []
         for number in range(count):
-            words = [WORDS[i] for i in generator.integers(low, high, 9)]
-            lines.append(
-                {
-                    "id": f"{name}-{number}",
-                    "prompt": " ".join(words),
-                    "answer": words[0],
-                    "choices": [words[0], "zebra"],
-                }
-            )
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+            drawn = [WORDS[i] for i in generator.integers(low, high, 9)]
+            examples.append(Example(f"{name}-{number}", " ".join(drawn), drawn[0], (drawn[0], "zebra")))
+        write_examples(tmp_path / f"{name}.jsonl", examples)
 
     write("public", 120, 0, 81)
     clients = []
@@ -332,6 +296,4 @@ def test_a_target_without_that_client_is_refused(scenario: Path) -> None:
     target = read_target(scenario)
     with pytest.raises(ConfigurationError, match="no client 'zoe'"):
         attack_parts.choose_victim(target, "zoe")
-    prober = open_prober(target)
-    assert prober.with_noise(2.0).mechanism.noise_multiplier == 2.0
-    assert math.isclose(prober.public_map.mechanism.noise_multiplier, 8.0)
+    assert math.isclose(open_prober(target).public_map.mechanism.noise_multiplier, 8.0)

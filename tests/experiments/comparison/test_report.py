@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from builders import charge
 from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import ClientInputs, StatementInputs
 
@@ -23,15 +24,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("ada", "ben"):
         path = tmp_path_factory.mktemp("ledgers") / name
         with Ledger.open(path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",)) as ledger:
-            ledger.reserve(
-                "profile",
-                0,
-                GaussianEvent(8.0, 1.0, 1),
-                data_epoch=data_epoch(["x"]),
-                secure_noise=True,
-                clipping_norm=1.0,
-                dimensions=32,
-            )
+            charge(ledger, GaussianEvent(8.0, 1.0, 1), "profile", 0)
             inputs = StatementInputs(
                 run_id=RUN,
                 clients=(ClientInputs(ledger=tuple(ledger.export()), adapter_protection="none"),),

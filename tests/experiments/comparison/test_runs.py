@@ -151,8 +151,9 @@ def test_finished_runs_are_compared_on_the_command_line(
 
 
 def test_a_run_without_scores_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "scenario.json").write_text(json.dumps({"clients": [{"id": "a"}]}))
-    with pytest.raises(ConfigurationError, match="no scores by round"):
+    (tmp_path / "scenario.json").write_text(json.dumps({"clients": []}))
+    (tmp_path / "federation/clients/a/state").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="client a has no scores by round"):
         comparison.compared_run(tmp_path)
     with pytest.raises(ConfigurationError):
         comparison.compared_run(tmp_path / "nowhere")

@@ -14,17 +14,17 @@ from fedmosaic.client.assets import Asset, cache_directory
 from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.experiments.demo import data as demo_data
 from fedmosaic.experiments.demo.corpora import commands, conversations, news
-from fedmosaic.experiments.demo.data import DATA_ASSETS, ClientData, DemoData, build_demo_data
+from fedmosaic.experiments.demo.data import DATA_ASSETS, DemoData, build_demo_data
 from fedmosaic.experiments.tasks.labelled import normalise
 from fedmosaic.protos.errors import ConfigurationError
 
 CLIENTS = {
-    "news-east": "news",
-    "news-north": "news",
-    "news-south": "news",
-    "news-west": "news",
     "home-east": "home-command",
+    "home-north": "home-command",
+    "home-south": "home-command",
     "home-west": "home-command",
+    "news-east": "news",
+    "news-west": "news",
 }
 
 
@@ -72,7 +72,8 @@ class Packages:
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packages]:
     served = Packages(tmp_path)
     monkeypatch.setattr(demo_data, "fetch", served.fetch)
-    monkeypatch.setattr(demo_data, "TRAIN_ROWS", 20)
+    monkeypatch.setattr(demo_data, "COMMON_ROWS", 9)
+    monkeypatch.setattr(demo_data, "RARE_ROWS", 1)
     monkeypatch.setattr(demo_data, "TEST_ROWS", 20)
     monkeypatch.setattr(demo_data, "PUBLIC_ROWS", 30)
     return served
@@ -83,11 +84,16 @@ def check_contents(data: DemoData) -> None:
     assert {client.client: client.task for client in data.clients} == CLIENTS
     places: dict[str, str] = {}
     ids: Counter[str] = Counter()
+    owners = {client: owner for owner in demo_data._OWNERS for client in owner.clients}
     for client in data.clients:
+        owner = owners[client.client]
         for part, path in (("train", client.train), ("test", client.test)):
             examples = read_examples(path)
-            assert len(examples) == (demo_data.TRAIN_ROWS if part == "train" else demo_data.TEST_ROWS)
-            check_balance(client, examples)
+            rows = dict.fromkeys(owner.task.choices, demo_data.TEST_ROWS // 4)
+            if part == "train":
+                rows = dict.fromkeys(owner.task.choices, demo_data.RARE_ROWS)
+                rows |= dict.fromkeys(owner.clients[client.client], demo_data.COMMON_ROWS)
+            assert Counter(example.answer for example in examples) == rows
             for example in examples:
                 assert (
                     places.setdefault(normalise(text_of(example)), f"{client.client} {part}")
@@ -102,17 +108,13 @@ def check_contents(data: DemoData) -> None:
     assert max(ids.values()) == 1
 
 
-def check_balance(client: ClientData, examples: tuple[Example, ...]) -> None:
-    counts = Counter(example.answer for example in examples)
-    assert set(counts) == set(client.choices)
-    assert len(set(counts.values())) == 1
-
-
 def text_of(example: Example) -> str:
     return example.prompt.partition(": ")[2].rpartition("\n")[0]
 
 
-def test_every_client_has_its_own_balanced_data(tmp_path: Path, packages: Packages) -> None:
+def test_every_client_has_most_of_two_classes_and_is_tested_on_all(
+    tmp_path: Path, packages: Packages
+) -> None:
     check_contents(build_demo_data(tmp_path / "cache"))
 
 
@@ -158,6 +160,13 @@ def test_another_recipe_is_another_folder(
     assert build_demo_data(tmp_path / "cache").directory != first.directory
 
 
+def test_another_draw_deals_the_same_texts_in_another_way(tmp_path: Path, packages: Packages) -> None:
+    one, two = (build_demo_data(tmp_path, draw=draw) for draw in (0, 1))
+    assert one.clients[0].train.read_bytes() != two.clients[0].train.read_bytes()
+    assert one.public.read_bytes() == two.public.read_bytes()
+    check_contents(two)
+
+
 def test_too_few_public_examples_are_refused_and_leave_nothing(
     tmp_path: Path, packages: Packages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,12 +188,12 @@ def test_the_real_corpora_give_what_the_demo_promises() -> None:
     digest = hashlib.sha256()
     for path in sorted(data.directory.glob("*.jsonl")):
         digest.update(path.read_bytes())
-    assert digest.hexdigest() == "2910c3a819c3dc891b7931cdc94e5005de01ca21c3d6f5ab75a5b82cc7469499"
+    assert digest.hexdigest() == "eaed213e9f27d3fb4e8ca7287bc37a726b5961793c5c22f914bc80a560b2f578"
 
 
 def test_articles_of_newsrooms_are_different_ones(tmp_path: Path, packages: Packages) -> None:
     data = build_demo_data(tmp_path / "cache")
-    parts = [path for client in data.clients[:4] for path in (client.train, client.test)]
+    parts = [path for client in data.clients[-2:] for path in (client.train, client.test)]
     headlines = [{text_of(example).partition(".")[0] for example in read_examples(path)} for path in parts]
     assert sum(map(len, headlines)) == len(set().union(*headlines))
 

@@ -23,9 +23,8 @@ from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.model.examples import Example, prompt_tokens
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.demo import models as demo_models
+from fedmosaic.experiments.demo.data import CHAT_TEMPLATE, SMOLLM2
 from fedmosaic.experiments.demo.models import (
-    CHAT_TEMPLATE,
-    SMOLLM2,
     demo_model,
     shallow_demo_models,
     write_model_folder,

@@ -15,6 +15,7 @@ from fedmosaic.client.model.scoring import most_likely_choices
 from fedmosaic.client.model.training import EpochSampler, TrainingSettings
 from fedmosaic.experiments import methods
 from fedmosaic.experiments.comparison.record import read_run
+from fedmosaic.experiments.methods import lora
 from fedmosaic.experiments.methods.distillation import answer_logits
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.fedavg import FedAvg
@@ -24,15 +25,6 @@ from fedmosaic.experiments.methods.fedsim import FedSim
 from fedmosaic.experiments.methods.flexlora import FlexLora
 from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned, live_rank, tail_size
-from fedmosaic.experiments.methods.lora import (
-    SummedLogits,
-    factors,
-    load_with_lora,
-    lora_layers,
-    read_adapter,
-    using,
-    write_adapter,
-)
 from fedmosaic.experiments.methods.matrices import pack, unpack
 from fedmosaic.experiments.methods.strategy import (
     PERSONAL,
@@ -64,7 +56,11 @@ def test_every_method_runs_for_a_round(method: str, tmp_path: Path, tiny_scenari
         pair = scenario.clients[:2] if method in ("takfl", "fedmd", "fedmkt") else scenario.clients[1::2]
         scenario = scenario.model_copy(update={"clients": pair})
     directory = _run(scenario, tmp_path)
-    for client, result in read_run(directory).clients.items():
+    record = read_run(directory)
+    if method == "fedmosaic-uniform":
+        rows = record.server["results"][-1]["weights"]["shared"].values()
+        assert all(share == pytest.approx(1 / 3, abs=1e-4) for row in rows for share in row.values())
+    for client, result in record.clients.items():
         assert 0.0 <= result["after"]["self"] <= 1.0
         assert (result["traffic"]["adapter"]["sent"] > 0) is (method != "local")
         evaluated = read_evaluations(directory / "federation" / "clients" / client / "state")
@@ -129,7 +125,7 @@ def test_a_baseline_goes_on_after_its_last_whole_round(
 def two(tiny_folder: Path, tiny_scenario: Any) -> Any:
     """A model with three adapters, its tokenizer and encoded examples."""
     scenario = tiny_scenario()
-    model, tokenizer = load_with_lora(
+    model, tokenizer = lora.load_with_lora(
         scenario.clients[1].model, scenario.adapter, (SHARED, PERSONAL, RECEIVED), rank=2, seed=0
     )
     raw = [Example(str(i), f"w{i} w{i + 1} w{i + 2}", ("yes", "no")[i % 2], ("yes", "no")) for i in range(12)]
@@ -137,8 +133,10 @@ def two(tiny_folder: Path, tiny_scenario: Any) -> Any:
 
 
 def _random(model: Any, adapter: str, seed: int) -> np.ndarray:
-    vector = np.random.default_rng(seed).normal(0, 0.3, read_adapter(model, adapter).size).astype(np.float32)
-    write_adapter(model, adapter, vector)
+    vector = (
+        np.random.default_rng(seed).normal(0, 0.3, lora.read_adapter(model, adapter).size).astype(np.float32)
+    )
+    lora.write_adapter(model, adapter, vector)
     return vector
 
 
@@ -149,9 +147,9 @@ def _trainer(two: Any) -> Trainer:
 
 def test_all_adapters_start_alike_and_add_nothing(two: Any) -> None:
     model, tokenizer, _, encoded = two
-    np.testing.assert_array_equal(read_adapter(model, SHARED), read_adapter(model, PERSONAL))
+    np.testing.assert_array_equal(lora.read_adapter(model, SHARED), lora.read_adapter(model, PERSONAL))
     batch = collate(encoded, padding_token(tokenizer))
-    with using(model, [SHARED, PERSONAL]), torch.no_grad():
+    with lora.using(model, [SHARED, PERSONAL]), torch.no_grad():
         both = answer_logits(model, batch)
     with model.disable_adapter(), torch.no_grad():
         bare = answer_logits(model, batch)
@@ -161,12 +159,12 @@ def test_all_adapters_start_alike_and_add_nothing(two: Any) -> None:
 def test_scale_one_half_is_the_mean_of_two_adapters(two: Any) -> None:
     model, tokenizer, _, encoded = two
     vector = _random(model, SHARED, 1)
-    write_adapter(model, PERSONAL, vector)
+    lora.write_adapter(model, PERSONAL, vector)
     batch = collate(encoded, padding_token(tokenizer))
     with torch.no_grad():
-        with using(model, [SHARED, PERSONAL], scale=0.5):
+        with lora.using(model, [SHARED, PERSONAL], scale=0.5):
             mean = answer_logits(model, batch)
-        with using(model, [SHARED]):
+        with lora.using(model, [SHARED]):
             one = answer_logits(model, batch)
     torch.testing.assert_close(mean, one, rtol=1e-4, atol=1e-5)
 
@@ -174,12 +172,12 @@ def test_scale_one_half_is_the_mean_of_two_adapters(two: Any) -> None:
 def test_using_puts_everything_back(two: Any) -> None:
     model = two[0]
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError), using(model, [PERSONAL], [PERSONAL], scale=0.5):
+    with pytest.raises(RuntimeError), lora.using(model, [PERSONAL], [PERSONAL], scale=0.5):
         raise RuntimeError
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-    with using(model, [SHARED]):
+    with lora.using(model, [SHARED]):
         pass
-    _, layer = lora_layers(model)[0]
+    _, layer = lora.lora_layers(model)[0]
     assert layer.scaling == {SHARED: 16.0, PERSONAL: 16.0, RECEIVED: 16.0}
 
 
@@ -201,45 +199,45 @@ def test_the_personal_adapter_is_the_same_before_and_after_the_server(strategy: 
     if not strategy.alike:
         _random(model, PERSONAL, 7)
     strategy.train(_trainer(two))
-    personal = read_adapter(model, PERSONAL)
-    assert not np.array_equal(personal, read_adapter(model, SHARED))
+    personal = lora.read_adapter(model, PERSONAL)
+    assert not np.array_equal(personal, lora.read_adapter(model, SHARED))
     strategy.receive(model, np.zeros_like(personal))
-    np.testing.assert_array_equal(read_adapter(model, PERSONAL), personal)
-    assert not read_adapter(model, SHARED).any()
+    np.testing.assert_array_equal(lora.read_adapter(model, PERSONAL), personal)
+    assert not lora.read_adapter(model, SHARED).any()
 
 
 def test_dittos_two_adapters_see_the_same_batches_and_do_not_mix(two: Any) -> None:
     model = two[0]
     trainer = _trainer(two)
     Ditto().train(trainer)
-    shared = read_adapter(model, SHARED)
+    shared = lora.read_adapter(model, SHARED)
     assert trainer.order.state_dict()["position"] == TRAINING.steps * 4
-    start = read_adapter(model, RECEIVED)
+    start = lora.read_adapter(model, RECEIVED)
     for name in (SHARED, PERSONAL):
-        write_adapter(model, name, start)
+        lora.write_adapter(model, name, start)
     FedAvg().train(_trainer(two))
-    np.testing.assert_array_equal(shared, read_adapter(model, SHARED))
+    np.testing.assert_array_equal(shared, lora.read_adapter(model, SHARED))
 
 
 def test_dittos_pull_is_towards_what_was_received(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = two[0]
     monkeypatch.setattr("fedmosaic.experiments.methods.ditto.PROXIMITY", 1e4)
     anchor = _random(model, SHARED, 3)
-    write_adapter(model, PERSONAL, anchor + np.float32(0.1))
+    lora.write_adapter(model, PERSONAL, anchor + np.float32(0.1))
     trainer = _trainer(two)
     trainer.settings = TRAINING.model_copy(update={"learning_rate": 0.01})
     Ditto().train(trainer)
-    assert np.abs(read_adapter(model, PERSONAL) - anchor).mean() < 0.1
+    assert np.abs(lora.read_adapter(model, PERSONAL) - anchor).mean() < 0.1
 
 
 def test_feddpa_trains_shared_and_personal_in_turn(two: Any) -> None:
     model = two[0]
-    start = read_adapter(model, SHARED)
+    start = lora.read_adapter(model, SHARED)
     trainer = _trainer(two)
     trainer.settings = TRAINING.model_copy(update={"steps": 1})
     FedDpa().train(trainer)
-    np.testing.assert_array_equal(read_adapter(model, SHARED), start)
-    assert not np.array_equal(read_adapter(model, PERSONAL), start)
+    np.testing.assert_array_equal(lora.read_adapter(model, SHARED), start)
+    assert not np.array_equal(lora.read_adapter(model, PERSONAL), start)
 
 
 def test_summed_logits_are_the_sum_and_can_be_scored(two: Any) -> None:
@@ -247,12 +245,12 @@ def test_summed_logits_are_the_sum_and_can_be_scored(two: Any) -> None:
     _random(model, SHARED, 1)
     _random(model, PERSONAL, 2)
     batch = collate(encoded, padding_token(tokenizer))
-    summed = SummedLogits(model, [SHARED, PERSONAL])
+    summed = lora.SummedLogits(model, [SHARED, PERSONAL])
     with torch.no_grad():
         total = answer_logits(summed, batch)
         parts = []
         for name in (SHARED, PERSONAL):
-            with using(model, [name]):
+            with lora.using(model, [name]):
                 parts.append(answer_logits(model, batch))
     torch.testing.assert_close(total, parts[0] + parts[1])
     assert len(most_likely_choices(summed, tokenizer, raw, 4, max_length=16)) == len(raw)
@@ -284,7 +282,7 @@ def server(two: Any) -> ServerSide:
 
 def _uploads(server: ServerSide) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    size = sum(a.shape[1] + b.shape[0] for a, b in factors(server.model, SHARED))
+    size = sum(a.shape[1] + b.shape[0] for a, b in lora.factors(server.model, SHARED))
     return {name: random.normal(0, 1, rank * size).astype(np.float32) for name, rank in server.ranks.items()}
 
 
@@ -328,7 +326,7 @@ def test_a_tail_that_shrinks_is_given_up_for_good(two: Any, server: ServerSide) 
     _random(model, SHARED, 3)
     method = HetLoraPruned()
     settings = TRAINING.model_copy(update={"learning_rate": 1e-3})
-    before = float(tail_size(factors(model, SHARED), 1).detach())
+    before = float(tail_size(lora.factors(model, SHARED), 1).detach())
 
     def train() -> None:
         method.train(Trainer(model, two[3], EpochSampler(12, 0), settings, 0))
@@ -336,12 +334,12 @@ def test_a_tail_that_shrinks_is_given_up_for_good(two: Any, server: ServerSide) 
     # With a heavy weight the tail shrinks, so it goes; nothing brings it back.
     method.tail_weight = 50.0  # type: ignore[misc]  # of this instance only
     train()
-    pairs = factors(model, SHARED)
+    pairs = lora.factors(model, SHARED)
     assert before > 0
     assert all(not a[1:].any() and not b[:, 1:].any() and a[0].any() for a, b in pairs)
     train()
     assert all(not a[1:].any() and not b[:, 1:].any() for a, b in pairs)
-    uploads = {"a": read_adapter(model, SHARED), "b": _uploads(server)["b"]}
+    uploads = {"a": lora.read_adapter(model, SHARED), "b": _uploads(server)["b"]}
     full = replace(server, ranks={"a": 2, "b": 2})
     uploads["b"] = _uploads(full)["b"]
     received = method.combine(uploads, full)
@@ -355,7 +353,7 @@ def test_a_tail_that_grows_stays(two: Any) -> None:
     model = two[0]
     # As every adapter begins: B is zero, so the tail's size is zero and can only grow.
     HetLoraPruned().train(Trainer(model, two[3], EpochSampler(12, 0), TRAINING, 0))
-    assert all(a[1:].any() and b[:, 1:].any() for a, b in factors(model, SHARED))
+    assert all(a[1:].any() and b[:, 1:].any() for a, b in lora.factors(model, SHARED))
 
 
 def test_ranks_of_their_own_run_with_flexlora_and_not_with_fedavg(tmp_path: Path, tiny_scenario: Any) -> None:
@@ -365,10 +363,3 @@ def test_ranks_of_their_own_run_with_flexlora_and_not_with_fedavg(tmp_path: Path
     _run(scenario, tmp_path)
     with pytest.raises(ConfigurationError, match="rank"):
         _run(scenario.model_copy(update={"method": "fedavg"}), tmp_path)
-
-
-def test_uniform_weights_are_uniform(tmp_path: Path, tiny_scenario: Any) -> None:
-    scenario = tiny_scenario(method="fedmosaic-uniform", schedule={"rounds": 1, "quorum": 4})
-    directory = _run(scenario, tmp_path)
-    for row in read_run(directory).server["results"][-1]["weights"]["shared"].values():
-        assert all(share == pytest.approx(1 / 3, abs=1e-4) for share in row.values())

@@ -8,6 +8,7 @@ import pytest
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.experiments.tasks.sets import SETS
 from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.federation.kits import lonely
 from fedmosaic.protos.errors import ConfigurationError
 
 SCENARIOS = Path(__file__).parents[3] / "experiments" / "scenarios"
@@ -30,13 +31,14 @@ def test_scenarios_name_the_files_that_the_commands_write(
     known = {f"{client}/{task}" for client, tasks in SETS[written].items() for task in tasks}
     named = {file.relative_to(tmp_path / folder).as_posix().split(".")[0] for file in files}
     assert named <= known
-    if name not in ("attack-target", "text-siblings-sums"):
+    if name not in ("attack-target", "text-siblings-sums", "text-two-models"):
         assert named == known
         assert [client.id for client in scenario.clients] == list(SETS[written])
     if scenario.images is not None:
         assert scenario.images == tmp_path / folder
         assert all(c.projector == tmp_path / "projectors" / c.family for c in scenario.clients)
     families = {client.id: client.family for client in scenario.clients}
+    assert lonely(scenario.clients, scenario) == ""
     if "-depths" in name:
         domains = {client.rpartition("-")[0] for client in families}
         assert all(len({families[f"{domain}-{x}"] for x in "abc"}) == 3 for domain in domains)

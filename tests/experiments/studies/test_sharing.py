@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.engine import only_shared_branch
-from fedmosaic.client.model.examples import collate, encode_examples, padding_token
+from fedmosaic.client.model.examples import Example, answer_tokens, collate, encode_examples, padding_token
+from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.experiments.studies import sharing
 
@@ -47,6 +49,32 @@ def test_gradients_through_merged_weights_are_those_of_each_example_alone(
             )
             alone = torch.cat([part.flatten() for part in parts]).numpy()
             assert np.allclose(row, alone, rtol=1e-3, atol=1e-5 * np.abs(alone).max())
+
+
+def test_a_model_cut_to_its_last_layer_computes_what_the_whole_one_does(
+    settings: sharing.Settings,
+) -> None:
+    whole, tokenizer = load_base_model(settings.model)
+    cut = sharing._Bench(sharing.replace(settings, layers=1))._model
+    texts = [Example("", "w1 w2 w3 " * length, "yes", ("yes", "no")) for length in range(1, 6)]
+    encoded = encode_examples(tokenizer, texts, 32)
+    for _ in range(2):
+        # The second time in other batches, from what was kept.
+        for batch in (encoded[:3], encoded[3:], encoded):
+            rows = collate(batch, padding_token(tokenizer))
+            with torch.no_grad():
+                expected, found = (example_losses(model, rows) for model in (whole, cut))
+            assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_a_form_of_ones_own_has_the_answer_in_its_line(settings: sharing.Settings) -> None:
+    bench = sharing._Bench(sharing.replace(settings, form="w1 {} w2"))
+    example, tokenizer = sharing._rows(bench._settings, 1, 0)[0][0][0], bench._tokenizer
+    assert (example.prompt[:3], example.prompt[-3:]) == ("w1 ", " w2")
+    assert example.answer in (" yes", " no")
+    found = encode_examples(tokenizer, [example], 32)[0].input_ids.tolist()
+    parts = (answer_tokens(tokenizer, text) for text in (example.prompt, example.answer))
+    assert found == [*chain(*parts), tokenizer.eos_token_id]
 
 
 def test_every_second_member_of_contradicting_ones_answers_otherwise(settings: sharing.Settings) -> None:

@@ -17,7 +17,7 @@ from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks import images, texts
 from fedmosaic.experiments.tasks.labelled import normalise
 from fedmosaic.experiments.tasks.rows import Row, in_test
-from fedmosaic.experiments.tasks.sets import SETS, Size, question_only, split_rows, split_set, write_set
+from fedmosaic.experiments.tasks.sets import SETS, Size, question_only, split_rows, write_set
 from fedmosaic.protos.errors import ConfigurationError
 
 _DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -123,7 +123,7 @@ def test_missing_data_unknown_sets_and_hardly_any_rows_are_refused(tmp_path: Pat
         commands.main(["write", "text-eleven", "--data", str(tmp_path), "--out", str(tmp_path)])
     _tiny_clothes(tmp_path)
     with pytest.raises(ConfigurationError, match="and 3 test rows; give 8"):
-        list(split_set(_CLOTHES, tmp_path, Size(20, 3, 1)))
+        write_set(_CLOTHES, tmp_path, tmp_path / "out", Size(20, 3, 1))
 
 
 # --- images

@@ -74,7 +74,7 @@ def test_a_group_goes_to_one_client_and_nothing_is_lost() -> None:
     assert groups[0].isdisjoint(groups[1])
     assert groups[0].isdisjoint(groups[2])
     assert groups[1].isdisjoint(groups[2])
-    assert all(len(part) > 50 for part in shares)
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
 @given(st.permutations(texts(60)))
@@ -94,13 +94,6 @@ def test_training_and_test_share_no_group_and_are_balanced() -> None:
         assert abs(prefix["a"] - prefix["b"]) <= 1
 
 
-def test_more_texts_move_none_across_the_border() -> None:
-    few = split(TASK, texts(200), 2, 2)
-    border = {e.id for e in split(TASK, texts(200), 80, 20).test}
-    assert {e.id for e in few.test} <= border
-    assert {e.id for e in split(TASK, texts(400), 160, 40).train}.isdisjoint(border)
-
-
 def test_a_prompt_asks_and_lists_the_choices() -> None:
     example = TASK.example(LabelledText("Hello", "b", "g"))
     assert example.prompt == "Text: Hello\nA or b?"
@@ -114,7 +107,7 @@ def test_a_prompt_asks_and_lists_the_choices() -> None:
         (texts(100), (3, 2), "3 training rows cannot be balanced"),
         (texts(100), (2, 3), "3 test rows cannot be balanced"),
         (texts(10), (20, 2), "training texts in its smallest class, 10 are needed"),
-        ([LabelledText("x", "c", "g")], (2, 2), "not among its choices"),
+        ([LabelledText(x, "c", x) for x in "xy"], (2, 2), "not among its choices"),
         ([], (2, 2), "has 0 training texts"),
     ],
 )

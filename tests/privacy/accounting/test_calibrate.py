@@ -4,10 +4,7 @@ import math
 
 import pytest
 
-from fedmosaic.privacy.accounting.calibrate import (
-    noise_factor_for,
-    noise_multiplier_for,
-)
+from fedmosaic.privacy.accounting.calibrate import noise_factor_for, noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.protos.errors import AccountingError

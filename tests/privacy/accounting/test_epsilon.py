@@ -67,8 +67,7 @@ def integrated_delta(epsilon_value: float, sigma: float, q: float, mu: float) ->
 
 
 @pytest.mark.parametrize(
-    ("sigma", "steps"),
-    [(1.391, 1), (8.0, 1), (20.0, 25), pytest.param(0.6, 1, marks=pytest.mark.slow)],
+    ("sigma", "steps"), [(1.391, 1), (8.0, 1), (20.0, 25), pytest.param(0.6, 1, marks=pytest.mark.slow)]
 )
 def test_every_accountant_bounds_the_exact_full_batch_gaussian(sigma: float, steps: int) -> None:
     exact = gaussian_epsilon(math.sqrt(steps) / sigma, DELTA)
@@ -135,10 +134,7 @@ def test_joint_epsilon_of_both_channels_is_below_their_naive_sum() -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(
-    sigma=st.floats(0.7, 20.0),
-    q=st.floats(0.001, 1.0),
-    steps=st.integers(1, 50),
-    delta=st.floats(1e-8, 0.05),
+    sigma=st.floats(0.7, 20.0), q=st.floats(0.001, 1.0), steps=st.integers(1, 50), delta=st.floats(1e-8, 0.05)
 )
 def test_more_steps_more_data_and_less_noise_never_cost_less(
     sigma: float, q: float, steps: int, delta: float

@@ -25,11 +25,7 @@ MEMBERS = ("a", "b", "c", "d", "e")
 
 
 def row(**changes: object) -> WeightRow:
-    fields: dict[str, object] = {
-        "contributors": ("b", "c", "d"),
-        "weights": (1229, 1638, 1229),
-        "bits": 12,
-    }
+    fields: dict[str, object] = {"contributors": ("b", "c", "d"), "weights": (1229, 1638, 1229), "bits": 12}
     return WeightRow(**(fields | changes))  # type: ignore[arg-type]  # fields of several types
 
 
@@ -161,15 +157,12 @@ def test_a_row_within_the_limit_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("policy", "fewest", "withstands"),
     [
-        (AggregationPolicy(), 3, 1),
-        (AggregationPolicy(minimum_contributors=1), 3, 1),
+        (AggregationPolicy(), 3, 1), (AggregationPolicy(minimum_contributors=1), 3, 1),
         (AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0), 1, 0),
-        (AggregationPolicy(weight_cap=0.2), 5, 2),
-        (AggregationPolicy(weight_cap=1 / 3), 3, 1),
-        (AggregationPolicy(squares_cap=0.24), 5, 2),
-        (AggregationPolicy(minimum_contributors=9), 9, 2),
+        (AggregationPolicy(weight_cap=0.2), 5, 2), (AggregationPolicy(weight_cap=1 / 3), 3, 1),
+        (AggregationPolicy(squares_cap=0.24), 5, 2), (AggregationPolicy(minimum_contributors=9), 9, 2),
     ],
-)
+)  # fmt: skip
 def test_the_limits_together_say_how_many_must_contribute(
     policy: AggregationPolicy, fewest: int, withstands: int
 ) -> None:

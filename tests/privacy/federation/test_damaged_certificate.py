@@ -23,11 +23,7 @@ VERSION = b"\xa0\x03\x02\x01"
 
 @pytest.mark.parametrize(
     ("whole", "damage"),
-    [
-        (CURVE, CURVE[:-1] + b"\x63"),
-        (CURVE, CURVE[:-1] + b"\x01"),
-        (VERSION + b"\x02", VERSION + b"\x0a"),
-    ],
+    [(CURVE, CURVE[:-1] + b"\x63"), (CURVE, CURVE[:-1] + b"\x01"), (VERSION + b"\x02", VERSION + b"\x0a")],
     ids=["unknown curve", "another curve", "no version"],
 )
 def test_a_certificate_that_says_what_none_says_is_none(whole: bytes, damage: bytes, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Names, hosts and addresses are held to what they mean, and a federation is founded whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,13 @@ def described(name: str = "clinics", *hosts: str) -> FederationConfig:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("fl.example.org", "fl.example.org"),
-        ("FL.Example.ORG.", "fl.example.org"),
-        ("localhost", "localhost"),
-        ("fl_server", "fl_server"),
-        ("xn--mosaque-rza.example", "xn--mosaque-rza.example"),
-        (BALANCER, BALANCER),
-        (".".join(["a" * 63] * 3), ".".join(["a" * 63] * 3)),
-        ("192.0.2.1", "192.0.2.1"),
+        ("fl.example.org", "fl.example.org"), ("FL.Example.ORG.", "fl.example.org"),
+        ("localhost", "localhost"), ("fl_server", "fl_server"),
+        ("xn--mosaque-rza.example", "xn--mosaque-rza.example"), (BALANCER, BALANCER),
+        (".".join(["a" * 63] * 3), ".".join(["a" * 63] * 3)), ("192.0.2.1", "192.0.2.1"),
         ("2001:DB8:0:0::1", "2001:db8::1"),
     ],
-)
+)  # fmt: skip
 def test_a_host_is_given_back_as_it_is_signed_and_dialled(given: str, meant: str) -> None:
     assert names.host(given) == meant
     assert names.host(meant) == meant
@@ -70,7 +67,7 @@ def test_a_host_is_given_back_as_it_is_signed_and_dialled(given: str, meant: str
         ("fe80::1%eth0", "zone"),
     ],
 )
-def test_what_no_client_can_reach_is_not_signed(given: str, words: str, tmp_path: Path) -> None:
+def test_what_no_client_can_reach_is_not_signed(given: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=r"server\.hosts\.0: ") as error:
         described("clinics", given)
     assert words in str(error.value)
@@ -114,24 +111,35 @@ def test_a_server_listens_where_clients_cannot_connect_to(given: str) -> None:
     assert names.listen_address(given) == given
 
 
+@pytest.fixture(scope="module")
+def founded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("founded") / "f"
+    consortium.create(described(), place)
+    return place
+
+
+@pytest.fixture
+def kit(founded: Path, tmp_path: Path) -> Path:
+    """A copy of the server's kit."""
+    return Path(shutil.copytree(founded / "server", tmp_path / "server"))
+
+
 @pytest.mark.parametrize("listen", ["::7443", "127.0.0.1:99999", "https://x:1", "7443"])
-def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path) -> None:
-    consortium.create(described(), tmp_path / "f")
-    (tmp_path / "f" / "server" / "server.toml").write_text(f'listen = "{listen}"\n')
+def test_a_bad_listen_address_is_refused_by_its_key(listen: str, kit: Path) -> None:
+    (kit / "server.toml").write_text(f'listen = "{listen}"\n')
     with pytest.raises(ConfigurationError, match="listen: "):
-        settings_from_kit(tmp_path / "f" / "server")
+        settings_from_kit(kit)
 
 
 @pytest.mark.parametrize("url", ["", "postgres.example", "mysql://u:secret@h/d", "postgres://u:secret@h/d"])
-def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) -> None:
-    consortium.create(described(), tmp_path / "f")
-    (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{url}"\n')
+def test_a_store_that_is_none_is_refused_by_its_key(url: str, kit: Path) -> None:
+    (kit / "server.toml").write_text(f'store_url = "{url}"\n')
     with pytest.raises(ConfigurationError, match=r"store_url: .*postgresql\+psycopg://") as error:
-        settings_from_kit(tmp_path / "f" / "server")
+        settings_from_kit(kit)
     assert "secret" not in str(error.value)
     for good in ("postgresql+psycopg://me@host/d", "postgresql://me@host/d", "sqlite:////tmp/x.db"):
-        (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{good}"\n')
-        assert settings_from_kit(tmp_path / "f" / "server").store_url == good
+        (kit / "server.toml").write_text(f'store_url = "{good}"\n')
+        assert settings_from_kit(kit).store_url == good
 
 
 @pytest.mark.parametrize(
@@ -194,9 +202,7 @@ def test_a_file_in_the_place_of_the_federation_is_left_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{", b'{"a": NaN}', b"{}"], ids=repr)
-def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> None:
-    consortium.create(described(), tmp_path / "f")
-    kit = tmp_path / "f" / "server"
+def test_a_damaged_roster_or_key_is_named(content: bytes, kit: Path) -> None:
     (kit / "roster.json").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"roster\.json"):
         federation.open_kit(kit)

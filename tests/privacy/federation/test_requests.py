@@ -131,7 +131,6 @@ def test_the_roster_waits_for_all_members_and_names_them(begun: Founding) -> Non
 def swapped(founded: Founding, answer: Path, what: str) -> None:
     """What a founder does who would be member a: other keys in a's answer, all of it signed."""
     office = open_office(founded.office, None)
-    assert office.roster is not None
     own = founded.ask("a", kit="false-a")
     other = {"identity": {"identity_key": own.identity_key}, "tls": {"tls_key_sha256": own.tls_key_sha256}}[
         what
@@ -171,7 +170,6 @@ def test_a_member_whose_name_was_changed_notices(begun: Founding) -> None:
     """The founder signs a's very keys under another name."""
     answer = begun.found()["a"]
     office = open_office(begun.office, None)
-    assert office.roster is not None
     members = [dict(m) | ({"id": "z"} if m.id == "a" else {}) for m in office.roster.members]
     content = office.roster.model_dump() | {"members": members}
     Roster.model_validate(content).signed(office.authority.signing_key).write(answer / kits.ROSTER)
@@ -210,7 +208,6 @@ def test_an_older_roster_is_refused_and_so_is_a_second_one_of_a_serial(
     with pytest.raises(IdentityError, match=r"roster 1 of federation 'clinics' is older than roster 2"):
         founded.install("a", first)
     office = open_office(founded.office, None)
-    assert office.roster is not None
     again = office.roster.model_copy(update={"issued": "2030-01-01"}).signed(office.authority.signing_key)
     again.write(founded.office / "answers/clients/a" / kits.ROSTER)
     with pytest.raises(IdentityError, match="the consortium has signed two"):
@@ -219,7 +216,6 @@ def test_an_older_roster_is_refused_and_so_is_a_second_one_of_a_serial(
 
 def test_terms_that_were_changed_afterwards_are_refused_by_name(founded: Founding) -> None:
     office = open_office(founded.office, None)
-    assert office.roster is not None
     content = office.roster.model_dump() | {"serial": 2}
     content["terms"]["adapter_privacy"]["target_epsilon"] = 50.0
     changed = Roster.model_validate(content).signed(office.authority.signing_key)
@@ -280,7 +276,6 @@ def test_new_keys_need_a_word_and_old_ones_never_come_back(founded: Founding) ->
     with pytest.raises(IdentityError, match="waits for its answer"):
         founded.ask("a")
     roster = founded.approve(new, replace=True).roster
-    assert roster is not None
     assert roster.serial == 2
     with pytest.raises(IdentityError, match="given up before"):
         founded.approve(founded.requests["a"], replace=True)
@@ -290,14 +285,12 @@ def test_new_keys_need_a_word_and_old_ones_never_come_back(founded: Founding) ->
     with pytest.raises(IdentityError, match="given up before"):
         founded.approve(founded.requests["e"])
     added = founded.approve(founded.ask("e", kit="new-e")).roster
-    assert added is not None
     assert [added.serial, len(added.members)] == [4, 5]
 
 
 def test_a_request_that_was_signed_before_renews_the_certificate_and_nothing_else(founded: Founding) -> None:
     before = (founded.kit("a") / kits.TLS_CERTIFICATE).read_bytes()
     approval = founded.approve(read_request(founded.kit("a") / kits.REQUEST))
-    assert approval.roster is not None
     assert approval.roster.serial == 1
     founded.install("a")
     assert (founded.kit("a") / kits.TLS_CERTIFICATE).read_bytes() != before

@@ -17,7 +17,7 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import canonical_json
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.consortium import create_federation
-from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.roster import Roster, RosterMark
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.terms_checks import check_plan, check_sums, with_bounded_delta
 from fedmosaic.privacy.mechanism.projection import PublicBasis
@@ -47,7 +47,6 @@ def test_more_steps_than_can_be_accounted_for_are_refused_with_a_number_that_pas
     with pytest.raises(ConfigurationError, match=r"2,000,000 private steps") as refused:
         check_plan(terms(rounds=100_000))
     possible = re.search(r"at most ([\d,]+) rounds", str(refused.value))
-    assert possible is not None
     check_plan(terms(rounds=int(possible.group(1).replace(",", ""))))
 
 
@@ -165,8 +164,11 @@ def test_founding_bounds_delta_and_a_roster_from_before_keeps_its_hash(tmp_path:
     assert with_bounded_delta(founding(**chosen).terms).adapter_privacy.largest_delta == 1.0
     before = roster.model_dump(mode="json")
     del before["terms"]["adapter_privacy"]["largest_delta"], before["witness"]
-    del before["terms"]["schedule"]["sampled_clients"]
+    del before["terms"]["schedule"]["sampled_clients"], before["terms"]["relevance"]["across_families"]
     old = Roster.model_validate(before)
+    assert (roster.terms.relevance.across_families, old.terms.relevance.across_families) == (False, True)
+    relevance = canonical_json(before["terms"]["relevance"]).encode()
+    assert RosterMark.of(old).terms["relevance"] == hashlib.sha256(relevance).hexdigest()
     said = {name: value for name, value in before.items() if name != "signature"}
     del said["terms"]["group_sums"]
     assert old.hash == hashlib.sha256(canonical_json(said).encode()).digest()

@@ -51,15 +51,13 @@ def test_a_stored_key_comes_back() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda content: b"",
-        lambda content: content[:-5],
-        lambda content: b"[]",
+        lambda content: b"", lambda content: content[:-5], lambda content: b"[]",
         lambda content: b"\xff" + content,
         lambda content: json.dumps(json.loads(content) | {"master": "zz"}).encode(),
         lambda content: json.dumps(json.loads(content) | {"epoch": None}).encode(),
         lambda content: json.dumps({k: v for k, v in json.loads(content).items() if k != "members"}).encode(),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_key_is_refused(damage) -> None:  # type: ignore[no-untyped-def]  # parametrised functions
     with pytest.raises(StateError, match="damaged"):
         GroupKey.load(damage(key().dump()))

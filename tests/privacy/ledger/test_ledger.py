@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,85 +48,84 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "ledger.sqlite"
 
 
-def test_both_channels_compose_jointly_and_can_be_read_alone(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        reserve(ledger, "profile", event=PROFILE)
-        for round in range(3):
-            reserve(ledger, "adapter", round)
-        assert ledger.events("profile") == [PROFILE]
-        assert ledger.events("adapter") == [STEP] * 3
-        assert ledger.epsilon("profile") == rdp(PROFILE)
-        assert ledger.epsilon("adapter") == rdp(STEP, STEP, STEP)
-        assert (
-            ledger.epsilon()
-            == rdp(PROFILE, STEP, STEP, STEP)
-            < ledger.epsilon("profile") + ledger.epsilon("adapter")
-        )
-        assert [row.epsilon for row in ledger.export()][-1] == ledger.epsilon()
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    with open_ledger(path) as opened:
+        yield opened
 
 
-def test_sending_the_same_bytes_again_costs_nothing(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        sequence = reserve(ledger)
-        ledger.released(sequence, DIGEST)
-        before = ledger.epsilon()
-        for round in (0, 1, 2):
-            ledger.resent(sequence, DIGEST, round)
-        assert ledger.epsilon() == before
-        assert [(row.kind, row.round, row.attempt) for row in ledger.export()[3:]] == [
-            ("RESENT", 0, 2),
-            ("RESENT", 1, 3),
-            ("RESENT", 2, 4),
-        ]
+def test_both_channels_compose_jointly_and_can_be_read_alone(ledger: Ledger) -> None:
+    reserve(ledger, "profile", event=PROFILE)
+    for round in range(3):
+        reserve(ledger, "adapter", round)
+    assert ledger.events("profile") == [PROFILE]
+    assert ledger.events("adapter") == [STEP] * 3
+    assert ledger.epsilon("profile") == rdp(PROFILE)
+    assert ledger.epsilon("adapter") == rdp(STEP, STEP, STEP)
+    assert (
+        ledger.epsilon()
+        == rdp(PROFILE, STEP, STEP, STEP)
+        < ledger.epsilon("profile") + ledger.epsilon("adapter")
+    )
+    assert [row.epsilon for row in ledger.export()][-1] == ledger.epsilon()
 
 
-def test_other_bytes_cannot_pass_as_resent(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        sequence = reserve(ledger)
-        with pytest.raises(LedgerError, match="nothing was released"):
-            ledger.resent(sequence, DIGEST)
-        ledger.released(sequence, DIGEST)
-        with pytest.raises(LedgerError, match="fresh draw is a new release"):
-            ledger.resent(sequence, OTHER)
-        with pytest.raises(LedgerError, match="other bytes"):
-            ledger.released(sequence, OTHER)
-        ledger.released(sequence, DIGEST)
-        assert len(ledger.export()) == 3
+def test_sending_the_same_bytes_again_costs_nothing(ledger: Ledger) -> None:
+    sequence = reserve(ledger)
+    ledger.released(sequence, DIGEST)
+    before = ledger.epsilon()
+    for round in (0, 1, 2):
+        ledger.resent(sequence, DIGEST, round)
+    assert ledger.epsilon() == before
+    assert [(row.kind, row.round, row.attempt) for row in ledger.export()[3:]] == [
+        ("RESENT", 0, 2),
+        ("RESENT", 1, 3),
+        ("RESENT", 2, 4),
+    ]
 
 
-def test_a_fresh_draw_after_a_lost_one_is_a_new_charge(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        lost = reserve(ledger)
-        pending = ledger.pending("adapter", 0, EPOCH)
-        assert pending is not None
-        assert pending.sequence == lost
-        again = reserve(ledger)
-        assert ledger.epsilon() == rdp(STEP, STEP)
-        assert [row.attempt for row in ledger.export() if row.kind == "RESERVED"] == [1, 2]
-        ledger.released(again, DIGEST)
-        assert ledger.pending("adapter", 0, EPOCH) is None
-        with pytest.raises(LedgerError, match="recorded with other bytes"):
-            ledger.released(lost, OTHER)
+def test_other_bytes_cannot_pass_as_resent(ledger: Ledger) -> None:
+    sequence = reserve(ledger)
+    with pytest.raises(LedgerError, match="nothing was released"):
+        ledger.resent(sequence, DIGEST)
+    ledger.released(sequence, DIGEST)
+    with pytest.raises(LedgerError, match="fresh draw is a new release"):
+        ledger.resent(sequence, OTHER)
+    with pytest.raises(LedgerError, match="other bytes"):
+        ledger.released(sequence, OTHER)
+    ledger.released(sequence, DIGEST)
+    assert len(ledger.export()) == 3
 
 
-def test_a_released_round_must_be_resent_not_drawn_again(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        ledger.released(reserve(ledger), DIGEST)
-        with pytest.raises(LedgerError, match="send the stored bytes again"):
-            reserve(ledger)
-        assert ledger.epsilon() == rdp(STEP)
-        assert getattr(ledger.release_of("adapter", 0, EPOCH), "payload_digest", None) == DIGEST
-        assert ledger.release_of("adapter", 1, EPOCH) is None
+def test_a_fresh_draw_after_a_lost_one_is_a_new_charge(ledger: Ledger) -> None:
+    lost = reserve(ledger)
+    pending = ledger.pending("adapter", 0, EPOCH)
+    assert pending.sequence == lost
+    again = reserve(ledger)
+    assert ledger.epsilon() == rdp(STEP, STEP)
+    assert [row.attempt for row in ledger.export() if row.kind == "RESERVED"] == [1, 2]
+    ledger.released(again, DIGEST)
+    assert ledger.pending("adapter", 0, EPOCH) is None
+    with pytest.raises(LedgerError, match="recorded with other bytes"):
+        ledger.released(lost, OTHER)
 
 
-def test_the_profile_is_released_once_per_data_epoch_whatever_the_round(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        ledger.released(reserve(ledger, "profile", 0, PROFILE), DIGEST)
-        with pytest.raises(LedgerError, match="made already"):
-            reserve(ledger, "profile", 7, PROFILE)
-        assert ledger.release_of("profile", 9, EPOCH) is not None
-        reserve(ledger, "profile", 7, PROFILE, data_epoch=data_epoch(["a", "b", "c", "d"]))
-        assert ledger.epsilon("profile") == rdp(PROFILE, PROFILE)
+def test_a_released_round_must_be_resent_not_drawn_again(ledger: Ledger) -> None:
+    ledger.released(reserve(ledger), DIGEST)
+    with pytest.raises(LedgerError, match="send the stored bytes again"):
+        reserve(ledger)
+    assert ledger.epsilon() == rdp(STEP)
+    assert getattr(ledger.release_of("adapter", 0, EPOCH), "payload_digest", None) == DIGEST
+    assert ledger.release_of("adapter", 1, EPOCH) is None
+
+
+def test_the_profile_is_released_once_per_data_epoch_whatever_the_round(ledger: Ledger) -> None:
+    ledger.released(reserve(ledger, "profile", 0, PROFILE), DIGEST)
+    with pytest.raises(LedgerError, match="made already"):
+        reserve(ledger, "profile", 7, PROFILE)
+    assert ledger.release_of("profile", 9, EPOCH) is not None
+    reserve(ledger, "profile", 7, PROFILE, data_epoch=data_epoch(["a", "b", "c", "d"]))
+    assert ledger.epsilon("profile") == rdp(PROFILE, PROFILE)
 
 
 def test_a_release_beyond_the_budget_is_refused_recorded_and_not_charged(path: Path) -> None:
@@ -171,16 +171,15 @@ def test_a_stricter_budget_goes_on_and_binds(path: Path) -> None:
             reserve(ledger)
 
 
-def test_a_release_in_another_context_is_another_release_and_charged(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        ledger.released(reserve(ledger, round=1, context="run 1"), DIGEST)
-        with pytest.raises(LedgerError, match="made already"):
-            reserve(ledger, round=1, context="run 1")
-        assert ledger.release_of("adapter", 1, EPOCH, "run 2") is None
-        ledger.released(reserve(ledger, round=1, context="run 2"), OTHER)
-        assert ledger.epsilon() == rdp(STEP, STEP)
-        found = ledger.release_of("adapter", 1, EPOCH, "run 1")
-        assert getattr(found, "payload_digest", None) == DIGEST
+def test_a_release_in_another_context_is_another_release_and_charged(ledger: Ledger) -> None:
+    ledger.released(reserve(ledger, round=1, context="run 1"), DIGEST)
+    with pytest.raises(LedgerError, match="made already"):
+        reserve(ledger, round=1, context="run 1")
+    assert ledger.release_of("adapter", 1, EPOCH, "run 2") is None
+    ledger.released(reserve(ledger, round=1, context="run 2"), OTHER)
+    assert ledger.epsilon() == rdp(STEP, STEP)
+    found = ledger.release_of("adapter", 1, EPOCH, "run 1")
+    assert getattr(found, "payload_digest", None) == DIGEST
 
 
 def test_what_the_budget_refused_is_remembered(path: Path) -> None:
@@ -217,90 +216,76 @@ def test_a_budget_over_a_channel_without_dp_refuses_it_with_the_remedy(path: Pat
         unprotected(ledger)
 
 
-def test_a_profile_without_noise_is_refused_outside_tests(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        with pytest.raises(LedgerError, match="differential privacy only"):
-            unprotected(ledger, "profile")
-        unprotected(ledger, "profile", secure_noise=False)
-        assert ledger.epsilon() == math.inf
+def test_a_profile_without_noise_is_refused_outside_tests(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="differential privacy only"):
+        unprotected(ledger, "profile")
+    unprotected(ledger, "profile", secure_noise=False)
+    assert ledger.epsilon() == math.inf
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"covered_by": "nothing"}, "has noise"),
-        ({"event": UNPROTECTED}, "no noise"),
-        ({"event": GaussianEvent(1.0, 1.0, 0)}, "without steps"),
-        ({"clipping_norm": None}, "clipping_norm"),
-        ({"dimensions": None}, "dimensions"),
-        ({"clipping_norm": math.nan}, "clipping_norm"),
-        ({"clipping_norm": -1.0}, "clipping_norm"),
-        ({"dimensions": 0}, "dimensions"),
-        ({"channel": "gossip"}, "channel"),
-        ({"round": -1}, "round"),
-        ({"data_epoch": "not a hash"}, "data_epoch"),
-        ({"mechanism": {"norm": math.inf}}, "JSON"),
-        ({"mechanism": {"object": object()}}, "JSON"),
-        ({"mechanism": {"text": "x" * 70_000}}, "characters"),
+        ({"covered_by": "nothing"}, "has noise"), ({"event": UNPROTECTED}, "no noise"),
+        ({"event": GaussianEvent(1.0, 1.0, 0)}, "without steps"), ({"clipping_norm": None}, "clipping_norm"),
+        ({"dimensions": None}, "dimensions"), ({"clipping_norm": math.nan}, "clipping_norm"),
+        ({"clipping_norm": -1.0}, "clipping_norm"), ({"dimensions": 0}, "dimensions"),
+        ({"channel": "gossip"}, "channel"), ({"round": -1}, "round"),
+        ({"data_epoch": "not a hash"}, "data_epoch"), ({"mechanism": {"norm": math.inf}}, "JSON"),
+        ({"mechanism": {"object": object()}}, "JSON"), ({"mechanism": {"text": "x" * 70_000}}, "characters"),
     ],
-)
+)  # fmt: skip
 def test_contradictory_reservations_are_refused_and_leave_no_trace(
-    path: Path, changes: dict[str, Any], words: str
+    ledger: Ledger, changes: dict[str, Any], words: str
 ) -> None:
-    with open_ledger(path) as ledger:
+    with pytest.raises(LedgerError, match=words):
+        reserve(ledger, **changes)
+    assert len(ledger.export()) == 1
+    assert reserve(ledger) == 1
+
+
+def test_released_needs_a_reservation_and_a_digest(ledger: Ledger) -> None:
+    for sequence in (-1, 0, 1, 99):
+        with pytest.raises(LedgerError, match="no reservation"):
+            ledger.released(sequence, DIGEST)
+    with pytest.raises(LedgerError, match="payload_digest"):
+        ledger.released(reserve(ledger), "short")
+
+
+def test_disjoint_epochs_compose_in_parallel(ledger: Ledger) -> None:
+    for round, ids in enumerate((["a", "b"], ["c", "d"], ["e"])):
+        reserve(ledger, "adapter", round, ids=ids) if len(ids) > 1 else None
+        reserve(ledger, "profile", round, PROFILE, ids=ids)
+    assert ledger.epsilon("profile") == rdp(PROFILE), "the largest, not the sum"
+    assert ledger.epsilon() == rdp(PROFILE, STEP)
+    reserve(ledger, "adapter", 9, ids=["a", "b"])
+    assert ledger.epsilon() == rdp(PROFILE, STEP, STEP), "within an epoch releases still add up"
+
+
+def test_a_release_without_evidence_composes_with_everything(ledger: Ledger) -> None:
+    reserve(ledger, "adapter", 0, ids=["a"])
+    reserve(ledger, "adapter", 1, data_epoch=data_epoch(["b"]))
+    reserve(ledger, "adapter", 2, ids=["c"])
+    assert ledger.epsilon() == rdp(STEP, STEP)
+
+
+def test_overlapping_epochs_do_not_pass_as_disjoint(ledger: Ledger) -> None:
+    reserve(ledger, "adapter", 0, ids=["a", "b"])
+    with pytest.raises(LedgerError, match="also in an earlier one"):
+        reserve(ledger, "adapter", 1, ids=["b", "c"])
+    assert len(ledger.export()) == 2
+    reserve(ledger, "adapter", 1, ids=["c"])
+    assert ledger.epsilon() == rdp(STEP)
+
+
+def test_evidence_must_be_that_of_the_epoch_and_list_examples_once(ledger: Ledger) -> None:
+    for ids, words in (
+        (["x"], "not those of this data epoch"),
+        (["a", "a"], "only once"),
+        ([], "at least one"),
+    ):
         with pytest.raises(LedgerError, match=words):
-            reserve(ledger, **changes)
-        assert len(ledger.export()) == 1
-        assert reserve(ledger) == 1
-
-
-def test_released_needs_a_reservation_and_a_digest(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        for sequence in (-1, 0, 1, 99):
-            with pytest.raises(LedgerError, match="no reservation"):
-                ledger.released(sequence, DIGEST)
-        with pytest.raises(LedgerError, match="payload_digest"):
-            ledger.released(reserve(ledger), "short")
-
-
-def test_disjoint_epochs_compose_in_parallel(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        for round, ids in enumerate((["a", "b"], ["c", "d"], ["e"])):
-            reserve(ledger, "adapter", round, ids=ids) if len(ids) > 1 else None
-            reserve(ledger, "profile", round, PROFILE, ids=ids)
-        assert ledger.epsilon("profile") == rdp(PROFILE), "the largest, not the sum"
-        assert ledger.epsilon() == rdp(PROFILE, STEP)
-        reserve(ledger, "adapter", 9, ids=["a", "b"])
-        assert ledger.epsilon() == rdp(PROFILE, STEP, STEP), "within an epoch releases still add up"
-
-
-def test_a_release_without_evidence_composes_with_everything(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        reserve(ledger, "adapter", 0, ids=["a"])
-        reserve(ledger, "adapter", 1, data_epoch=data_epoch(["b"]))
-        reserve(ledger, "adapter", 2, ids=["c"])
-        assert ledger.epsilon() == rdp(STEP, STEP)
-
-
-def test_overlapping_epochs_do_not_pass_as_disjoint(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        reserve(ledger, "adapter", 0, ids=["a", "b"])
-        with pytest.raises(LedgerError, match="also in an earlier one"):
-            reserve(ledger, "adapter", 1, ids=["b", "c"])
-        assert len(ledger.export()) == 2
-        reserve(ledger, "adapter", 1, ids=["c"])
-        assert ledger.epsilon() == rdp(STEP)
-
-
-def test_evidence_must_be_that_of_the_epoch_and_list_examples_once(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        for ids, words in (
-            (["x"], "not those of this data epoch"),
-            (["a", "a"], "only once"),
-            ([], "at least one"),
-        ):
-            with pytest.raises(LedgerError, match=words):
-                reserve(ledger, data_epoch=EPOCH, example_ids=ids)
+            reserve(ledger, data_epoch=EPOCH, example_ids=ids)
 
 
 def test_a_refused_release_leaves_no_evidence_behind(path: Path) -> None:
@@ -391,20 +376,18 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path) -> None:
     assert text.read_text().startswith("these are not rows")
 
 
-def test_threads_share_one_ledger_without_losing_a_charge(path: Path) -> None:
-    with open_ledger(path) as ledger:
+def test_threads_share_one_ledger_without_losing_a_charge(ledger: Ledger) -> None:
+    def work(start: int) -> None:
+        for round in range(start, start + 5):
+            ledger.released(reserve(ledger, round=round), DIGEST)
 
-        def work(start: int) -> None:
-            for round in range(start, start + 5):
-                ledger.released(reserve(ledger, round=round), DIGEST)
-
-        threads = [threading.Thread(target=work, args=(100 * index,)) for index in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(ledger.events()) == 20
-        ledger.verify()
+    threads = [threading.Thread(target=work, args=(100 * index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ledger.events()) == 20
+    ledger.verify()
 
 
 def test_two_openings_see_each_others_charges(path: Path) -> None:

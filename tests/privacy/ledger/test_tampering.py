@@ -16,31 +16,15 @@ from fedmosaic.protos.errors import LedgerError
 LAST = 9
 # One value of the right type and one of a wrong type per column.
 OTHER_VALUES: dict[str, tuple[object, object]] = {
-    "time": ("2020-01-01T00:00:00.000000+00:00", 5),
-    "kind": ("RESENT", "FORGOTTEN"),
-    "channel": ("family", 7),
-    "round": (41, "x"),
-    "context": ("another run", 7),
-    "attempt": (41, -1),
-    "reference": (1, "x"),
-    "mechanism": ('{"kind":"other"}', 1.5),
-    "noise_multiplier": (80.0, -1.0),
-    "sampling_rate": (0.001, 2.0),
-    "steps": (1000, 1.5),
-    "clipping_norm": (9.0, "x"),
-    "dimensions": (9, 0),
-    "unit": ("client", "world"),
-    "neighbouring_relation": ("replace one", None),
-    "covered_by": ("cryptography", "magic"),
-    "secure_noise": (0, "x"),
-    "data_epoch": ("0" * 64, "x"),
-    "disjoint": (1, "x"),
-    "payload_digest": ("1" * 64, "x"),
-    "epsilon": (0.001, None),
-    "accountant": ("pld", "gdp"),
-    "previous_hash": ("2" * 64, "x"),
-    "hash": ("3" * 64, "x"),
-}
+    "time": ("2020-01-01T00:00:00.000000+00:00", 5), "kind": ("RESENT", "FORGOTTEN"),
+    "channel": ("family", 7), "round": (41, "x"), "context": ("another run", 7), "attempt": (41, -1),
+    "reference": (1, "x"), "mechanism": ('{"kind":"other"}', 1.5), "noise_multiplier": (80.0, -1.0),
+    "sampling_rate": (0.001, 2.0), "steps": (1000, 1.5), "clipping_norm": (9.0, "x"), "dimensions": (9, 0),
+    "unit": ("client", "world"), "neighbouring_relation": ("replace one", None),
+    "covered_by": ("cryptography", "magic"), "secure_noise": (0, "x"), "data_epoch": ("0" * 64, "x"),
+    "disjoint": (1, "x"), "payload_digest": ("1" * 64, "x"), "epsilon": (0.001, None),
+    "accountant": ("pld", "gdp"), "previous_hash": ("2" * 64, "x"), "hash": ("3" * 64, "x"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +177,7 @@ def test_a_rewritten_chain_with_its_head_is_found_through_an_anchor_only(path: P
     forged = rewrite(path, noise_multiplier=80.0)
     last = {"sequence": LAST, "hash": forged}
     path.with_name(path.name + ".head").write_text(json.dumps(last))
-    with (
-        opened(path) as ledger,
-        pytest.raises(LedgerError, match="the keeper has seen last"),
-    ):
+    with opened(path) as ledger, pytest.raises(LedgerError, match="the keeper has seen last"):
         ledger.check_anchor("keeper", anchor, "the keeper")
 
 

@@ -393,10 +393,7 @@ def test_the_server_refuses_what_does_not_belong_to_the_sum():
         group.server.add_unmasking("m000", Unmasking({"m000": 1}))
 
 
-@pytest.mark.parametrize(
-    ("count", "minimum", "colluders"),
-    [(6, 7, 1), (6, 3, 3), (6, 4, 0)],
-)
+@pytest.mark.parametrize(("count", "minimum", "colluders"), [(6, 7, 1), (6, 3, 3), (6, 4, 0)])
 def test_terms_that_protect_nobody_are_refused(count, minimum, colluders):
     with pytest.raises(EncryptionError, match="contributors"):
         Group(count, minimum, colluders)

@@ -1,7 +1,6 @@
 """The key epochs behind the coordinator: one epoch per round, nothing before all hold the key."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from fedmosaic.privacy.encryption.records import RoundContext, upload_header
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Section
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server.coordinator import Coordinator
 
 BITS = MaskParameters().weight_bits
 
@@ -21,22 +19,14 @@ def refused(reason: str) -> Any:
     return pytest.raises(Refusal, check=lambda error: error.reason == reason)
 
 
-@pytest.fixture
-def settings(federation: Any, tmp_path: Path) -> Any:
-    return federation.settings(
-        tmp_path / "state",
-        encryption=MaskParameters(),
-        gathering_seconds=30.0,
-        key_rotation_rounds=2,
-        rounds=4,
-    )
+ENCRYPTED = {
+    "encryption": MaskParameters(), "gathering_seconds": 30.0, "key_rotation_rounds": 2, "rounds": 4,
+}  # fmt: skip
 
 
 @pytest.fixture
-def coordinator(settings: Any, clock: Any) -> Any:
-    made = Coordinator(settings, clock)
-    yield made
-    made.close()
+def coordinator(begin: Any) -> Any:
+    return begin(**ENCRYPTED)
 
 
 def post(coordinator: Any, sender: str, stage: str, epoch: int = 1, to: str = "", text: bytes = b"x") -> None:
@@ -187,14 +177,8 @@ def test_a_member_that_never_confirms_costs_one_epoch(federation: Any, coordinat
     assert coordinator.advance()
 
 
-def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, tmp_path: Path, clock: Any) -> None:
-    settings = federation.settings(
-        tmp_path / "two",
-        encryption=MaskParameters(),
-        policy=AggregationPolicy(minimum_contributors=2),
-        gathering_seconds=30.0,
-    )
-    coordinator = Coordinator(settings, clock)
+def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, begin: Any, clock: Any) -> None:
+    coordinator = begin(**ENCRYPTED, policy=AggregationPolicy(minimum_contributors=2))
     post_all(coordinator, federation.clients[:3], "join")
     clock.now += 30
     coordinator.advance()
@@ -203,50 +187,42 @@ def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, tmp_pat
     clock.now += 30
     coordinator.advance()
     assert len(coordinator.read_key_messages("clinic-a", 1, "join")) == 4
-    coordinator.close()
 
 
-def test_the_key_epoch_survives_a_kill(federation: Any, settings: Any, clock: Any) -> None:
-    before = Coordinator(settings, clock)
+def test_the_key_epoch_survives_a_kill(federation: Any, begin: Any) -> None:
+    before = begin(**ENCRYPTED)
     agree(before, federation.clients)
     before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
-    before._run.store.close()
-    before._run.blobs.close()
-    after = Coordinator(settings, clock)
+    federation.crash(before)
+    after = begin(**ENCRYPTED)
     assert set(after.read_key_messages("clinic-a", 1, "confirmation")) == set(federation.clients)
     for client in federation.clients[1:]:
         assert after.push(client, upload(federation, after, client, 1, 1)).status is ReceiptStatus.ACCEPTED
     assert after.advance()
-    after.close()
 
 
-def test_a_changed_roster_changes_the_key_at_once(federation: Any, settings: Any, clock: Any) -> None:
-    before = Coordinator(settings, clock)
+def test_a_changed_roster_changes_the_key_at_once(federation: Any, begin: Any) -> None:
+    before = begin(**ENCRYPTED)
     agree(before, federation.clients)
     before.close()
-    changed = settings.model_copy(update={"roster_hash": bytes(32)})
-    after = Coordinator(changed, clock)
+    after = begin(**ENCRYPTED, roster_hash=bytes(32))
     assert after.pull("clinic-a", 1).upload_key_epoch == 2
     with refused("KEY_EPOCH_REPLACED"):
         after.push("clinic-a", upload(federation, after, "clinic-a", 1, 1))
     after.close()
-    again = Coordinator(changed, clock)
+    again = begin(**ENCRYPTED, roster_hash=bytes(32))
     assert again.pull("clinic-a", 1).upload_key_epoch == 2, "once is enough"
-    again.close()
 
 
-def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(
-    federation: Any, settings: Any, clock: Any
-) -> None:
-    before = Coordinator(settings, clock)
+def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(federation: Any, begin: Any) -> None:
+    before = begin(**ENCRYPTED)
     agree(before, federation.clients)
     for client in federation.clients:
         before.enrol(client, federation.enrolment())
     before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
     before.close()
-    changed = settings.model_copy(update={"roster_hash": bytes(32)})
-    Coordinator(changed, clock).close()
-    after = Coordinator(changed, clock)
+    begin(**ENCRYPTED, roster_hash=bytes(32)).close()
+    after = begin(**ENCRYPTED, roster_hash=bytes(32))
     assert after.advance(), "killed before it closed the round, it does so now"
     with refused("ROSTER_CHANGED"):
         after.pull("clinic-b", 2)
@@ -261,14 +237,11 @@ def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(
         after.push(client, upload(federation, after, client, 2, 2))
     assert after.advance()
     assert after.pull("clinic-a", 3).sections[0].row is not None
-    after.close()
 
 
-def test_a_plain_run_has_no_key_epoch(federation: Any, tmp_path: Path, clock: Any) -> None:
-    plain = Coordinator(federation.settings(tmp_path / "plain"), clock)
+def test_a_plain_run_has_no_key_epoch(begin: Any) -> None:
     with refused("NOTHING_ENCRYPTED"):
-        post(plain, "clinic-a", "join")
-    plain.close()
+        post(begin(), "clinic-a", "join")
 
 
 class Killed(BaseException):
@@ -280,9 +253,9 @@ def killed(*_: object, **__: object) -> None:
 
 
 def test_a_kill_after_the_commit_that_closes_a_round_leaves_the_key_epoch_that_is_due(
-    federation: Any, settings: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+    federation: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = Coordinator(settings, clock)
+    before = begin(**ENCRYPTED)
     agree(before, federation.clients)
     push(federation, before, 1, 1)
     before.advance()
@@ -291,20 +264,17 @@ def test_a_kill_after_the_commit_that_closes_a_round_leaves_the_key_epoch_that_i
     with pytest.raises(Killed):
         before.advance()
     federation.crash(before)
-    after = Coordinator(settings, clock)
+    after = begin(**ENCRYPTED)
     assert after.status("clinic-a").round == 3
     assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2
     agree(after, federation.clients, 2)
     push(federation, after, 3, 2)
     after.advance()
     assert after.status("clinic-a").round == 4
-    after.close()
 
 
-def test_a_round_that_an_older_server_left_without_its_key_epoch_gets_it(
-    federation: Any, settings: Any, clock: Any
-) -> None:
-    before = Coordinator(settings, clock)
+def test_a_round_that_an_older_server_left_without_its_key_epoch_gets_it(federation: Any, begin: Any) -> None:
+    before = begin(**ENCRYPTED)
     agree(before, federation.clients)
     push(federation, before, 1, 1)
     before.advance()
@@ -314,9 +284,8 @@ def test_a_round_that_an_older_server_left_without_its_key_epoch_gets_it(
     del board["first_round"]  # it was not stored then
     before._run.store.put({"key_board": json.dumps(board)})
     federation.crash(before)
-    after = Coordinator(settings, clock)
+    after = begin(**ENCRYPTED)
     assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2
-    after.close()
 
 
 def test_a_member_that_lost_its_key_is_not_waited_for_and_has_one_in_the_next_round(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmosaic.server.round.groups import group_clients, mixing_weights
+from fedmosaic.server.round.groups import divide, group_clients, mixing_weights
 from fedmosaic.server.round.relevance import corrected_cosine
 
 
@@ -67,6 +67,23 @@ def test_a_spoofing_member_cannot_get_a_group_below_the_least_number():
         spoofed[0] = np.random.default_rng(seed).normal(size=32) * 10.0 ** (seed % 5)
         found = group_clients(names, _relevance(spoofed), 6, 5)
         assert min(map(len, found)) >= 5
+
+
+def test_no_family_is_in_a_group_of_another_or_mixes_its_sums():
+    """Profiles that are alike across families change nothing; two families share the number of groups."""
+    names, rows = _profiles([6, 6])
+    families = {name: "xy"[index % 2] for index, name in enumerate(names)}
+    made = divide(families, _relevance(rows), 4, 3, 0.2)
+    kin = [{families[name] for name in group} for group in made.groups]
+    assert sorted(map(sorted, kin)) == [["x"], ["x"], ["y"], ["y"]]
+    for name, row in made.mixing.items():
+        assert sum(row) == pytest.approx(1.0)
+        assert all((weight > 0.0) == (families[name] in of) for weight, of in zip(row, kin, strict=True))
+        made.check(name, families, 3, 4)
+    shuffled = [7, 3, 11, 0, 5, 9, 1, 10, 2, 6, 4, 8]
+    again = divide({names[k]: families[names[k]] for k in shuffled}, _relevance(rows[shuffled]), 4, 3, 0.2)
+    assert again.groups == made.groups
+    assert all(again.mixing[name] == pytest.approx(row) for name, row in made.mixing.items())
 
 
 def test_mixing_prefers_the_own_group_and_adds_up_to_one():

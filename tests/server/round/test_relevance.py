@@ -45,14 +45,6 @@ def test_weights_are_those_of_the_reference_formula(temperature: float) -> None:
     np.testing.assert_allclose(weights, reference_weights(vectors, temperature), rtol=1e-10, atol=1e-15)
 
 
-def test_golden_weights_of_three_clients() -> None:
-    # cos(1,2) = 0, cos(1,3) = 1/√2: w = softmax(0, √2) at τ = ½ and softmax(√2, √2) for the third.
-    vectors = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    weights = softmax_weights(plain_cosine(vectors), 0.5, everybody(3))
-    near = math.exp(math.sqrt(2)) / (1 + math.exp(math.sqrt(2)))
-    np.testing.assert_allclose(weights, [[0, 1 - near, near], [1 - near, 0, near], [0.5, 0.5, 0]], rtol=1e-12)
-
-
 matrices = hnp.arrays(
     np.float64,
     st.tuples(st.integers(2, 7), st.integers(1, 6)),
@@ -196,16 +188,28 @@ def test_a_lie_about_enormous_noise_only_costs_the_liar() -> None:
     assert np.isfinite(lied.similarity).all()
 
 
+@given(matrices, st.lists(st.sampled_from("xyz"), min_size=7, max_size=7), st.permutations(range(7)))
+def test_families_weigh_their_own_only(vectors: np.ndarray, names: list[str], order: list[int]) -> None:
+    """Within a family the weights are those of a federation of its own, whatever the order of the clients."""
+    found, families = plain_cosine(vectors), np.array(names[: len(vectors)])
+    weights = softmax_weights(found, 0.5, everybody(len(vectors)), families=list(families))
+    assert (weights[families[:, None] != families] == 0.0).all()
+    for name in families:
+        kin = np.flatnonzero(families == name)
+        alone = Relevance(found.similarity[np.ix_(kin, kin)], found.significant[kin])
+        expected = softmax_weights(alone, 0.5, everybody(len(kin)))
+        np.testing.assert_array_equal(weights[np.ix_(kin, kin)], expected)
+    order = [index for index in order if index < len(vectors)]
+    moved = Relevance(found.similarity[np.ix_(order, order)], found.significant[order])
+    again = softmax_weights(moved, 0.5, everybody(len(order)), families=list(families[order]))
+    np.testing.assert_allclose(again, weights[np.ix_(order, order)], rtol=1e-12, atol=0)
+
+
 def test_only_wanted_rows_are_filled() -> None:
     found = plain_cosine(np.eye(4) + 0.1)
     wanted = np.array([True, False, True, False])
     weights = softmax_weights(found, 0.5, everybody(4), wanted)
     np.testing.assert_allclose(weights.sum(axis=1), wanted.astype(float))
-
-
-def test_a_family_of_one_contributor_hands_everything_to_it() -> None:
-    weights = softmax_weights(plain_cosine(np.eye(3) + 0.5), 0.5, np.array([False, True, False]))
-    np.testing.assert_allclose(weights, [[0, 1, 0], [0, 0, 0], [0, 1, 0]])
 
 
 def test_low_temperature_does_not_overflow() -> None:

@@ -219,12 +219,14 @@ def test_a_partition_holds_names_of_members_and_finite_weights_alone(content):
         ([["a1", "a2", "a3"]], {"a1": (0.5, 0.5)}, "no mixing weights"),
         ([["a1", "a2", "a3"]], {"a1": (-1.0,)}, "no mixing weights"),
         ([["a1", "a2", "a3"]], {}, "no mixing weights"),
+        ([["a1", "a2", "b1"]], {"a1": (1.0,)}, "share sums with other families: b1"),
+        ([["a1", "a2", "a3"], ["b1", "b2", "b3"]], {"a1": (0.9, 0.1)}, "other families: b1, b2, b3"),
     ],
 )
 def test_a_member_refuses_a_partition_that_does_not_protect_it(groups, mixing, problem):
     partition = Partition(groups=tuple(map(tuple, groups)), mixing=mixing)
     with pytest.raises(PolicyError, match=problem):
-        partition.check("a1", NAMES, 3, 2)
+        partition.check("a1", {name: name[0] for name in NAMES}, 3, 2)
 
 
 def test_whoever_is_shown_other_sums_or_groups_computes_another_context():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from fedmosaic.experiments.attacks.statistics.collusion import smallest_coalition
 from fedmosaic.privacy.policy import AggregationPolicy, integer_weights
 from fedmosaic.server.round.relevance import Relevance, corrected_cosine, plain_cosine, softmax_weights
-from fedmosaic.server.round.weights import Group, groups, plan, section_label
+from fedmosaic.server.round.weights import Group, groups, plan
 
 NAMES = ("a", "b", "c", "d", "e")
 POLICY = AggregationPolicy(minimum_contributors=3, weight_cap=0.5)
@@ -145,13 +145,6 @@ def test_a_small_family_never_receives_a_single_member() -> None:
     assert set(result.refusals) == {"a", "b"}
 
 
-@pytest.mark.parametrize(
-    ("section", "family", "label"), [("shared", "x", "shared"), ("family", "x", "family:x")]
-)
-def test_labels_bind_a_record_to_its_vector(section: str, family: str, label: str) -> None:
-    assert section_label(section, family) == label  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("count", [6, 8, 12])
 def test_equal_weights_give_no_adapter_to_two_through_their_rounding(count: int) -> None:
     """Rounded to 12 bits, two recipients' equal rows differ by a unit in one place: one adapter, alone."""
@@ -168,7 +161,6 @@ def test_equal_weights_give_no_adapter_to_two_through_their_rounding(count: int)
     assert found.any(axis=1).all()
     assert (found[found > 0] < 1.3 / (count - 1)).all()
     exact = smallest_coalition([found])
-    assert exact is not None
     assert exact > 2
 
 

@@ -1,6 +1,5 @@
 """A server that waits for its witness: what it hands out, when it stops waiting, and after a crash."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,6 @@ from fedmosaic.server.storage.blobs import WHOLE
 NOTARY = Witness(id="notary", identity_key="a" * 64, tls_key_sha256="b" * 64, seconds=30.0)
 
 
-@pytest.fixture
-def settings(federation: Any, tmp_path: Path) -> Any:
-    return federation.settings(tmp_path / "state", witness=NOTARY)
-
-
 def shown(coordinator: Coordinator) -> tuple[ReviewHeader, dict[str, Any], list[AggregateClaim]]:
     """What the witness sees."""
     header, uploads, claims, now = None, {}, [], ""
@@ -34,7 +28,6 @@ def shown(coordinator: Coordinator) -> tuple[ReviewHeader, dict[str, Any], list[
             uploads[now] = uploads[now][0], uploads[now][1] + part.chunk.data
         else:
             claims.append(wire.decode(part.aggregate, AggregateClaim))
-    assert header is not None
     assert (header.uploads, header.aggregates) == (len(uploads), len(claims))
     return header, uploads, claims
 
@@ -45,9 +38,9 @@ def verdict(header: ReviewHeader, claim: AggregateClaim, refusal: str = "") -> V
 
 
 def test_nothing_is_handed_out_before_the_witness_has_spoken_of_all(
-    federation: Any, settings: Any, clock: Any
+    federation: Any, begin: Any, clock: Any
 ) -> None:
-    coordinator = Coordinator(settings, clock)
+    coordinator = begin(witness=NOTARY)
     federation.play(coordinator, 1)
     header, uploads, claims = shown(coordinator)
     for client, (signed, payload) in uploads.items():
@@ -61,7 +54,6 @@ def test_nothing_is_handed_out_before_the_witness_has_spoken_of_all(
         coordinator.advance()
     for claim in claims:
         found = coordinator.pull(claim.recipient, 2)
-        assert found is not None
         (section,) = found.sections
         if claim.recipient == "clinic-b":
             assert section.refusal == "round 1: the witness notary refused it: lie"
@@ -70,13 +62,12 @@ def test_nothing_is_handed_out_before_the_witness_has_spoken_of_all(
             assert section.row == claim.row
     with pytest.raises(Refusal, match="does not wait for a countersignature"):
         coordinator.witnessing.take(verdict(header, claims[0]))
-    coordinator.close()
 
 
 def test_what_is_not_countersigned_in_time_is_withheld_and_the_run_goes_on(
-    federation: Any, settings: Any, clock: Any
+    federation: Any, begin: Any, clock: Any
 ) -> None:
-    coordinator = Coordinator(settings, clock)
+    coordinator = begin(witness=NOTARY)
     federation.play(coordinator, 1)
     header, _, claims = shown(coordinator)
     coordinator.witnessing.take(verdict(header, claims[0]))
@@ -94,13 +85,12 @@ def test_what_is_not_countersigned_in_time_is_withheld_and_the_run_goes_on(
     # What the last round makes is handed to nobody, so nobody waits for it.
     federation.play(coordinator, 3)
     assert coordinator.describe().phase is Phase.FINISHED
-    coordinator.close()
 
 
 def test_a_server_that_was_killed_shows_the_same_again_and_takes_no_other_upload(
-    federation: Any, settings: Any, clock: Any
+    federation: Any, begin: Any, clock: Any
 ) -> None:
-    coordinator = Coordinator(settings, clock)
+    coordinator = begin(witness=NOTARY)
     early = federation.clients[:4]
     federation.push(coordinator, 1, early)
     coordinator.advance()
@@ -108,18 +98,17 @@ def test_a_server_that_was_killed_shows_the_same_again_and_takes_no_other_upload
     coordinator.advance()
     before = shown(coordinator)
     federation.crash(coordinator)
-    again = Coordinator(settings, clock)
+    again = begin(witness=NOTARY)
     late = again.push("clinic-e", federation.upload(again.run_id, "clinic-e", 1))
     assert late.status is ReceiptStatus.LATE
     assert shown(again) == before
     assert set(before[1]) == set(early)
-    again.close()
 
 
 def test_an_aggregate_that_is_made_anew_keeps_its_countersignature(
-    federation: Any, settings: Any, clock: Any
+    federation: Any, begin: Any, clock: Any
 ) -> None:
-    coordinator = Coordinator(settings, clock)
+    coordinator = begin(witness=NOTARY)
     federation.play(coordinator, 1)
     header, _, claims = shown(coordinator)
     for claim in claims:
@@ -127,7 +116,5 @@ def test_an_aggregate_that_is_made_anew_keeps_its_countersignature(
     coordinator.advance()
     coordinator._run.blobs.path("aggregates", 2, WHOLE).write_bytes(b"damaged")
     found = coordinator.pull("clinic-a", 2)
-    assert found is not None
     assert found.sections[0].countersignature == b"s" * 64
     assert len(found.sections[0].payload) > 7
-    coordinator.close()

@@ -55,22 +55,6 @@ def test_a_spool_that_vanished_is_not_adopted_as_an_empty_upload(tmp_path: Path)
     assert not blobs.path("uploads", 1, "a").exists()
 
 
-def test_a_missing_blob_is_a_state_error(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path / "state", durable=False)
-    with pytest.raises(StateError, match="restore state_dir and database together"):
-        blobs.read("uploads", 1, "a")
-    blobs.close()
-
-
-def test_old_rounds_are_removed(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path / "state", durable=False)
-    for number in (9, 10, 11):
-        blobs.write("uploads", number, "a", b"x")
-    blobs.remove_before("uploads", 10)
-    assert not blobs.path("uploads", 9, "a").exists()
-    assert blobs.path("uploads", 10, "a").exists()
-
-
 def test_one_server_at_a_time(tmp_path: Path) -> None:
     first = Blobs(tmp_path / "state", durable=False)
     with pytest.raises(StateError, match="in use"):

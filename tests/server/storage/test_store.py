@@ -1,6 +1,5 @@
 """The database: what is written is read back, in SQLite and, where one is given, PostgreSQL."""
 
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,15 +120,6 @@ def test_a_damaged_or_unreachable_database_is_a_clear_error(tmp_path: Path) -> N
         Store(default_url(tmp_path), durable=False)
     with pytest.raises(StateError, match="check store_url"):
         Store("sqlite:////nonexistent/folder/x.db", durable=False)
-
-
-def test_what_was_acknowledged_survives_without_a_close(tmp_path: Path) -> None:
-    store = Store(default_url(tmp_path), durable=True)
-    store.add_uploads([Arrival("a", header(1), b"h" * 32, 1.0, 0)])
-    # A second connection sees it, so it is not waiting in a transaction of the first.
-    with sqlite3.connect(tmp_path / "server.db") as other:
-        assert other.execute("SELECT client FROM uploads").fetchall() == [("a",)]
-    store.close()
 
 
 def test_a_name_in_the_file_that_is_no_text_is_damage_as_any_other(tmp_path: Path) -> None:

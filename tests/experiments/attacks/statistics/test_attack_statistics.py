@@ -4,37 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import norm
 
+from fedmosaic.experiments.attacks.statistics import empirical, membership, roc
 from fedmosaic.experiments.attacks.statistics.collusion import (
     equations,
     independent_equations,
     recovery_error,
     solve,
 )
-from fedmosaic.experiments.attacks.statistics.empirical import (
-    CanaryScores,
-    clopper_pearson_ceiling,
-    clopper_pearson_lower_bound,
-    gaussian_epsilon,
-    gaussian_mu,
-)
-from fedmosaic.experiments.attacks.statistics.membership import (
-    draw_members,
-    likelihood_ratio_scores,
-    scored_candidates,
-    simulated_inner_products,
-)
 from fedmosaic.experiments.attacks.statistics.results import Figure, clopper_pearson
-from fedmosaic.experiments.attacks.statistics.roc import (
-    Ceiling,
-    area_with_error,
-    ceiling_of,
-    membership_figures,
-    rate_interval,
-)
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
 
@@ -47,18 +26,6 @@ def gaussian_scores(mu: float, size: int, seed: int) -> tuple[np.ndarray, np.nda
     return generator.standard_normal(2 * size) + mu * members, members
 
 
-@given(
-    inside=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8),
-    outside=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8),
-)
-def test_area_is_the_share_of_pairs_won(inside: list[float], outside: list[float]) -> None:
-    scores = np.array([*inside, *outside])
-    members = np.arange(scores.size) < len(inside)
-    area, _ = area_with_error(scores, members, np.arange(scores.size))
-    wins = sum((i > o) + 0.5 * (i == o) for i in inside for o in outside)
-    assert area == pytest.approx(wins / (len(inside) * len(outside)))
-
-
 def test_the_standard_error_of_the_area_is_that_of_repetitions_with_shared_noise() -> None:
     """50 releases of 20 scores with a common part: ignoring the groups would halve the error."""
     generator = np.random.default_rng(0)
@@ -69,18 +36,18 @@ def test_the_standard_error_of_the_area_is_that_of_repetitions_with_shared_noise
     for _ in range(200):
         common = generator.standard_normal(50)[groups] * members
         scores = generator.standard_normal(1000) + common + members
-        area, error = area_with_error(scores, members, groups)
+        area, error = roc.area_with_error(scores, members, groups)
         areas.append(area)
         errors.append(error)
     assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
-    _, naive = area_with_error(scores, members, np.arange(1000))
+    _, naive = roc.area_with_error(scores, members, np.arange(1000))
     assert np.mean(errors) > 1.3 * naive
 
 
 @pytest.mark.parametrize("mu", [0.2, 0.72, 1.667])
 def test_figures_of_the_gaussian_mechanism_lie_at_their_ceiling_and_are_not_broken(mu: float) -> None:
     scores, members = gaussian_scores(mu, 50_000, 1)
-    area, one, tenth = membership_figures(scores, members, Ceiling(mu=mu))
+    area, one, tenth = roc.membership_figures(scores, members, roc.Ceiling(mu=mu))
     assert (area.name, one.name, tenth.name) == ("AUC", "TPR at 1 % FPR", "TPR at 0.1 % FPR")
     assert area.value == pytest.approx(norm.cdf(mu / math.sqrt(2)), abs=0.006)
     assert one.bound == pytest.approx(norm.cdf(norm.ppf(0.01) + mu))
@@ -94,21 +61,20 @@ def test_the_interval_of_a_rate_covers_the_truth_although_its_threshold_is_estim
     truth = norm.cdf(norm.ppf(0.01) + 1.0)
     covered = []
     for seed in range(60):
-        figure = membership_figures(*gaussian_scores(1.0, 3000, seed), Ceiling(mu=1.0))[1]
+        figure = roc.membership_figures(*gaussian_scores(1.0, 3000, seed), roc.Ceiling(mu=1.0))[1]
         covered.append(figure.low <= truth <= figure.high)
     assert np.mean(covered) > 0.85
 
 
-def alike(releases: int, scored: int, seed: int) -> tuple[Figure, ...]:
+def alike(releases: int, count: int, seed: int) -> tuple[Figure, ...]:
     """Figures of the strongest attack on candidates that hardly differ, so that a release's scores agree."""
     generator = np.random.default_rng(seed)
     rows = generator.standard_normal(64) + 0.35 * generator.standard_normal((40, 64))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    members = draw_members(releases, 40, 0.25, generator)
-    inner = simulated_inner_products(rows @ rows.T, members, 0.6, generator)
-    scores = likelihood_ratio_scores(inner, rows @ rows.T, members, 0.6)
-    used = scored_candidates(releases, 40, scored, generator)
-    return membership_figures(scores[used], members[used], Ceiling(mu=1 / 0.6), np.nonzero(used)[0])
+    members = membership.draw_members(releases, 40, 0.25, generator)
+    inner = membership.simulated_inner_products(rows @ rows.T, members, 0.6, generator)
+    scores = membership.likelihood_ratio_scores(inner, rows @ rows.T, members, 0.6)
+    return membership.scored(scores, members, roc.Ceiling(mu=1 / 0.6), count)[0]
 
 
 def test_rare_false_positives_of_dependent_scores_need_many_releases() -> None:
@@ -126,33 +92,33 @@ def test_a_correct_mechanism_is_hardly_ever_called_broken() -> None:
     broken = [
         figure.broken
         for seed in range(300)
-        for figure in membership_figures(*gaussian_scores(1.0, 1000, seed), Ceiling(mu=1.0))
+        for figure in roc.membership_figures(*gaussian_scores(1.0, 1000, seed), roc.Ceiling(mu=1.0))
     ]
     assert sum(broken) == 0
 
 
 def test_a_mechanism_with_less_noise_than_claimed_is_broken() -> None:
-    area, one, _ = membership_figures(*gaussian_scores(1.5, 20_000, 3), Ceiling(mu=1.0))
+    area, one, _ = roc.membership_figures(*gaussian_scores(1.5, 20_000, 3), roc.Ceiling(mu=1.0))
     assert area.broken
     assert one.broken
 
 
 def test_too_few_scores_give_no_rate_and_no_promise_gives_no_bound() -> None:
-    (area,) = membership_figures(*gaussian_scores(1.0, 30, 0), Ceiling())
+    (area,) = roc.membership_figures(*gaussian_scores(1.0, 30, 0), roc.Ceiling())
     assert area.bound is None
     assert not area.broken
     with pytest.raises(ValueError, match="members and others"):
-        membership_figures(np.zeros(4), np.ones(4, dtype=bool), Ceiling())
+        roc.membership_figures(np.zeros(4), np.ones(4, dtype=bool), roc.Ceiling())
     with pytest.raises(ValueError, match="NaN"):
-        membership_figures(np.full(4, np.nan), np.array([True, False, True, False]), Ceiling())
+        roc.membership_figures(np.full(4, np.nan), np.array([True, False, True, False]), roc.Ceiling())
 
 
 def test_ceilings_follow_the_events() -> None:
-    assert ceiling_of([]).true_positive_rate(0.01) == pytest.approx(0.01)
-    assert ceiling_of([GaussianEvent(2.0, 1.0, 4)]).mu == pytest.approx(1.0)
-    assert not ceiling_of([GaussianEvent(0.0, 1.0, 1)]).promises
-    sampled = ceiling_of([GaussianEvent(1.0, 0.1, 10)])
-    whole = ceiling_of([GaussianEvent(1.0, 1.0, 10)])
+    assert roc.ceiling_of([]).true_positive_rate(0.01) == pytest.approx(0.01)
+    assert roc.ceiling_of([GaussianEvent(2.0, 1.0, 4)]).mu == pytest.approx(1.0)
+    assert not roc.ceiling_of([GaussianEvent(0.0, 1.0, 1)]).promises
+    sampled = roc.ceiling_of([GaussianEvent(1.0, 0.1, 10)])
+    whole = roc.ceiling_of([GaussianEvent(1.0, 1.0, 10)])
     for rate in (0.001, 0.1):
         assert rate < sampled.true_positive_rate(rate) < whole.true_positive_rate(rate)
     assert 0.5 < sampled.area < whole.area
@@ -161,36 +127,38 @@ def test_ceilings_follow_the_events() -> None:
 def test_the_area_of_a_numerical_curve_is_an_upper_bound_and_close() -> None:
     from fedmosaic.privacy.accounting.tradeoff import privacy_curve
 
-    curve = Ceiling(curve=privacy_curve([GaussianEvent(1.0, 1.0, 1)]))
-    exact = Ceiling(mu=1.0).area
+    curve = roc.Ceiling(curve=privacy_curve([GaussianEvent(1.0, 1.0, 1)]))
+    exact = roc.Ceiling(mu=1.0).area
     assert exact <= curve.area <= exact + 0.02
 
 
 def test_intervals_of_a_share_are_exact_and_widen_with_dependence() -> None:
     assert clopper_pearson(0, 10, 0.95) == (0.0, pytest.approx(1 - 0.025 ** (1 / 10)))
     hits = np.repeat([True, False], 50)
-    alone = rate_interval(hits, np.arange(100), 0.95)
-    together = rate_interval(hits, np.repeat(np.arange(10), 10), 0.95)
+    alone = roc.rate_interval(hits, np.arange(100), 0.95)
+    together = roc.rate_interval(hits, np.repeat(np.arange(10), 10), 0.95)
     assert together[0] < alone[0] < 0.5 < alone[1] < together[1]
     never, groups = np.zeros(100, dtype=bool), np.repeat(np.arange(10), 10)
-    assert rate_interval(never, groups, 0.95, cautious=True) == clopper_pearson(0, 10, 0.95)
-    assert rate_interval(never, groups, 0.95) == clopper_pearson(0, 100, 0.95)
+    assert roc.rate_interval(never, groups, 0.95, cautious=True) == clopper_pearson(0, 10, 0.95)
+    assert roc.rate_interval(never, groups, 0.95) == clopper_pearson(0, 100, 0.95)
 
 
 def test_epsilon_of_mu_is_the_accountants() -> None:
     for sigma in (0.6, 1.391, 3.731):
-        found = gaussian_epsilon(1 / sigma, DELTA)
+        found = empirical.gaussian_epsilon(1 / sigma, DELTA)
         assert found == pytest.approx(epsilon([GaussianEvent(sigma, 1.0, 1)], DELTA, "pld"), rel=1e-3)
-    assert gaussian_mu(CanaryScores(np.arange(4.0), np.arange(4.0)), 0.95) == 0.0
-    assert gaussian_epsilon(0.0, DELTA) == 0.0
-    assert gaussian_epsilon(math.inf, DELTA) == math.inf
+    assert empirical.gaussian_mu(empirical.CanaryScores(np.arange(4.0), np.arange(4.0)), 0.95) == 0.0
+    assert empirical.gaussian_epsilon(0.0, DELTA) == 0.0
+    assert empirical.gaussian_epsilon(math.inf, DELTA) == math.inf
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.27, 1.667])
 def test_certified_mu_passes_the_truth_no_more_often_than_it_says(mu: float) -> None:
     generator = np.random.default_rng(5)
     passed = [
-        gaussian_mu(CanaryScores(generator.standard_normal(500) + mu, generator.standard_normal(500)), 0.95)
+        empirical.gaussian_mu(
+            empirical.CanaryScores(generator.standard_normal(500) + mu, generator.standard_normal(500)), 0.95
+        )
         > mu
         for _ in range(2000)
     ]
@@ -201,10 +169,10 @@ def test_certified_mu_passes_the_truth_no_more_often_than_it_says(mu: float) -> 
 
 def test_certified_epsilon_without_assumptions_stays_below_the_truth_and_its_ceiling() -> None:
     generator = np.random.default_rng(6)
-    truth = gaussian_epsilon(1.667, DELTA)
+    truth = empirical.gaussian_epsilon(1.667, DELTA)
     found = [
-        clopper_pearson_lower_bound(
-            CanaryScores(generator.standard_normal(1000) + 1.667, generator.standard_normal(1000)),
+        empirical.clopper_pearson_lower_bound(
+            empirical.CanaryScores(generator.standard_normal(1000) + 1.667, generator.standard_normal(1000)),
             DELTA,
             0.95,
         )
@@ -212,9 +180,9 @@ def test_certified_epsilon_without_assumptions_stays_below_the_truth_and_its_cei
     ]
     assert max(found) < truth
     assert np.median(found) > 1.5
-    certain = CanaryScores(np.ones(1000), np.zeros(1000))
-    ceiling = clopper_pearson_ceiling(2000, DELTA, 0.95)
-    assert clopper_pearson_lower_bound(certain, DELTA, 0.95) == pytest.approx(ceiling)
+    certain = empirical.CanaryScores(np.ones(1000), np.zeros(1000))
+    ceiling = empirical.clopper_pearson_ceiling(2000, DELTA, 0.95)
+    assert empirical.clopper_pearson_lower_bound(certain, DELTA, 0.95) == pytest.approx(ceiling)
     assert ceiling == pytest.approx(4.9, abs=0.2)
 
 

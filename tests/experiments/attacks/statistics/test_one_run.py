@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import binom, norm
 
+from fedmosaic.experiments.attacks.statistics import one_run
 from fedmosaic.experiments.attacks.statistics.empirical import gaussian_epsilon
-from fedmosaic.experiments.attacks.statistics.one_run import (
-    least_total,
-    one_run_figure,
-    refuted_factor,
-    refutes,
-    right_guesses,
-)
 from fedmosaic.experiments.attacks.statistics.results import Figure
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling, ceiling_of
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -55,12 +49,12 @@ def programme(canaries: int, guesses: int, right: int, claim: Ceiling) -> float:
 
 def f_dp_p_value(canaries: int, guesses: int, right: int, ceiling: Ceiling) -> float:
     """The largest chance of so many right guesses that `least_total` lets stand."""
-    if least_total(canaries, guesses, right, 1.0, ceiling) <= 1.0:
+    if one_run.least_total(canaries, guesses, right, 1.0, ceiling) <= 1.0:
         return 1.0
     low, high = -700.0, 0.0
     for _ in range(60):
         middle = (low + high) / 2.0
-        possible = least_total(canaries, guesses, right, math.exp(middle), ceiling) <= 1.0
+        possible = one_run.least_total(canaries, guesses, right, math.exp(middle), ceiling) <= 1.0
         low, high = (middle, high) if possible else (low, middle)
     return math.exp(high)
 
@@ -105,11 +99,13 @@ def test_the_recursion_is_the_optimum_of_the_linear_programme(
 def test_less_private_claims_and_smaller_chances_force_less(
     right: int, mu: float, more: float, chance: float
 ) -> None:
-    total = least_total(60, 40, right, chance, Ceiling(mu=mu))
+    total = one_run.least_total(60, 40, right, chance, Ceiling(mu=mu))
     assert total >= chance * (1 - 1e-12)
     # Both may stop at the first tail above 1.
-    assert min(1.0, least_total(60, 40, right, chance, Ceiling(mu=mu + more))) <= min(1.0, total) + 1e-9
-    assert min(1.0, least_total(60, 40, right, chance / 2, Ceiling(mu=mu))) <= min(1.0, total) + 1e-9
+    assert (
+        min(1.0, one_run.least_total(60, 40, right, chance, Ceiling(mu=mu + more))) <= min(1.0, total) + 1e-9
+    )
+    assert min(1.0, one_run.least_total(60, 40, right, chance / 2, Ceiling(mu=mu))) <= min(1.0, total) + 1e-9
 
 
 def test_a_mechanism_that_sometimes_tells_everything_is_not_called_worse_than_it_is() -> None:
@@ -119,14 +115,14 @@ def test_a_mechanism_that_sometimes_tells_everything_is_not_called_worse_than_it
         claim = lines((0.0, delta))
         # Equal in theory.
         assert f_dp_p_value(50, 50, 50, claim) >= delta * (1 - 1e-9)
-        assert not refutes(included.astype(float), included, claim, delta)
-    assert refutes(included.astype(float), included, lines((0.0, 0.02)), 0.5)
+        assert not one_run.refutes(included.astype(float), included, claim, delta)
+    assert one_run.refutes(included.astype(float), included, lines((0.0, 0.02)), 0.5)
 
 
 @pytest.mark.parametrize("mu", [0.268, 0.72, 1.667])
 def test_a_true_claim_is_refuted_no_more_often_than_the_level_says(mu: float) -> None:
     level, trials = 0.05, 300
-    refuted = sum(refutes(*run(mu, 300, seed), Ceiling(mu=mu), level) for seed in range(trials))
+    refuted = sum(one_run.refutes(*run(mu, 300, seed), Ceiling(mu=mu), level) for seed in range(trials))
     assert refuted <= level * trials + 3 * math.sqrt(level * trials)
 
 
@@ -135,7 +131,7 @@ def test_it_never_passes_a_gaussian_release_and_certifies_a_good_part_of_it(sigm
     truth, found = gaussian_epsilon(1 / sigma, DELTA), []
     for seed in range(20):
         scores, included = run(1 / sigma, 1000, seed)
-        factor = refuted_factor(scores, included, lambda s: Ceiling(mu=1 / (sigma * s)), 0.05)
+        factor = one_run.refuted_factor(scores, included, lambda s: Ceiling(mu=1 / (sigma * s)), 0.05)
         found.append(0.0 if math.isinf(factor) else gaussian_epsilon(1 / (sigma * factor), DELTA))
     assert np.mean(np.array(found) > truth) <= 0.05
     assert max(found) < 1.1 * truth
@@ -150,9 +146,9 @@ def test_a_sampled_mechanism_is_held_against_its_own_curve() -> None:
     scores = generator.binomial(20, 0.1, 1000) * included + 2.5 * math.sqrt(20) * generator.standard_normal(
         1000
     )
-    assert not refutes(scores, included, ceiling_of([event]), 0.05)
+    assert not one_run.refutes(scores, included, ceiling_of([event]), 0.05)
     quiet = generator.binomial(20, 0.1, 1000) * included + 0.05 * generator.standard_normal(1000)
-    assert refutes(quiet, included, ceiling_of([event]), 1e-4)
+    assert one_run.refutes(quiet, included, ceiling_of([event]), 1e-4)
 
 
 def test_the_least_false_positive_rate_is_the_inverse_of_the_largest_true_positive_rate() -> None:
@@ -166,7 +162,7 @@ def test_the_least_false_positive_rate_is_the_inverse_of_the_largest_true_positi
 def test_far_too_little_noise_breaks_the_figure_and_the_right_noise_does_not() -> None:
     def figure(scale: float) -> Figure:
         scores, included = run(1 / (1.391 * scale), 2000, 5)
-        return one_run_figure(
+        return one_run.one_run_figure(
             scores,
             included,
             lambda s: Ceiling(mu=1 / (1.391 * s)),
@@ -183,12 +179,12 @@ def test_far_too_little_noise_breaks_the_figure_and_the_right_noise_does_not() -
 
 def test_guesses_are_counted_at_both_ends() -> None:
     scores = np.array([0.0, 1.0, 2.0, 3.0])
-    assert right_guesses(scores, np.array([False, True, False, True]), 2) == 2
-    assert right_guesses(scores, np.array([True, False, True, False]), 2) == 0
+    assert one_run.right_guesses(scores, np.array([False, True, False, True]), 2) == 2
+    assert one_run.right_guesses(scores, np.array([True, False, True, False]), 2) == 0
 
 
 def test_counts_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="no outcome"):
-        least_total(10, 11, 5, 0.1, Ceiling(mu=1.0))
+        one_run.least_total(10, 11, 5, 0.1, Ceiling(mu=1.0))
     with pytest.raises(ValueError, match="no outcome"):
-        least_total(10, 5, 6, 0.1, Ceiling(mu=1.0))
+        one_run.least_total(10, 5, 6, 0.1, Ceiling(mu=1.0))

@@ -5,12 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fedmosaic.experiments.attacks.statistics.pursuit import (
-    Background,
-    fit_background,
-    log_likelihoods,
-    unexplained_terms,
-)
+from fedmosaic.experiments.attacks.statistics import pursuit
 from fedmosaic.protos.errors import ConfigurationError
 
 SIZE = 40
@@ -22,17 +17,17 @@ def terms(count: int, seed: int) -> np.ndarray:
     return 0.3 + np.random.default_rng(seed).standard_normal((count, SIZE)) @ mixing
 
 
-def background(noise: float) -> Background:
-    return fit_background(terms(4000, 0), np.full(SIZE, noise))
+def background(noise: float) -> pursuit.Background:
+    return pursuit.fit_background(terms(4000, 0), np.full(SIZE, noise))
 
 
 def test_scores_are_those_of_the_dense_formula() -> None:
     public, generator = terms(500, 1), np.random.default_rng(2)
     noise = generator.uniform(0.5, 2.0, SIZE)
-    found = fit_background(public, noise, shrinkage=1e-9)
+    found = pursuit.fit_background(public, noise, shrinkage=1e-9)
     left, atoms = generator.standard_normal(SIZE), generator.standard_normal((3, SIZE))
     coefficients = generator.standard_normal((6, 3))
-    scores = log_likelihoods(
+    scores = pursuit.log_likelihoods(
         found.coordinates(left), found.coordinates(atoms), coefficients, found, remaining=7.0
     )
     inverse = np.linalg.inv(7.0 * np.cov(public.T, bias=True) + np.diag(noise**2))
@@ -45,11 +40,11 @@ def test_the_number_of_terms_is_read_off_the_energy_that_is_left() -> None:
     known = background(0.01)
     for count in (1, 10, 60):
         found = [
-            unexplained_terms(known.coordinates(terms(count, 10 + seed).sum(axis=0)), known)
+            pursuit.unexplained_terms(known.coordinates(terms(count, 10 + seed).sum(axis=0)), known)
             for seed in range(60)
         ]
         assert np.mean(found) == pytest.approx(count, rel=0.25)
-    assert unexplained_terms(np.zeros(SIZE), known) == 0.0
+    assert pursuit.unexplained_terms(np.zeros(SIZE), known) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -62,4 +57,4 @@ def test_the_number_of_terms_is_read_off_the_energy_that_is_left() -> None:
 )
 def test_a_background_of_nothing_is_refused(public: np.ndarray, noise: np.ndarray) -> None:
     with pytest.raises(ConfigurationError, match="two finite terms and noise above 0"):
-        fit_background(public, noise)
+        pursuit.fit_background(public, noise)

@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.ckks import cipher as ckks
 from fedmosaic.privacy.encryption.ckks.aggregation import CkksAggregator
-from fedmosaic.privacy.encryption.ckks.cipher import generate_secret, secret_bytes
-from fedmosaic.privacy.encryption.ckks.expansion import expand_seed
-from fedmosaic.privacy.encryption.ckks.modular import unpack_words
-from fedmosaic.privacy.encryption.ckks.seal_format import seal_file
+from fedmosaic.privacy.encryption.ckks.cipher import generate_secret, seal_file, secret_bytes
+from fedmosaic.privacy.encryption.ckks.modular import expand_seed, unpack_words
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
@@ -175,38 +173,6 @@ def test_an_aggregate_that_needs_no_key_is_refused() -> None:
         forged = record[:start] + bytes(6 * N) + record[start + 6 * N :]
         with pytest.raises(CiphertextError, match="second polynomial of zero"):
             create_cipher(PARAMETERS, "a", POLICY).decrypt(forged, KEY, where, row)
-
-
-def test_tenseal_vectors_agree() -> None:
-    """The oracle: CKKSVector with NVFlare's parameters on the same work."""
-    tenseal = pytest.importorskip("tenseal")
-    generator = np.random.default_rng(2)
-    vectors = generator.normal(size=(4, 300))
-    weights = (2**14, 2**13, 2**12, 2**12)
-    oracle_context = tenseal.context(
-        tenseal.SCHEME_TYPE.CKKS,
-        8192,
-        coeff_mod_bit_sizes=[60, 40, 40],
-        encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
-    )
-    oracle_context.global_scale = 2.0**40
-    total = sum(
-        (
-            tenseal.ckks_vector(oracle_context, v.tolist()) * (w / 2**15)
-            for v, w in zip(vectors, weights, strict=True)
-        ),
-        start=tenseal.ckks_vector(oracle_context, [0.0] * 300),
-    )
-    oracle = np.array(total.decrypt())
-    names = ("b", "c", "d", "e")
-    uploads = {
-        name: create_cipher(PARAMETERS, name, POLICY).encrypt(vector, KEY, context(300), bytes(16))
-        for name, vector in zip(names, vectors, strict=True)
-    }
-    row = WeightRow(names, weights, 15)
-    record = CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, {"a": row}, context(300))[0]
-    found = create_cipher(PARAMETERS, "a", POLICY).decrypt(record, KEY, context(300), row)
-    np.testing.assert_allclose(found, oracle, rtol=0, atol=1e-5)
 
 
 def test_without_anonymous_memory_a_private_file_serves(
