@@ -239,7 +239,7 @@ def keep_signed(kit: Path, roster: Roster, place: Path) -> None:
     """Write into a state directory what its statement is checked with: the roster, and what the kit pins."""
     for name in (AUTHORITY_CERTIFICATE, CONSORTIUM_KEY):
         write_atomically(place / name, (kit / name).read_bytes())
-    roster.write(place / ROSTER)
+    write_atomically(place / ROSTER, (roster.model_dump_json(indent=2) + "\n").encode())
 
 
 def open_kit(directory: Path) -> Kit:

@@ -186,6 +186,14 @@ def test_a_kept_ledger_keeps_its_delta_while_it_is_at_most_one_over_n(tmp_path: 
     Ledger.open(path, "ada", ledger_delta(path, now), 8.0, examples=now).close()
 
 
+def test_more_examples_than_that_are_refused_with_the_number_that_is_possible(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger.open(path, "ada", default_delta(1000), 8.0).close()
+    with pytest.raises(LedgerError, match="at most 1995 examples"):
+        ledger_delta(path, 2000)
+    assert ledger_delta(path, 1995) == default_delta(1000)
+
+
 def test_terms_bound_delta_and_a_ledger_with_a_larger_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     assert ledger_delta(path, 1000) == default_delta(1000)

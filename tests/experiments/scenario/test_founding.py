@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedmosaic.experiments.scenario import founding
+from fedmosaic.client.profile import fit
 from fedmosaic.experiments.scenario.founding import fit_profile
 from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.privacy.federation.kits import BASIS
@@ -18,8 +18,8 @@ def test_a_fitted_basis_is_kept_for_the_next_run_and_a_damaged_one_is_not_used(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits: list[object] = []
-    really = founding.fit
-    monkeypatch.setattr(founding, "fit", lambda arguments: fits.append(arguments) or really(arguments))
+    really = fit.fit
+    monkeypatch.setattr(fit, "fit", lambda arguments: fits.append(arguments) or really(arguments))
 
     def fitted(name: str) -> Any:
         return fit_profile(
