@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.colora import CoLoraConfig, shared_layout
+from fedmosaic.client.colora import CoLoraConfig, shared_layout, target_layers
 from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
 from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.model.acceptance import check_adapter
@@ -63,7 +63,8 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     """The configuration of a fresh adapter of the agreed shape, on the basis that the settings name.
 
     Raises:
-        ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums.
+        ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums; an
+            aligned checkpoint's cores are not on the last layers where the terms say so.
     """
     common: dict[str, Any] = {"other_layers": adapter.other_layers, "personal_branch": adapter.private}
     common["basis_seed"] = adapter.basis_seed
@@ -86,7 +87,17 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
         )
     # The scale s = α/r is the federation's at every rank.
     scale = adapter.alpha / adapter.rank
-    return aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
+    config = aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
+    # Other rules say nothing of an aligned checkpoint, whose layers may be paired by their likeness.
+    if adapter.layer_rule == "late" and config.shared_layers and config.model_depth:
+        wanted = target_layers(config.model_depth, adapter.blocks, adapter.layer_rule)
+        if tuple(config.shared_layers) != wanted:
+            raise ModelError(
+                f"the checkpoint {settings.aligned} has its cores on layers {config.shared_layers}, the "
+                f"roster's layer_rule 'late' wants {list(wanted)}; take the checkpoint that `fedmosaic align "
+                "--layer-rule late` wrote for the federation"
+            )
+    return config
 
 
 def agreed_layout(model: nn.Module, adapter: AdapterTerms) -> SharedLayout:
