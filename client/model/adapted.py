@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.colora import CoLoraConfig, shared_layout, target_layers
+from fedmosaic.client.colora import CoLoraConfig, shared_layout
 from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
 from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.model.acceptance import check_adapter
@@ -89,14 +89,13 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     scale = adapter.alpha / adapter.rank
     config = aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
     # Other rules say nothing of an aligned checkpoint, whose layers may be paired by their likeness.
-    if adapter.layer_rule == "late" and config.shared_layers and config.model_depth:
-        wanted = target_layers(config.model_depth, adapter.blocks, adapter.layer_rule)
-        if tuple(config.shared_layers) != wanted:
-            raise ModelError(
-                f"the checkpoint {settings.aligned} has its cores on layers {config.shared_layers}, the "
-                f"roster's layer_rule 'late' wants {list(wanted)}; take the checkpoint that `fedmosaic align "
-                "--layer-rule late` wrote for the federation"
-            )
+    layers, depth = config.shared_layers, config.model_depth or 0
+    if adapter.layer_rule == "late" and layers != [*range(depth - adapter.blocks, depth)]:
+        raise ModelError(
+            f"the checkpoint {settings.aligned} has its cores on layers {layers} of {depth}, the roster's "
+            f"layer_rule 'late' wants the last {adapter.blocks}; take the checkpoint that `fedmosaic align "
+            "--layer-rule late` wrote for the federation"
+        )
     return config
 
 
