@@ -183,13 +183,14 @@ def unaligned(roster: Roster) -> str:
     """Why members may gain nothing from others of another family, or of their own; empty if all is well."""
     families = sorted({member.family for member in roster.members if member.family})
     if not roster.terms.relevance.across_families:
+        problem = lonely(roster.members, roster.terms)
         unnamed = [member.id for member in roster.members if not member.family]
-        if families and unnamed:
-            return (
-                f"{', '.join(unnamed[:4])}{', …' if len(unnamed) > 4 else ''} name no family where others "
-                "do, and receive from each other whatever their models are: name it for every member, or none"
-            )
-        return lonely(roster.members, roster.terms)
+        if problem or not families or not unnamed:
+            return problem
+        return (
+            f"{', '.join(unnamed[:4])}{', …' if len(unnamed) > 4 else ''} name no family where others do, "
+            "and receive from each other whatever their models are: name that of every member, or of none"
+        )
     if len(families) < 2:
         return ""
     named = f"{', '.join(families[:4])}{', …' if len(families) > 4 else ''}"

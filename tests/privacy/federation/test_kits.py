@@ -175,9 +175,9 @@ def test_architectures_that_may_not_understand_each_other_are_warned_of(
 def test_members_without_a_family_among_others_with_one_are_named(made: Path) -> None:
     roster = federation.open_kit(made / "server").roster
     assert federation.unaligned(roster) == ""
-    named = [member.model_copy(update={"family": "llama"}) for member in roster.members]
-    mixed = roster.model_copy(update={"members": (*named, roster.members[0])})
-    assert federation.unaligned(mixed).startswith("a name no family where others do")
+    named = tuple(member.model_copy(update={"family": "llama"}) for member in roster.members)
+    mixed = roster.model_copy(update={"members": named + roster.members})
+    assert federation.unaligned(mixed).startswith("a, b, c, d name no family where others do")
 
 
 def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:
