@@ -3,12 +3,12 @@
 import datetime as dt
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from fedmosaic.client.transport import connection
 from fedmosaic.privacy.federation import identity
@@ -116,10 +116,7 @@ def test_the_server_announces_its_certificate_in_its_last_days(
 ) -> None:
     monkeypatch.setattr(identity, "ANNOUNCED_BEFORE", dt.timedelta(days=91))
     with Server(settings()).background():
-        deadline = time.monotonic() + 30
-        while "server.pem: the certificate expires in 89 days" not in caplog.text:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: "server.pem: the certificate expires in 89 days" in caplog.text)
 
 
 class Limits:
