@@ -152,8 +152,7 @@ def test_connections_leave_descriptors_for_files_and_a_few_hundred_silent_ones_k
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [("Enrol", "unary_unary"), ("Pull", "unary_stream"), ("Push", "stream_unary")],
+    ("method", "kind"), [("Enrol", "unary_unary"), ("Pull", "unary_stream"), ("Push", "stream_unary")]
 )
 def test_bytes_that_are_no_message_are_refused_with_one_line(
     method: str, kind: str, connections: Any, caplog: pytest.LogCaptureFixture

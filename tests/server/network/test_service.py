@@ -127,17 +127,6 @@ def test_a_waiting_client_is_told_for_whom_and_is_served_at_once(
     assert opened == [2], "the call would have ended of itself after a minute"
 
 
-def test_certificates_that_are_not_on_the_roster(
-    federation: Any, server: Any, connect: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(Refusal) as error:
-        connect(server, "mallory").enrol(federation.enrolment())
-    assert error.value.reason == "NOT_ON_ROSTER"
-    assert caplog.text.count("refused enrolment") == 1
-    with pytest.raises(Refusal, match="federation 'elsewhere', this is 'fed'"):
-        connect(server, "clinic-c", federation="elsewhere").status()
-
-
 def test_health_needs_tls_but_no_membership(server: Any, authority: Any) -> None:
     with authority.channel(server, "a-load-balancer") as channel:
         health = health_pb2_grpc.HealthStub(channel)

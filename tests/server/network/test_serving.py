@@ -60,10 +60,7 @@ def test_a_key_of_another_certificate_is_named(
 
 @pytest.mark.parametrize(
     ("listen", "words"),
-    [
-        ("203.0.113.5:7443", "not this machine's"),
-        ("no-such-host.invalid:7443", "no machine has this name"),
-    ],
+    [("203.0.113.5:7443", "not this machine's"), ("no-such-host.invalid:7443", "no machine has this name")],
 )
 def test_an_address_that_is_not_this_machine_s_is_named(
     listen: str, words: str, settings: Callable[[str], ServerSettings]
