@@ -93,16 +93,13 @@ def one_line(lines: list[str], *words: str) -> str:
     return found[0]
 
 
-def test_four_clients_of_which_three_are_faulty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Wrong certificate, NaN, killed in mid-round: each refused or resumed, by name."""
+def test_of_four_clients_two_are_faulty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Wrong certificate and NaN: each is refused by name, and the others finish."""
     # However short, a deadline below the quorum is extended: no round closes without the two that contribute.
     run = Federation(tmp_path, "plain", rounds=2, quorum=2, round_deadline_seconds=2)
-    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "eva": "kill"}
-    eva = run.start_client("eva", faults.pop("eva"))
-    others = {name: run.in_thread(name, fault) for name, fault in faults.items()}
-    assert eva.wait(PATIENCE) == -signal.SIGKILL
-    others["eva"] = run.in_thread("eva", "kill")
-    codes = {name: client.result(PATIENCE) for name, client in others.items()}
+    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "eva": "none"}
+    clients = {name: run.in_thread(name, fault) for name, fault in faults.items()}
+    codes = {name: client.result(PATIENCE) for name, client in clients.items()}
     assert codes == {"ada": 0, "ben": 3, "cid": 3, "eva": 0}
     run.stop()
     results = run.summary()["results"]
