@@ -42,6 +42,8 @@ OLDER_COPY: Final = (
 """What to say of a state directory that does not know what this client has sent."""
 _VERSION: Final = 1
 _SESSION: Final = "session.json"
+_ADAPTERS: Final = "adapter/round-*"
+_UPLOADS: Final = "upload-*.bin"
 
 
 class SessionRecord(BaseModel):
@@ -84,12 +86,17 @@ def read_record(directory: Path) -> SessionRecord | None:
         "restore it from a backup, or start over with a new state_dir (the privacy ledger beside the data "
         "goes on: what was spent stays spent)"
     )
-    return read_own(directory / _SESSION, read, remedy)
+    record = read_own(directory / _SESSION, read, remedy)
+    left = [path for pattern in (_ADAPTERS, _UPLOADS) for _, path in _numbered(directory, pattern)]
+    if record is None and left:
+        # Of a run without DP, the adapter would go on without noise in one with DP.
+        raise StateError(f"{directory / _SESSION} is missing, of which {left[0]} is left: {remedy}")
+    return record
 
 
 def newest_adapter(directory: Path) -> tuple[int, Path] | None:
     """The newest adapter in a state directory and its round, without taking hold of it; None before any."""
-    return max(_numbered(directory, "adapter/round-*"), default=None)
+    return max(_numbered(directory, _ADAPTERS), default=None)
 
 
 def _numbered(directory: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -196,7 +203,7 @@ class ClientState:
         self.save_adapter(round_number, save_adapter)
         self._write(completed_round=round_number)
         self.forget_uploads(round_number)
-        for number, old in _numbered(self.directory, "adapter/round-*"):
+        for number, old in _numbered(self.directory, _ADAPTERS):
             if number < round_number:
                 shutil.rmtree(old)
 
@@ -208,7 +215,7 @@ class ClientState:
 
     def forget_uploads(self, before: int) -> None:
         """Remove the uploads of rounds below `before`: these are closed, so nobody asks for them again."""
-        for number, old in _numbered(self.directory, "upload-*.bin"):
+        for number, old in _numbered(self.directory, _UPLOADS):
             if number < before:
                 old.unlink()
 
@@ -245,7 +252,7 @@ class ClientState:
 
     def unacknowledged_round(self) -> int | None:
         """The first round of a stored upload that the server has not acknowledged, or None."""
-        rounds = (number for number, _ in _numbered(self.directory, "upload-*.bin"))
+        rounds = (number for number, _ in _numbered(self.directory, _UPLOADS))
         return min((number for number in rounds if number > self.record.completed_round), default=None)
 
     def upload_path(self, round_number: int) -> Path:
