@@ -19,7 +19,7 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.state import OLDER_COPY, ClientState
+from fedmosaic.client.state import OLDER_COPY, ClientState, contradicts
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.roster import Roster
@@ -258,7 +258,7 @@ class Membership:
         and the key epoch of its bytes as well.
         """
         self._progress.waiting(status)
-        if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
+        if contradicts(self._state.record, status.round, status.head) or self._wanted_again(status):
             # It may have waited in a buffer since before another answer, so it alone proves nothing.
             status = self._compare()
             if self._wanted_again(status):

@@ -114,6 +114,30 @@ def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
         )
 
 
+def contradicts(record: SessionRecord, server_round: int, head: bytes) -> bool:
+    """Whether the open round that the server says, or its hash of those before, is not what it said."""
+    if server_round == record.server_round:
+        return head.hex() != record.server_head
+    return server_round < record.server_round
+
+
+def check_server(record: SessionRecord, server_round: int, head: bytes) -> None:
+    """Refuse with StateError a server that `contradicts` what it said."""
+    before = record.server_round
+    if contradicts(record, server_round, head):
+        what = (
+            f"is at round {server_round}, but was at round {before} before: it runs on an older copy of its "
+            "state"
+            if server_round < before
+            else f"tells another past of round {server_round}: it runs on another copy of its state"
+        )
+        raise StateError(
+            f"the server {what}. Nothing was sent to it. Its operator has to restore the newest "
+            "state_dir with its database. If they are lost, begin a new run: a new state_dir at "
+            "the server and at every client. The privacy ledgers stay where they are, beside the data"
+        )
+
+
 class ClientState:
     """The state directory of one client in one federation; `record` says how far the client got."""
 
@@ -165,29 +189,10 @@ class ClientState:
         if mark != self.record.roster:
             self._write(roster=mark)
 
-    def contradicts(self, server_round: int, head: bytes) -> bool:
-        """Whether the open round that the server says, or its hash of those before, is not what it said."""
-        record = self.record
-        if server_round == record.server_round:
-            return head.hex() != record.server_head
-        return server_round < record.server_round
-
     def see(self, server_round: int, head: bytes) -> None:
-        """Remember where the server says the run is; StateError if it `contradicts` what it said."""
-        before = self.record.server_round
-        if self.contradicts(server_round, head):
-            what = (
-                f"is at round {server_round}, but was at round {before} before: it runs on an older copy of "
-                "its state"
-                if server_round < before
-                else f"tells another past of round {server_round}: it runs on another copy of its state"
-            )
-            raise StateError(
-                f"the server {what}. Nothing was sent to it. Its operator has to restore the newest "
-                "state_dir with its database. If they are lost, begin a new run: a new state_dir at "
-                "the server and at every client. The privacy ledgers stay where they are, beside the data"
-            )
-        if server_round > before:
+        """Remember where the server says the run is; StateError as of `check_server`."""
+        check_server(self.record, server_round, head)
+        if server_round > self.record.server_round:
             self._write(server_round=server_round, server_head=head.hex())
 
     def note_received(self, round_number: int, *, received: bool) -> None:
