@@ -221,11 +221,13 @@ class Membership:
         KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
         """
         patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
-        told = ""
+        told, tried = "", -1
         while aggregate.round <= rounds:
             epoch = aggregate.upload_key_epoch
-            try:
+            if epoch != tried:  # in between, the next one may be a whole round away
                 self._progress.stage(aggregate.round, "agreeing on the group key")
+            tried = epoch
+            try:
                 members = self._protection.ready(epoch, aggregate.round)
                 if members and epoch != self._noted_key_epoch:
                     self._state.audit.add("key-epoch", epoch=epoch, members=members)
@@ -238,6 +240,7 @@ class Membership:
                     raise
                 if str(error) != told:
                     log.warning("key epoch %d: %s", epoch, error)
+                    self._progress.stage(aggregate.round, "waiting for the next key epoch")
                 told = str(error)
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
             aggregate = self._pull(aggregate.round)
