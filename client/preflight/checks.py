@@ -297,9 +297,9 @@ class Preflight:
         if wanted.target_epsilon is not None and not bound.epsilon <= wanted.target_epsilon:
             self.warnings.append(
                 f"earlier runs have spent a part of the budget of these data: with all that this one is to "
-                f"release, ε would be {bound.epsilon:.3g}, above {wanted.target_epsilon:g}. From where the "
-                "budget is spent this client receives and shares nothing; data that share no example with "
-                "these have a budget of their own"
+                f"release, ε would be {bound.epsilon:.3g}, above {wanted.target_epsilon:g}. Once the budget "
+                "is spent, this client only receives; data that share no example with these have a budget of "
+                "their own"
             )
 
     def _check_memory(self) -> str:
