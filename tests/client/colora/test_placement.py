@@ -36,8 +36,9 @@ AUTHORS_TABLE = [
 ]
 
 
-def test_the_first_layers_share_whatever_the_depth() -> None:
+def test_the_first_and_the_last_layers_share_whatever_the_depth() -> None:
     assert target_layers(6, 4, "first") == target_layers(30, 4, "first") == (0, 1, 2, 3)
+    assert (target_layers(30, 2, "late"), target_layers(2, 2, "late")) == ((28, 29), (0, 1))
     assert (target_layers(6, 4), target_layers(6, 4, "authors")) == ((1, 2, 4, 5), (0, 1, 2, 5))
 
 
@@ -47,7 +48,7 @@ def test_authors_rule_is_the_published_table(depth: int, blocks: int, expected: 
     assert (target_layers(depth, blocks) == expected) == (depth % blocks == 0), "both rules agree there"
 
 
-@given(data=st.data(), depth=st.integers(1, 200), rule=st.sampled_from(["relative_depth", "authors"]))
+@given(data=st.data(), depth=st.integers(1, 200), rule=st.sampled_from(["relative_depth", "authors", "late"]))
 def test_targets_increase_and_end_at_the_last_layer(data: st.DataObject, depth: int, rule: str) -> None:
     blocks = data.draw(st.integers(1, depth))
     layers = target_layers(depth, blocks, rule)
