@@ -31,7 +31,7 @@ from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
-from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
+from fedmosaic.privacy.ledger.rules import LedgerParameters, check_anchor, check_open, keeper
 from fedmosaic.privacy.statement.rounding import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
@@ -131,15 +131,27 @@ class DataLedger:
             )
         return cls(place, named is not None, state, record)
 
+    def check(self, unit_ids: Sequence[str], kept: bytes = b"") -> None:
+        """Look, and change nothing: LedgerError as of `open`, or if the server has `kept` a later anchor."""
+        path, seen = self.place / LEDGER, self._seen()
+        if not has_begun(path):
+            self._check_fresh(seen, data_epoch(unit_ids), kept)
+            return
+        rows = read_ledger(path)
+        check_open(rows)
+        if seen is not None:
+            check_anchor(rows, self._keeper, seen[1], f"the state directory {self.state}")
+        if kept:
+            check_anchor(rows, self._keeper, kept, "the server")
+
     def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
         """Open the ledger of n units with a budget ε, or make the first of data with no release.
 
         LedgerError if it cannot be used, is behind what this state has seen, or a fresh one would forget.
         """
         path = self.place / LEDGER
-        seen = self._seen()
+        self.check(unit_ids)
         if not has_begun(path):
-            self._check_fresh(seen, data_epoch(unit_ids))
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
             ledger = open_ledger(path, self.record.client, terms, len(unit_ids), target)
@@ -149,8 +161,6 @@ class DataLedger:
                 "name another directory in data.ledger, for every run on these data"
             ) from None
         try:
-            if seen is not None:
-                ledger.check_anchor(self._keeper, seen[1], f"the state directory {self.state}")
             self.remember(ledger)
         except BaseException:
             ledger.close()
@@ -172,14 +182,18 @@ class DataLedger:
             self.state / SEEN, lambda kept: (str(kept["ledger"]), bytes.fromhex(kept["anchor"])), remedy
         )
 
-    def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
-        if seen is not None or self.record.run_id:
-            where = f"the one in {seen[0]}" if seen is not None else f"that of {self.state}, which is gone"
+    def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str, kept: bytes) -> None:
+        if seen is not None or self.record.run_id or kept:
+            where = "the one that the server knows of" if kept else f"that of {self.state}, which is gone"
+            where = f"the one in {seen[0]}" if seen is not None else where
+            others = "Other data in the same run are charged to it as well"
+            if not kept:
+                others = "For data that share no example with those, take a new state_dir"
             raise LedgerError(
-                f"{self.place} holds no privacy ledger, and what {self.state} has released was charged to "
-                f"{where}. A fresh ledger would forget it: name the right directory in data.ledger, or put a "
-                f"backup back with `fedmosaic ledger move BACKUP {self.place}`. For data that share no "
-                "example with those, take a new state_dir"
+                f"{self.place} holds no privacy ledger, and what {self.record.client} has released was "
+                f"charged to {where}. A fresh ledger would forget it: name the right directory in "
+                f"data.ledger, or put a backup back with `fedmosaic ledger move BACKUP {self.place}`. "
+                f"{others}"
             )
         if self.named:
             return

@@ -19,7 +19,7 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.state import OLDER_COPY, ClientState
+from fedmosaic.client.state import OLDER_COPY, ClientState, contradicts
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.roster import Roster
@@ -221,11 +221,13 @@ class Membership:
         KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
         """
         patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
-        told = ""
+        told, tried = "", -1
         while aggregate.round <= rounds:
             epoch = aggregate.upload_key_epoch
-            try:
+            if epoch != tried:  # in between, the next one may be a whole round away
                 self._progress.stage(aggregate.round, "agreeing on the group key")
+            tried = epoch
+            try:
                 members = self._protection.ready(epoch, aggregate.round)
                 if members and epoch != self._noted_key_epoch:
                     self._state.audit.add("key-epoch", epoch=epoch, members=members)
@@ -238,6 +240,7 @@ class Membership:
                     raise
                 if str(error) != told:
                     log.warning("key epoch %d: %s", epoch, error)
+                    self._progress.stage(aggregate.round, "waiting for the next key epoch")
                 told = str(error)
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
             aggregate = self._pull(aggregate.round)
@@ -258,7 +261,7 @@ class Membership:
         and the key epoch of its bytes as well.
         """
         self._progress.waiting(status)
-        if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
+        if contradicts(self._state.record, status.round, status.head) or self._wanted_again(status):
             # It may have waited in a buffer since before another answer, so it alone proves nothing.
             status = self._compare()
             if self._wanted_again(status):

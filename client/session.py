@@ -155,7 +155,14 @@ class Session(Membership):
         if self._load_trained(round_number):
             log.info("round %d: training was finished before the restart", round_number)
             return
-        self._learner.train(round_number, self._releases, lambda: self._state.give_up(round_number))
+
+        def give_up() -> None:
+            # Private data decide whether the personal part can be trained. Remembered over a restart, that
+            # would decide, without noise, with which received branch DP-SGD runs.
+            if not self.roster.terms.adapter.private:
+                self._state.give_up(round_number)
+
+        self._learner.train(round_number, self._releases, give_up)
         self._state.save_adapter(round_number, self._learner.save)
 
     def _load_trained(self, round_number: int) -> bool:

@@ -42,6 +42,8 @@ OLDER_COPY: Final = (
 """What to say of a state directory that does not know what this client has sent."""
 _VERSION: Final = 1
 _SESSION: Final = "session.json"
+_ADAPTERS: Final = "adapter/round-*"
+_UPLOADS: Final = "upload-*.bin"
 
 
 class SessionRecord(BaseModel):
@@ -84,12 +86,17 @@ def read_record(directory: Path) -> SessionRecord | None:
         "restore it from a backup, or start over with a new state_dir (the privacy ledger beside the data "
         "goes on: what was spent stays spent)"
     )
-    return read_own(directory / _SESSION, read, remedy)
+    record = read_own(directory / _SESSION, read, remedy)
+    left = [path for pattern in (_ADAPTERS, _UPLOADS) for _, path in _numbered(directory, pattern)]
+    if record is None and left:
+        # Of a run without DP, the adapter would go on without noise in one with DP.
+        raise StateError(f"{directory / _SESSION} is missing, of which {left[0]} is left: {remedy}")
+    return record
 
 
 def newest_adapter(directory: Path) -> tuple[int, Path] | None:
     """The newest adapter in a state directory and its round, without taking hold of it; None before any."""
-    return max(_numbered(directory, "adapter/round-*"), default=None)
+    return max(_numbered(directory, _ADAPTERS), default=None)
 
 
 def _numbered(directory: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -104,6 +111,30 @@ def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
             f"{directory} holds round {record.completed_round} of run {record.run_id}, but the server is on "
             f"run {run_id}; to start over, give a new state_dir. The privacy ledger beside the data goes "
             "on: what was spent stays spent"
+        )
+
+
+def contradicts(record: SessionRecord, server_round: int, head: bytes) -> bool:
+    """Whether the open round that the server says, or its hash of those before, is not what it said."""
+    if server_round == record.server_round:
+        return head.hex() != record.server_head
+    return server_round < record.server_round
+
+
+def check_server(record: SessionRecord, server_round: int, head: bytes) -> None:
+    """Refuse with StateError a server that `contradicts` what it said."""
+    before = record.server_round
+    if contradicts(record, server_round, head):
+        what = (
+            f"is at round {server_round}, but was at round {before} before: it runs on an older copy of its "
+            "state"
+            if server_round < before
+            else f"tells another past of round {server_round}: it runs on another copy of its state"
+        )
+        raise StateError(
+            f"the server {what}. Nothing was sent to it. Its operator has to restore the newest "
+            "state_dir with its database. If they are lost, begin a new run: a new state_dir at "
+            "the server and at every client. The privacy ledgers stay where they are, beside the data"
         )
 
 
@@ -158,29 +189,10 @@ class ClientState:
         if mark != self.record.roster:
             self._write(roster=mark)
 
-    def contradicts(self, server_round: int, head: bytes) -> bool:
-        """Whether the open round that the server says, or its hash of those before, is not what it said."""
-        record = self.record
-        if server_round == record.server_round:
-            return head.hex() != record.server_head
-        return server_round < record.server_round
-
     def see(self, server_round: int, head: bytes) -> None:
-        """Remember where the server says the run is; StateError if it `contradicts` what it said."""
-        before = self.record.server_round
-        if self.contradicts(server_round, head):
-            what = (
-                f"is at round {server_round}, but was at round {before} before: it runs on an older copy of "
-                "its state"
-                if server_round < before
-                else f"tells another past of round {server_round}: it runs on another copy of its state"
-            )
-            raise StateError(
-                f"the server {what}. Nothing was sent to it. Its operator has to restore the newest "
-                "state_dir with its database. If they are lost, begin a new run: a new state_dir at "
-                "the server and at every client. The privacy ledgers stay where they are, beside the data"
-            )
-        if server_round > before:
+        """Remember where the server says the run is; StateError as of `check_server`."""
+        check_server(self.record, server_round, head)
+        if server_round > self.record.server_round:
             self._write(server_round=server_round, server_head=head.hex())
 
     def note_received(self, round_number: int, *, received: bool) -> None:
@@ -196,7 +208,7 @@ class ClientState:
         self.save_adapter(round_number, save_adapter)
         self._write(completed_round=round_number)
         self.forget_uploads(round_number)
-        for number, old in _numbered(self.directory, "adapter/round-*"):
+        for number, old in _numbered(self.directory, _ADAPTERS):
             if number < round_number:
                 shutil.rmtree(old)
 
@@ -208,7 +220,7 @@ class ClientState:
 
     def forget_uploads(self, before: int) -> None:
         """Remove the uploads of rounds below `before`: these are closed, so nobody asks for them again."""
-        for number, old in _numbered(self.directory, "upload-*.bin"):
+        for number, old in _numbered(self.directory, _UPLOADS):
             if number < before:
                 old.unlink()
 
@@ -245,7 +257,7 @@ class ClientState:
 
     def unacknowledged_round(self) -> int | None:
         """The first round of a stored upload that the server has not acknowledged, or None."""
-        rounds = (number for number, _ in _numbered(self.directory, "upload-*.bin"))
+        rounds = (number for number, _ in _numbered(self.directory, _UPLOADS))
         return min((number for number in rounds if number > self.record.completed_round), default=None)
 
     def upload_path(self, round_number: int) -> Path:

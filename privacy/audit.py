@@ -119,11 +119,14 @@ class AuditLog:
             if event in DURABLE:
                 os.fsync(file.fileno())
 
-    def refused(self, who: str, call: str, reason: str) -> None:
-        """Note a refusal; the same one once a minute at most, so that nobody fills the disk."""
+    def refused(self, who: str, call: str, reason: str) -> bool:
+        """Note a refusal; the same one once a minute at most, so that nobody fills the disk.
+
+        Returns whether it was the first within its minute.
+        """
         key, now = (who, call, reason), time.monotonic()
         if now - self._refusals.get(key, -math.inf) < _SECONDS_BETWEEN_REFUSALS:
-            return
+            return False
         if len(self._refusals) >= _REFUSALS_KEPT:
             self._refusals.clear()
         self._refusals[key] = now
@@ -132,6 +135,7 @@ class AuditLog:
             self.add("refused", who=_UNPRINTABLE.sub("?", who)[:200], call=call, reason=word)
         except OSError as error:  # a disk that is full is no reason not to refuse
             log.error("the audit log takes nothing: %s", error)
+        return True
 
     def close(self) -> None:
         """Have every line on the disk, and let go of the file."""

@@ -21,20 +21,7 @@ _OF_ROSTER: Final = ("members", "tls_key_sha256", "roster_hash", "roster_mark", 
 
 
 def under_roster(settings: ServerSettings, new: ServerSettings) -> ServerSettings:
-    """Settings of a run with another roster.
-
-    Raises:
-        StateError: a member that stays has another family there: it would share other vectors than before, or
-            receive from others.
-    """
-    for client in sorted(settings.members.keys() & new.members.keys()):
-        shares = [(of.family(client), of.receives_from(client)) for of in (settings, new)]
-        if shares[0] != shares[1]:
-            before, after = (of.families.get(client, "") for of in (settings, new))
-            raise StateError(
-                f"{client!r} is of family {after!r} on the new roster, and of {before!r} in this run; a "
-                "member's model stays for a run"
-            )
+    """Settings of a run with another roster."""
     return settings.model_copy(update={name: getattr(new, name) for name in _OF_ROSTER})
 
 
@@ -55,7 +42,7 @@ class Rosters:
 
         Raises:
             IdentityError: it cannot follow on the one before.
-            StateError: the run's roster is fixed, or the one before is damaged.
+            StateError: the run's roster is fixed, the one before is damaged, or a member has another family.
         """
         before, new = self._store.get("roster"), settings.roster_hash.hex()
         if before == new:
@@ -75,6 +62,7 @@ class Rosters:
                 "the groups of this run are formed, and each sum is bound to its roster: a run of group sums "
                 "goes on under the roster that it began with, or a new run begins under the new one"
             )
+        self._check_families(settings)
         self._outdated = set(self._store.enrolled())
         changes = {"roster": new, "rosters": json.dumps(sorted({*self.known, new}))}
         if settings.roster_mark is not None:
@@ -84,6 +72,18 @@ class Rosters:
             changes |= {"rotate": "1", "outdated": json.dumps(sorted(self._outdated))}
         self._store.put(changes)
         return True
+
+    def _check_families(self, settings: ServerSettings) -> None:
+        """Refuse another family of a member that would share other vectors, or receive from others."""
+        for client, before in sorted(self._store.families().items()):
+            after = settings.families.get(client, "")
+            matters = not settings.across_families or {before, after} & settings.family_dimensions.keys()
+            if client in settings.members and before != after and matters:
+                raise StateError(
+                    f"{client!r} is of family {after!r} on the new roster, and of {before!r} in this run; a "
+                    "member's model stays for a run: have the consortium sign a roster that says so, or "
+                    "begin a new run"
+                )
 
     @property
     def known(self) -> frozenset[str]:

@@ -184,7 +184,7 @@ def last_words(settings: ServerSettings, store: Store) -> tuple[list[str], bool]
     uploads = sum(len(result["uploaded"]) for result in results)
     silent = ", ".join(sorted(store.enrolled() - reports))
     lines = [
-        f"the run is over: {len(results)} rounds with {uploads} uploads; rounds begun with an aggregate: "
+        f"the run is over: {len(results)} rounds with {uploads} uploads; aggregates offered: "
         f"{', '.join(f'{name} {count}' for name, count in received.items())}; statements of "
         f"{len(reports)} members{f', none of {silent}' if silent else ''}; all of it is in "
         f"{settings.state_dir / FILE}"

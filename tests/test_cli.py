@@ -68,7 +68,7 @@ def test_keys_for_a_demo_are_all_made_at_once_and_it_says_so(
     assert cli.main(["keys", "init", str(config), "--out", str(place), "--for-demo"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "FOR ONE MACHINE ONLY: every private key was made here" in told
-    assert "1 recipient(s) of the 4 members solve for no adapter, 2 may;" in told
+    assert "give no single adapter away to 1 of the 4 members, and may to 2 together;" in told
     assert "only adapter.protection 'dp' helps" in told
     assert "one member that is away stops all" in told
     assert cli.main(["keys", "revoke", "c", "--directory", str(place)]) == 2

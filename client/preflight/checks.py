@@ -26,14 +26,17 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import SessionRecord, check_run, read_record
+from fedmosaic.client.state import SessionRecord, check_run, check_server, read_record
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import Connect, GrpcTransport, Traffic
+from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.encryption.records import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
+from fedmosaic.privacy.federation.terms_checks import plan_inputs
 from fedmosaic.privacy.ledger.ledger import LEDGER, data_epoch, has_begun, read_ledger
-from fedmosaic.privacy.ledger.rules import LedgerParameters, check_parameters
+from fedmosaic.privacy.ledger.rows import Charge, charges
+from fedmosaic.privacy.ledger.rules import LedgerParameters, Release, bound_of, check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
@@ -98,6 +101,7 @@ class Preflight:
         self.warnings: list[str] = []
         self.reading: list[str] = []
         self._lengths: Lengths | None = None
+        self._kept = b""  # what the server has of the ledger
         self._patience = server_patience_seconds
         self._scratch = scratch
         self._traffic = traffic or Traffic()
@@ -260,6 +264,8 @@ class Preflight:
         enrolled = ask_to_enrol(self.transport, roster, adapter.spec_hash, family, check_only=True)
         if self.record is not None:
             check_run(self.record, self.settings.state_dir, enrolled.run_id)
+            check_server(self.record, enrolled.round, enrolled.head)
+        self._kept = enrolled.ledger_head
         return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
 
     def _check_budget(self) -> str:
@@ -267,11 +273,34 @@ class Preflight:
         wanted = self._parameters(target)
         if has_begun(self._ledger):
             check_parameters(wanted, read_ledger(self._ledger))
+        self._books.check(self._unit_ids, self._kept)
         plan = self.plan
+        self._warn_of_earlier_runs(wanted, plan)
         budget = f"ε = {target:g} at δ = {wanted.delta:.1e}"
         if not self.kit.roster.terms.adapter.private:
             return f"{budget}, for the task profile"
         return f"{budget}; planned σ = {plan.noise_multiplier:.3f} at q = {plan.sampling_rate:.4f}"
+
+    def _warn_of_earlier_runs(self, wanted: LedgerParameters, plan: AdapterPlan) -> None:
+        """Say that other runs have left too little of the budget for all that this one is to release."""
+        terms, run = self.kit.roster.terms, self.record.run_id if self.record else ""
+        rows = read_ledger(self._ledger) if has_begun(self._ledger) else []
+        earlier = charges([row for row in rows if row.context != run], wanted.budgeted_channels)
+        release = Release("profile", None, data_epoch(self._unit_ids), terms.profile.sha256)
+        profile, _, steps = plan_inputs(terms, len(self._unit_ids), terms.schedule.rounds)
+        planned = [] if release.made(rows) else profile
+        if terms.adapter.private:
+            planned.append(GaussianEvent(plan.noise_multiplier, plan.sampling_rate, steps))
+        if not earlier or not planned:
+            return
+        bound = bound_of([*earlier, *map(Charge, planned)], wanted.delta, wanted.accountant)
+        if wanted.target_epsilon is not None and not bound.epsilon <= wanted.target_epsilon:
+            self.warnings.append(
+                f"earlier runs have spent a part of the budget of these data: with all that this one is to "
+                f"release, ε would be {bound.epsilon:.3g}, above {wanted.target_epsilon:g}. Once the budget "
+                "is spent, this client only receives; data that share no example with these have a budget of "
+                "their own"
+            )
 
     def _check_memory(self) -> str:
         if self._given.model is not None:
@@ -286,10 +315,14 @@ class Preflight:
         return ledger_parameters(self._ledger, self.kit.member_id(), terms, units, target)
 
     @property
-    def _ledger(self) -> Path:
+    def _books(self) -> DataLedger:
         settings, member = self.settings, self.kit.member_id()
         record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
-        return DataLedger.of(settings.data, settings.state_dir, record).place / LEDGER
+        return DataLedger.of(settings.data, settings.state_dir, record)
+
+    @property
+    def _ledger(self) -> Path:
+        return self._books.place / LEDGER
 
     @property
     def _releases_profile(self) -> bool:

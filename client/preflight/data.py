@@ -61,25 +61,30 @@ def read_lengths(
     """How much of a set is read within `max_length` tokens, answer and end of text included.
 
     Raises:
-        ConfigurationError: an answer or choice leaves no room for its prompt, or the chat template refuses a
-            conversation; the example is numbered.
+        ConfigurationError: answers or choices leave no room for their prompts, or the chat template refuses a
+            conversation; the example, of several the one with the longest answer, is numbered.
         ModelError: conversations cannot be given to this model.
     """
     cut = lost = total = longest = learned = 0
+    too_long: list[tuple[int, int]] = []  # answers in tokens, and the place of the example
     for number, example in enumerate(map(without_images, found.examples), start=1):
         *context, (written, _) = example_pieces(tokenizer, example, number)
         prompt = sum(len(tokens) for tokens, _ in context)
         answer = max(len(written), *(1 + len(answer_tokens(tokenizer, text)) for text in example.choices), 1)
         if answer >= max_length:
-            raise ConfigurationError(
-                f"{found.label}, example {number}: its answer is {answer} tokens long with its end, and "
-                f"{setting} is {max_length} and must leave room for the prompt; raise {setting} to "
-                f"{answer + 1} at least, or shorten the answer"
-            )
+            too_long.append((answer, -number))
         over = max(0, prompt + answer - max_length)
         cut, lost, total = cut + bool(over), lost + over, total + prompt
         longest = max(longest, prompt + answer)
         learned = max(learned, len(written) + sum(len(piece) for piece, loss in context if loss))
+    if too_long:
+        answer, number = max(too_long)
+        others = f", as in {len(too_long) - 1} more" if len(too_long) > 1 else ""
+        raise ConfigurationError(
+            f"{found.label}, example {-number}: its answer is {answer} tokens long with its end, and "
+            f"{setting} is {max_length} and must leave room for the prompt{others}; raise {setting} to "
+            f"{answer + 1} at least, or shorten what is longer"
+        )
     warning = (
         f"{found.label}: {cut} of {len(found.examples)} examples are longer than {setting} = {max_length} "
         f"tokens (the longest has {longest:,}); {_percent(lost, total)} of their prompts' tokens are not "

@@ -4,6 +4,7 @@ import datetime as dt
 import getpass
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,7 @@ class Init:
                 "  FOR ONE MACHINE ONLY: every private key was made here; whoever holds "
                 f"{out}/ can pose as any member\n"
                 f"  the server's kit is {out}/server/, the clients' are {out}/clients/<id>/\n"
-                f"  {_promise(roster)}"
+                f"{_promise(roster)}"
             )
             _warn(console, roster)
             return
@@ -69,7 +70,7 @@ class Init:
         consortium.begin(config, out, _new_passphrase(self.passphrase_fd), self.basis)
         name = config.federation
         console.print(
-            f"the consortium of federation {name!r} is in {out}/; no member's key is\n"
+            f"the consortium of federation {name!r} is in {out}/, and no member's key\n"
             f"  keep {out}/consortium/ to yourself: with its passphrase it can add members and sign rosters\n"
             f"  members       fedmosaic keys request ID --federation {name}\n"
             f"                for {', '.join(member.id for member in config.members)}\n"
@@ -139,7 +140,7 @@ class Approve:
         told = {_digits(text) for text in self.fingerprint}
         for request in requests:
             matching = told & {_digits(request.fingerprint)}
-            _compare(request.who, request.fingerprint, next(iter(matching or told), ""))
+            _compare(request.who, request.fingerprint, next(iter(matching or told), ""), "--fingerprint")
             console.print(f"{request.who}: fingerprint {request.fingerprint}, as it was read")
         passphrase = _passphrase(self.directory, self.passphrase_fd)
         approval = consortium.approve(self.directory, requests, passphrase, replace=self.replace)
@@ -151,7 +152,7 @@ class Approve:
             console.print(f"  hand back     {answer}/   to {name or 'whoever runs the server'}; it is public")
         _tell_roster(console, self.directory, approval.roster)
         _warn(console, approval.roster)
-        console.print(f"  {_promise(approval.roster)}")
+        console.print(_promise(approval.roster))
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,13 @@ class Install:
 
     def run(self, console: Console) -> None:
         """Check the answer and take it in."""
-        confirm = partial(_compare, "the consortium", told=self.consortium)
+        confirm = partial(_compare, "the consortium", told=self.consortium, option="--consortium")
         kit = install(self.answer, self.kit, confirm)
         console.print(
             f"installed in {kit.directory}/: roster {kit.roster.serial} of federation "
             f"{kit.roster.federation!r}, certificate valid until {kit.expires:%Y-%m-%d}\n"
-            f"  it names {len(kit.roster.members)} members; `fedmosaic keys show {kit.directory}` shows "
-            "their fingerprints: ring them up and compare, so that nobody poses as one"
+            f"  it names {len(kit.roster.members)} members; `fedmosaic keys show {kit.directory}` shows\n"
+            "  their fingerprints: ring them up and compare, so that nobody poses as one"
         )
 
 
@@ -245,14 +246,14 @@ def _digits(text: str) -> str:
     return "".join(sign for sign in text if sign.isdecimal())
 
 
-def _compare(who: str, shown: str, told: str) -> None:
+def _compare(who: str, shown: str, told: str, option: str) -> None:
     """Refuse a fingerprint that is not the one that was heard; ask for it where none was given.
 
     To type it, rather than to say yes, is what makes people compare it.
     """
     if not told:
         if not sys.stdin.isatty():
-            raise ConfigurationError(f"nobody is here to type the fingerprint of {who}: give it as an option")
+            raise ConfigurationError(f"nobody is here to type the fingerprint of {who}: give it as {option}")
         told = input(f"Type the fingerprint that {who} reads to you over the telephone: ")
     if _digits(told) != _digits(shown):
         raise IdentityError(
@@ -295,26 +296,34 @@ def _promise(roster: Roster) -> str:
     """What these terms promise, and do not, of recipients who put their aggregates together."""
     policy, members = roster.terms.policy, len(roster.members)
     words = (
-        f"with the aggregates of one round, {policy.withstands} recipient(s) of the {members} members solve "
-        f"for no adapter, {policy.withstands + 1} may"
+        f"the aggregates of one round give no single adapter away to {policy.withstands} of the {members} "
+        f"members, and may to {policy.withstands + 1} together"
     )
     if policy.withstands < 2 and members > 4:
         words += "; policy.minimum_contributors = 4 would withstand two"
     if not roster.terms.adapter.private:
         words += "; against more recipients, or over rounds, only adapter.protection 'dp' helps"
-    return words
+    return _filled(words)
+
+
+def _filled(words: str) -> str:
+    """Prose in lines of at most 80 columns; commands, which are copied, are never broken."""
+    return textwrap.fill(
+        words, 80, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _warn(console: Console, roster: Roster, *, families: bool = True) -> None:
     for problem in (kits.fragile(roster.members, roster.terms), families and kits.unaligned(roster)):
         if problem:
-            console.print(f"[bold yellow]Warning:[/] {problem}.")
+            console.print(f"[bold yellow]Warning:[/]\n{_filled(problem)}.")
 
 
 def _tell_roster(console: Console, directory: Path, roster: Roster) -> None:
     console.print(
-        f"roster {roster.serial} is in {directory}/{kits.ROSTER} and in every answer: whoever has another "
-        "one installs it, the server too; running clients and servers take it up by themselves"
+        f"roster {roster.serial} is in {directory}/{kits.ROSTER} and in every answer:\n"
+        "  whoever has another one installs it, the server too; running clients and\n"
+        "  servers take it up by themselves"
     )
 
 

@@ -31,9 +31,7 @@ from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 LARGEST_REQUEST: Final = 1 << 16
-STRENGTH: Final = (
-    "20 digits, 66 bits, and each guess at them costs an attacker 16 MiB and about 40 ms (scrypt)"
-)
+STRENGTH: Final = "20 digits, 66 bits; a guess costs 16 MiB and about 40 ms (scrypt)"
 _LABEL: Final = b"fedmosaic/key-request/v1\n"
 
 

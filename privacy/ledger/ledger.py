@@ -237,10 +237,14 @@ class Ledger:
             return Release(channel, round, data_epoch, context).made(rows)
 
     def refused(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> bool:
-        """Whether the budget refused this release and nothing was reserved for it."""
+        """Whether the budget refused this release when it was asked for last.
+
+        A reservation before that is of a draw that was lost.
+        """
         release = Release(channel, round, data_epoch, context)
         with self._log.reading() as rows:
-            return bool(release.among(rows, "REFUSED")) and not release.among(rows, "RESERVED")
+            asked = release.among(rows, "RESERVED")[-1:] + release.among(rows, "REFUSED")[-1:]
+            return max((row.sequence, row.kind) for row in asked)[1] == "REFUSED" if asked else False
 
     def pending(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> LedgerRow | None:
         """The last reservation of a release that was never recorded as made, such as after a crash.

@@ -51,9 +51,10 @@ def channel_options(members: int, descriptors: int) -> tuple[tuple[str, int], ..
     )
 
 
-async def refuse(context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
-    """End a call with a refusal, and give it one line in the log."""
-    log.warning("refused %s of %s: %s: %s", call, who, refusal.reason, refusal)
+async def refuse(context: Context, audit: AuditLog, call: str, who: str, refusal: Refusal) -> NoReturn:
+    """End a call with a refusal, and note it; the same again within a minute has no line in the log."""
+    level = logging.WARNING if audit.refused(who, call, refusal.reason) else logging.DEBUG
+    log.log(level, "refused %s of %s: %s: %s", call, who, refusal.reason, refusal)
     await context.abort_with_status(to_status(refusal))
     raise AssertionError("abort returns by raising")
 
@@ -127,8 +128,7 @@ class Gate(aio.ServerInterceptor):
                     raise WireError("the call ended without a request")
                 return method(messages if streamed else first, context)
             except WireError as error:
-                self._audit.refused(who, "a call", "MALFORMED")
-                await refuse(context, "a call", who, malformed(str(error)))
+                await refuse(context, self._audit, "a call", who, malformed(str(error)))
             except TimeoutError:
                 await nothing_came(context, "a call", who)
 

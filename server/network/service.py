@@ -270,8 +270,7 @@ class FederationService(rpc.FederationServicer):
             await self._refuse(context, call, context.peer() or "unknown peer", refusal)
 
     async def _refuse(self, context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
-        self.audit.refused(who, call, refusal.reason)
-        await refuse(context, call, who, refusal)
+        await refuse(context, self.audit, call, who, refusal)
 
     async def guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
         """Await work; answer errors with a status, and give each one line in the log."""

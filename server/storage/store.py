@@ -168,9 +168,14 @@ class Store:
         """The newest head of a member's privacy ledger; empty if it never sent one."""
         return bytes(self._scalar(_ledger_head(client)) or b"")
 
+    def families(self) -> dict[str, str]:
+        """Members that have ever enrolled, and the family that they enrolled with last."""
+        columns = tables.members.c
+        return {row.client: row.family for row in self._rows(sa.select(columns.client, columns.family))}
+
     def enrolled(self) -> frozenset[str]:
         """Members that have ever enrolled."""
-        return frozenset(row.client for row in self._rows(sa.select(tables.members.c.client)))
+        return frozenset(self.families())
 
     def add_uploads(self, arrivals: Iterable[Arrival]) -> None:
         """Store accepted uploads, their profiles, ledger heads and traffic; their payloads are in place."""

@@ -16,7 +16,7 @@ from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.records import ClippingRecord, read_average, read_profile
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.ending import ResultFile
-from fedmosaic.client.state import ClientState
+from fedmosaic.client.state import ClientState, read_record
 from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.terms import Terms
@@ -50,6 +50,15 @@ def test_a_damaged_session_is_named(content: bytes, tmp_path: Path) -> None:
     # The remedy: a new directory with the ledger of the old one.
     state = ClientState(tmp_path / "new", "f", "ada")
     state.join_run("0" * 32)
+
+
+@pytest.mark.parametrize("left", ["adapter/round-0002", "upload-0003.bin"])
+def test_what_a_lost_session_has_left_is_not_taken_for_another_run_s(left: str, tmp_path: Path) -> None:
+    """P and Q that a run without DP has trained would go on, unnoised, as those of a run with DP."""
+    (tmp_path / left).mkdir(parents=True)
+    for opening in (lambda: ClientState(tmp_path, "f", "ada"), lambda: read_record(tmp_path)):
+        with pytest.raises(StateError, match=r"session\.json is missing.*new state_dir"):
+            opening()
 
 
 def test_a_damaged_mark_of_a_roster_is_named_like_the_rest_of_the_session(tmp_path: Path) -> None:

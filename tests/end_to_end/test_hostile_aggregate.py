@@ -278,6 +278,21 @@ def test_training_that_diverges_for_reasons_of_its_own_ends_the_first_round_only
     assert np.array_equal(made.sections()["shared"], before)
 
 
+@pytest.mark.parametrize("protection", ["encrypted", "dp+encrypted"])
+def test_under_dp_nobody_remembers_that_training_without_noise_failed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, protection: str
+) -> None:
+    """After a kill it would decide at which received branch DP-SGD runs, and so what is released."""
+    fv.make_federation(tmp_path / "f", agreed_terms(protection))
+    victim = Victim(tmp_path / "f", VICTIM, 0, model=model)
+    session = victim.session(None)
+    monkeypatch.setattr(victim.learner, "train", lambda number, releases, give_up: give_up())
+    session._train(2)
+    assert victim.state is not None
+    assert victim.state.gave_up(2) == (protection == "encrypted")
+    victim.close()
+
+
 def test_nothing_is_opened_in_the_first_round(tmp_path: Path, model: Path) -> None:
     """A server can send a row over uploads that nobody has made; whether that opens is its own affair."""
     fv.make_federation(tmp_path / "f", agreed_terms("encrypted"))

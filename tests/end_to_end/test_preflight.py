@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -15,10 +16,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from builders import charge
 from end_to_end.federation_of_vectors import run_all
 from fedmosaic.client import __main__ as command
 from fedmosaic.client import client
 from fedmosaic.client.learner import SAMPLER
+from fedmosaic.client.ledger import SEEN
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
@@ -26,8 +29,9 @@ from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.result.saved import open_model
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import ClientState
+from fedmosaic.client.state import ClientState, SessionRecord
 from fedmosaic.experiments.comparison import report
+from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
@@ -162,8 +166,6 @@ def test_all_is_well_and_nothing_was_changed(config: Path, capsys: pytest.Captur
 
 
 def test_the_question_to_the_server_enrols_nobody(config: Path, served: tuple[Path, int]) -> None:
-    import sqlite3
-
     required(config)
     with sqlite3.connect(served[0] / "server" / "state" / "server.db") as store:
         tables = {row[0] for row in store.execute("select name from sqlite_master where type='table'")}
@@ -225,9 +227,28 @@ def ledger_of(name: str, delta: float, target: float) -> Damage:
     return damage
 
 
+def lost_ledger(config: Path) -> None:
+    """The state has seen a ledger that is not there."""
+    ledger_of("a", 1e-3, 8.0)(config)
+    checked = preflight(config)
+    with Ledger.open(checked._ledger, "a", 1e-3, 8.0, budgeted_channels=("profile",)) as ledger:
+        (config.parent / "state").mkdir()
+        checked._books.remember(ledger)
+    shutil.rmtree(checked._ledger.parent)
+
+
+def older_ledger(config: Path) -> None:
+    """The state has seen a later row than the ledger has."""
+    ledger_of("a", 1e-3, 8.0)(config)
+    (config.parent / "state").mkdir()
+    (config.parent / "state" / SEEN).write_text(json.dumps({"ledger": "there", "anchor": "0" * 64}))
+
+
 @pytest.mark.parametrize(
     ("damage", "check", "reason"),
     [
+        (lost_ledger, "budget", "holds no privacy ledger, and what a has released"),
+        (older_ledger, "budget", "LEDGER_BEHIND.* that the state directory"),
         (other_key, "kit", "identity key"),
         (state_of("elsewhere"), "state", "'elsewhere'"),
         (changed('test = "test.jsonl"', 'test = "train.jsonl"'), "data", "all 60 examples"),
@@ -268,6 +289,29 @@ def test_what_is_wrong_is_found_before_enrolment(
             each.run()
         with pytest.raises(FedMosaicError, match=reason):
             wrong.run()
+
+
+def test_what_the_server_knows_better_is_found_before_enrolment(
+    config: Path, served: tuple[Path, int]
+) -> None:
+    with closing(sqlite3.connect(served[0] / "server" / "state" / "server.db")) as store:
+        (run,) = store.execute("select value from meta where key = 'run'").fetchone()
+    state = ClientState(config.parent / "state", "f", "a")
+    state.join_run(json.loads(run)["id"])
+    state.see(2, bytes(32))
+    state.release()
+    checked = preflight(config)
+    with closing(checked), pytest.raises(FedMosaicError, match="is at round 1, but was at round 2 before"):
+        checked._check_server()
+    shutil.rmtree(config.parent / "state")
+    for damage, reason in ((ledger_of("a", 1e-3, 8.0), "LEDGER_BEHIND.*the server has"), (None, "knows of")):
+        if damage is not None:
+            damage(config)
+        checked = preflight(config)
+        checked._kept = bytes(32)
+        with pytest.raises(FedMosaicError, match=reason):
+            checked._check_budget()
+        shutil.rmtree(checked._ledger.parent, ignore_errors=True)
 
 
 def test_the_client_itself_stops_before_it_loads_trains_or_charges(
@@ -333,9 +377,21 @@ def test_a_private_client_is_told_its_plan(place: Path, config: Path, served: tu
     config.write_text(config.read_text().replace(str(served[0]), str(directory)))
     checked = preflight(config)
     told = dict((check.name, check.run()) for check in checked.checks() if check.name in ("kit", "budget"))
+    assert checked.warnings == []
     assert "protection 'dp'" in told["kit"]
     assert re.search(r"planned σ = \d", told["budget"])
     assert not (config.parent / "state").exists()
+    # An earlier run has had all of it. That of the run that goes on is in the plan already.
+    wanted, plan = checked._parameters(8.0), checked.plan
+    channels, event = wanted.budgeted_channels, GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 2)
+    with Ledger.open(checked._ledger, "a", wanted.delta, 8.0, budgeted_channels=channels) as ledger:
+        charge(ledger, event, "adapter", 1, context="1" * 32)
+    for run, said in (("2" * 32, 1), ("1" * 32, 0)):
+        checked = preflight(config)
+        checked.record = SessionRecord(federation="f", client="a", run_id=run)
+        checked._check_budget()
+        assert len(checked.warnings) == said
+        assert all(re.search(r"ε would be [\d.]+, above 8", line) for line in checked.warnings)
 
 
 def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, int], place: Path) -> None:

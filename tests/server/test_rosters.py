@@ -147,14 +147,20 @@ def test_a_roster_is_never_rolled_back(
     Coordinator(second, clock).close()
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
 @pytest.mark.parametrize("changes", [{"family_dimensions": {"llama": 4}, "across_families": True}, {}])
 def test_a_member_keeps_its_family_in_a_run(
-    running: Coordinator, federation: Any, changes: dict[str, Any]
+    running: Coordinator, federation: Any, clock: Any, changes: dict[str, Any], restarted: bool
 ) -> None:
+    running.enrol("clinic-a", federation.enrolment())
+    families = {"clinic-a": "llama", "clinic-b": "llama"}  # clinic-b has not enrolled, so nothing was shared
+    settings = changed(federation, running.settings)
+    settings = settings.model_copy(update={**changes, "families": families})
+    if restarted:
+        federation.crash(running)
     running.settings = running.settings.model_copy(update=changes)
-    settings = changed(federation, running.settings).model_copy(update={"families": {"clinic-a": "llama"}})
-    with pytest.raises(StateError, match="'clinic-a' is of family 'llama' on the new roster"):
-        running.renew(settings)
+    with pytest.raises(StateError, match="'clinic-a' is of family 'llama' on the new roster, and of ''"):
+        Coordinator(settings, clock) if restarted else running.renew(settings)
 
 
 def test_groups_that_are_formed_keep_their_roster(running: Coordinator, federation: Any, clock: Any) -> None:

@@ -108,3 +108,6 @@ def test_an_answer_without_room_is_refused_with_file_example_and_setting(
     with pytest.raises(ConfigurationError, match=r"t\.jsonl, example 2: .*raise profile_max_length to 14"):
         read_lengths(tokenizer, of("t.jsonl", examples), 13, "profile_max_length")
     read_lengths(tokenizer, of("t.jsonl", examples), 14, "profile_max_length")
+    # One figure for all of them, not one after the other.
+    with pytest.raises(ConfigurationError, match=r"example 2: .* as in 1 more; raise s to 14 at least"):
+        read_lengths(tokenizer, of("t.jsonl", [*examples, Example("3", "a", "b b b b")]), 4, "s")

@@ -190,6 +190,13 @@ def test_what_the_budget_refused_is_remembered(path: Path) -> None:
         assert ledger.refused("adapter", 0, EPOCH)
         assert not ledger.refused("adapter", 1, EPOCH)
         assert not ledger.refused("adapter", 0, EPOCH, "another run")
+    # Charged, the draw lost in a crash, and then refused: what is there now is of no draw.
+    with open_ledger(path.with_name("crashed"), rdp(STEP) * 1.001) as ledger:
+        reserve(ledger)
+        assert not ledger.refused("adapter", 0, EPOCH)
+        with pytest.raises(BudgetExceededError):
+            reserve(ledger)
+        assert ledger.refused("adapter", 0, EPOCH)
 
 
 def test_releases_without_dp_cost_infinity_and_say_what_covers_them(path: Path) -> None:

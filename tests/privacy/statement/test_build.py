@@ -543,7 +543,10 @@ def test_every_release_of_a_ledger_has_the_noise_of_its_own_terms(tmp_path: Path
             charge(ledger, STEP, "adapter", number, digest=DIGEST, mechanism=mechanism)
         rows = tuple(ledger.export())
     for protection in ("dp", "distributed-dp"):
-        (client,) = make(models.ClientInputs(ledger=rows, adapter_protection=protection)).clients  # type: ignore[arg-type]  # as above
+        whole = make(models.ClientInputs(ledger=rows, adapter_protection=protection))  # type: ignore[arg-type]  # as above
+        # What the noise of the groups rests on, also in a run that forms none.
+        assert any("whoever adds none" in each for each in whole.assumptions)
+        (client,) = whole.clients
         for adversary, left in {"server_malicious": (1, 1, 1), "colluding_recipients": (1, 6, 11)}.items():
             events = [GaussianEvent(STEP.noise_multiplier / math.sqrt(part), 1.0, 5) for part in left]
             told = guarantee(client, "adapter", adversary).epsilon  # type: ignore[arg-type]  # as above
