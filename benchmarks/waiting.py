@@ -218,13 +218,23 @@ class _Member:
             random_upload, self._protection, self._roster.terms, random, self._run, number, new=number == 1
         )
 
+        header, offset = upload.header(), 0
+
         async def messages() -> AsyncIterator[pb.PushRequest]:
-            yield pb.PushRequest(header=wire.encode_upload_header(upload.header()))
-            for chunk in wire.chunks([section.payload for section in upload.sections], 0):
+            yield pb.PushRequest(header=wire.encode_upload_header(header, offset))
+            for chunk in wire.chunks([section.payload for section in upload.sections], offset):
                 yield pb.PushRequest(chunk=chunk)
 
-        await self._stub.Push(messages(), timeout=_CALL_SECONDS)
-        return time.monotonic()
+        while True:
+            try:
+                await self._stub.Push(messages(), timeout=_CALL_SECONDS)
+                return time.monotonic()
+            except aio.AioRpcError as error:
+                # As a client does: nothing came from it for 30 s, since so many share this process.
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+            status = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
+            offset = (await self._stub.UploadStatus(status, timeout=_CALL_SECONDS)).received
 
 
 if __name__ == "__main__":
