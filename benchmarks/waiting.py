@@ -27,7 +27,7 @@ import tyro
 from grpc import aio
 
 from benchmarks.scale_server import enrolment, random_upload
-from benchmarks.timing import in_own_process
+from benchmarks.timing import in_own_process, resident_mib
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.federation.consortium import create
@@ -142,9 +142,7 @@ class _Load:
             await asyncio.sleep(0.05)
 
     def _memory(self) -> float:
-        """Megabytes of the server beside mapped files."""
-        lines = Path(f"/proc/{self._server.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+        return resident_mib("RssAnon", self._server.pid)
 
     def _seconds(self) -> float:
         """Processor seconds of the server so far."""

@@ -39,35 +39,25 @@ async def methods_of(service: FederationService) -> Mapping[str, Any]:
     return {path: await gate.intercept_service(handler_of, path) for path in found}
 
 
-class CallEndedError(Exception):
-    """The service has ended a call with a status (`google.rpc.Status`)."""
-
+class _EndedError(Exception):
     def __init__(self, status: Any) -> None:
         self.status = status
 
 
-class PipeContext:
+class _Context:
     """What the service uses of `grpc.aio.ServicerContext`."""
 
     def __init__(self, auth: Mapping[str, list[bytes]], peer: str) -> None:
-        """`auth` is what TLS found out about the peer, in the form of gRPC's `auth_context`."""
         self.auth_context, self.peer = lambda: auth, lambda: peer
-        self._callbacks: list[Any] = []
-        self.add_done_callback = self._callbacks.append
+        self.callbacks: list[Any] = []
+        self.add_done_callback = self.callbacks.append
 
     async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
-        """See gRPC."""
-        raise CallEndedError(status_pb2.Status(code=code.value[0], message=details))
+        raise _EndedError(status_pb2.Status(code=code.value[0], message=details))
 
     async def abort_with_status(self, status: Any) -> NoReturn:
-        """See gRPC."""
         details = dict(status.trailing_metadata)["grpc-status-details-bin"]
-        raise CallEndedError(status_pb2.Status.FromString(details))
-
-    def done(self) -> None:
-        """Tell whoever wants to know that the call is over."""
-        for callback in self._callbacks:
-            callback(self)
+        raise _EndedError(status_pb2.Status.FromString(details))
 
 
 class Node:
@@ -124,7 +114,7 @@ class Node:
 
     async def _run(self, path: str) -> None:
         secured, status = self._secured, status_pb2.Status()
-        context: Any = PipeContext(secured.peer(), f"SuperNode {self._name}")
+        context: Any = _Context(secured.peer(), f"SuperNode {self._name}")
         try:
             names = context.auth_context()["x509_subject_alternative_name"]
             if self._member and names != [self._member.encode()]:
@@ -139,8 +129,9 @@ class Node:
             else:
                 message = await handler.stream_unary(requests, context)
                 secured.send(Kind.MESSAGE, handler.response_serializer(message))
-        except CallEndedError as ended:
+        except _EndedError as ended:
             status = ended.status
         finally:
-            context.done()
+            for callback in context.callbacks:
+                callback(context)
         secured.send(Kind.STATUS, status.SerializeToString())

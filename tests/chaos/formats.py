@@ -1,4 +1,4 @@
-"""Mutated contents of every file format, and of the payloads in them, to all that reads them."""
+"""Mutated contents of every request and every file format, and of what is in them, to all that reads them."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from chaos.mutations import MEMBER, mutate, mutate_json, mutate_messages, where
 from end_to_end import federation_of_vectors as fv
@@ -33,8 +34,9 @@ from fedmosaic.privacy.groupkey.nonces import NonceCounter
 from fedmosaic.privacy.ledger.store import read_ledger
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.privacy.statement.check import check_received
-from fedmosaic.protos.errors import FedMosaicError
-from fedmosaic.protos.messages import WeightRow
+from fedmosaic.protos import wire
+from fedmosaic.protos.errors import FedMosaicError, WireError
+from fedmosaic.protos.messages import Enrolment, KeyMessage, WeightRow
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.server.round.relations import unpack
 from fedmosaic.server.settings import OperatorSettings
@@ -46,6 +48,7 @@ _SLOW = "server.db"
 _AUDIT_BYTES = 2000
 """An audit log's first lines are mutated; the rest is more of the same."""
 Reader = Callable[[bytes], object]
+_MESSAGES: dict[Any, Any] = {pb.EnrolRequest: Enrolment, pb.PostKeyMessageRequest: KeyMessage}
 
 
 class _Formats(dict[str, tuple[bytes, Reader]]):
@@ -83,6 +86,8 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
 
     found.file(database, all_of_it)
     found["statement"] = pb.ReportRequest.FromString(kept["Report"][0]).statement, _statement
+    for call, contents in kept.items():
+        found[call] = contents[-1], partial(_request, getattr(pb, f"{call}Request"))
     key = next((kit / "state" / "keys").glob("epoch-*.json")).read_bytes()
     return found | _records(GroupKey.load(json.loads(key)["key"].encode()))
 
@@ -149,6 +154,20 @@ def _of_client(found: _Formats, kit: Path) -> None:
     found.file(ledger, same_ledger)
     found.file(state / "ledger.sqlite.head", same_ledger)
     found.file(state / AUDIT, read_audit, _AUDIT_BYTES)
+
+
+def _request(kind: Any, content: bytes) -> None:
+    """What the server does with the bytes of a request before it looks at who asks."""
+    try:
+        request = kind.FromString(content)
+    except DecodeError:
+        raise WireError("no request of this call") from None
+    if hasattr(request, "header") and request.HasField("header"):
+        wire.decode_upload_header(request.header)
+    elif kind is pb.PushRequest:
+        wire.check_chunk(request.chunk, 0, 1000)
+    elif kind in _MESSAGES:
+        wire.decode(request, _MESSAGES[kind])
 
 
 def _statement(content: bytes) -> None:

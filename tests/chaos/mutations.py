@@ -1,20 +1,16 @@
 """Mutated messages of every call to a live server.
 
 The originals are those of a federation of vectors that stops in its second round: what its last member sent,
-and what it and the server have on disk then. Some thousand messages of each call go over the wire; most are
-given to what gRPC would call, the gate and the service behind it, as gRPC would hand them over.
+and what it and the server have on disk then.
 """
 
-import asyncio
 import json
 import logging
 import random
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,6 @@ from google.protobuf.message import Message
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.statement import statement_inputs
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.integrations.flower.node import CallEndedError, PipeContext, methods_of
-from fedmosaic.privacy.federation.identity import spiffe_id
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.statement.shareable import shareable
 from fedmosaic.protos.v1 import federation_pb2 as pb
@@ -36,9 +30,7 @@ from fedmosaic.server.settings import settings_from_kit
 MEMBER = "eva"
 _AT_ONCE = 1000
 _OVER_GRPC = 3000
-"""Mutations of each call that go over the wire."""
-_PATIENCE_SECONDS = 5.0
-"""For a call that waits; the originals ask to wait for a millisecond."""
+"""Mutations of each call that go over the wire; what reads them there is given all of them in `formats`."""
 _LARGEST_GROWTH = 64 * 2**20
 """Bytes that this process, server and caller together, may grow by over all calls."""
 _EXTREMES = (None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64)
@@ -166,49 +158,13 @@ def _call(channel: grpc.Channel, name: str, messages: list[bytes]) -> str:
         if name == "Push":
             channel.stream_unary(path)(iter(messages), timeout=60)
         elif name in ("Pull", "ReadKeyMessages"):
-            list(channel.unary_stream(path)(messages[0], timeout=_PATIENCE_SECONDS))
+            list(channel.unary_stream(path)(messages[0], timeout=0.5))
         else:
             channel.unary_unary(path)(messages[0], timeout=60)
     except grpc.RpcError as error:
-        return _said(error.code(), str(error.details()))
+        fault = error.code().name in ("UNKNOWN", "INTERNAL", "UNAVAILABLE")
+        return f"{error.code().name}: {error.details()}" if fault else str(error.code().name)
     return "OK"
-
-
-def _said(code: grpc.StatusCode, details: str) -> str:
-    fault = code.name in ("UNKNOWN", "INTERNAL", "UNAVAILABLE")
-    return f"{code.name}: {details}" if fault else str(code.name)
-
-
-async def _calls(handler: Any, auth: Any, at_once: int, work: Sequence[list[bytes]]) -> list[str]:
-    """Hand raw bytes to what gRPC would call, so many calls at once; returns what `_call` would."""
-    gate = asyncio.Semaphore(at_once)
-
-    async def sent(messages: list[bytes]) -> AsyncIterator[bytes]:
-        for message in messages:
-            yield message
-
-    async def one(messages: list[bytes]) -> str:
-        context: Any = PipeContext(auth, "a member")
-        async with gate:
-            try:
-                async with asyncio.timeout(_PATIENCE_SECONDS):
-                    if handler.response_streaming:
-                        async for _ in handler.stream_stream(sent(messages), context):
-                            pass
-                    else:
-                        await handler.stream_unary(sent(messages), context)
-            except CallEndedError as ended:
-                code = next(c for c in grpc.StatusCode if c.value[0] == ended.status.code)
-                return _said(code, ended.status.message)
-            except TimeoutError:
-                return "DEADLINE_EXCEEDED"
-            except Exception as error:
-                return f"{where(error)}: {error}"
-            finally:
-                context.done()
-        return "OK"
-
-    return await asyncio.gather(*map(one, work))
 
 
 def mutate_messages(directory: Path, seed: int, count: int) -> tuple[int, list[str], Any]:
@@ -217,59 +173,40 @@ def mutate_messages(directory: Path, seed: int, count: int) -> tuple[int, list[s
     Returns:
         How many were sent, the faults, and the bytes that were recorded.
     """
-    server: Any = Server(settings_from_kit(directory / "server").model_copy(update={"durable": False}))
-    kit, served = directory / "clients" / MEMBER, Future[tuple[Any, Any]]()
-    auth = {
-        "x509_subject_alternative_name": [spiffe_id("vectors", MEMBER).encode()],
-        "x509_pem_cert": [(kit / "tls.pem").read_bytes()],
-    }
-
-    @asynccontextmanager
-    async def beside(service: Any) -> AsyncIterator[None]:
-        served.set_result((asyncio.get_running_loop(), await methods_of(service)))
-        yield
-
-    server.running = partial(server.running, beside=beside)
-    seen, faults, sent = _Tracebacks(), [], 0
+    settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
+    kit = directory / "clients" / MEMBER
+    seen, faults, sent = _Tracebacks(), list[str](), 0
+    count = min(count, _OVER_GRPC)
     logging.getLogger().addHandler(seen)
     try:
-        with server.background() as port:
+        with Server(settings).background() as port:
             kept = record(directory, port)
-            loop, methods = served.result()
             rest = (kit / "authority.pem", kit / "tls.pem", kit / "tls.key")
             with open_channel(f"localhost:{port}", *rest) as channel, ThreadPoolExecutor(8) as pool:
-
-                def over_grpc(name: str, work: list[list[bytes]]) -> list[str]:
-                    # A second push of a member ends the first, so these come one after the other.
-                    order = map if name == "Push" else pool.map
-                    return list(order(partial(_call, channel, name), work))
-
-                def in_process(name: str, work: list[list[bytes]]) -> list[str]:
-                    handler = methods[f"/fedmosaic.v1.Federation/{name}"]
-                    calls = _calls(handler, auth, 1 if name == "Push" else 8, work)
-                    return asyncio.run_coroutine_threadsafe(calls, loop).result()
-
-                draws = {name: random.Random(f"{seed} {name}") for name in kept}
-                for send, number in ((over_grpc, min(count, _OVER_GRPC)), (in_process, count)):
-                    before = psutil.Process().memory_info().rss
+                before, draws = 0, {name: random.Random(f"{seed} {name}") for name in kept}
+                for part in (count // 10, count - count // 10):
                     for name, originals in kept.items():
-                        answers = Counter[str]()
-                        for start in range(0, number, _AT_ONCE):
-                            few = range(start, min(start + _AT_ONCE, number))
-                            answers.update(send(name, [_mutated(name, originals, draws[name]) for _ in few]))
-                        sent += number
+                        # A second push of a member ends the first, so these come one after the other.
+                        order, answers = map if name == "Push" else pool.map, Counter[str]()
+                        for start in range(0, part, _AT_ONCE):
+                            few = range(start, min(start + _AT_ONCE, part))
+                            work = [_mutated(name, originals, draws[name]) for _ in few]
+                            answers.update(order(lambda m, n=name: _call(channel, n, m), work))
+                        sent += part
                         faults += [
                             f"{name}: {text} ({n} times)" for text, n in answers.items() if ":" in text
                         ]
-                        print(f"{name:16s} {send.__name__:10s} {dict(answers)}", flush=True)
+                        if before:
+                            print(f"{name:20s} {dict(answers)}", flush=True)
                     growth = psutil.Process().memory_info().rss - before
+                    before = before or growth
                 if _call(channel, "RoundStatus", [b""]) != "OK":
                     faults.append("the server does not answer any more")
     finally:
         logging.getLogger().removeHandler(seen)
-    print(f"memory grew by {growth / 2**20:.1f} MiB over the last {number * len(kept)} calls", flush=True)
+    print(f"memory grew by {growth / 2**20:.1f} MiB over the last {sent - sent // 10} calls", flush=True)
     if growth > _LARGEST_GROWTH:
-        faults.append(f"memory grew by {growth / 2**20:.0f} MiB over {number * len(kept)} calls")
+        faults.append(f"memory grew by {growth / 2**20:.0f} MiB over {sent} calls")
     faults += [f"traceback in the log, {number} times: {where}" for where, number in seen.found.items()]
     return sent, faults, kept
 
