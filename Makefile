@@ -57,10 +57,17 @@ bench: $(STAMP)
 	@test -n "$(MODEL)" || { echo "say make bench MODEL=/folder/of/a/model"; exit 1; }
 	$(BIN)/python -m benchmarks.steps $(MODEL) --memory
 
-# On an accelerator; MODEL as above, for example the whole SmolLM2 that `make demo` left there.
+# On an accelerator; MODEL as above, for example the whole SmolLM2 that `make demo` left there. Ratios of steps,
+# memory of a large model, and a whole federation.
 bench-gpu: $(STAMP)
 	@test -n "$(MODEL)" || { echo "say make bench-gpu MODEL=/folder/of/a/model"; exit 1; }
-	$(BIN)/python -m benchmarks.gpu --model $(MODEL) --out runs/gpu/figures
+	for dtype in float32 bfloat16; do \
+	  for steps in "colora private" "colora --batch 16 --tokens 256" "profile --batch 256 --tokens 64"; do \
+	    $(BIN)/python -m benchmarks.steps $(MODEL) --device auto --dtype $$dtype --kinds $$steps || exit 1; \
+	  done; \
+	done
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/fedmosaic demo --rounds 3 --output-dir runs/gpu/demo
 
 bench-encryption: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.encryption --note docs/encryption-benchmark.md >/dev/null

@@ -31,7 +31,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
-from benchmarks.timing import Step, Summary, in_own_process, paired, random_examples, table
+from benchmarks.timing import Step, Summary, in_own_process, paired, random_examples, resident_mib, table
 from fedmosaic.client.colora import CoLoraConfig, target_layers
 from fedmosaic.client.dp.engine import (
     clip_and_sum,
@@ -151,8 +151,7 @@ def peak_mib(variant: str, path: Path, arguments: Arguments) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         for _ in range(3):
             step()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return resident_mib("VmHWM")
 
 
 def _adapted(path: Path, arguments: Arguments) -> tuple[nn.Module, list[EncodedExample]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +57,12 @@ def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
     """What a function of a module returns in a fresh process, whose peak of memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def resident_mib(what: str, process: int | str = "self") -> float:
+    """MiB of a process as Linux says it: `VmRSS` now, `VmHWM` at most, `RssAnon` without mapped files."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
 def peak_megabytes() -> float:

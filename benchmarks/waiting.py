@@ -27,7 +27,7 @@ import tyro
 from grpc import aio
 
 from benchmarks.scale_server import enrolment, random_upload
-from benchmarks.timing import in_own_process
+from benchmarks.timing import in_own_process, resident_mib
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.federation.consortium import create
@@ -142,9 +142,7 @@ class _Load:
             await asyncio.sleep(0.05)
 
     def _memory(self) -> float:
-        """Megabytes of the server beside mapped files."""
-        lines = Path(f"/proc/{self._server.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+        return resident_mib("RssAnon", self._server.pid)
 
     def _seconds(self) -> float:
         """Processor seconds of the server so far."""
@@ -218,13 +216,23 @@ class _Member:
             random_upload, self._protection, self._roster.terms, random, self._run, number, new=number == 1
         )
 
+        header, offset = upload.header(), 0
+
         async def messages() -> AsyncIterator[pb.PushRequest]:
-            yield pb.PushRequest(header=wire.encode_upload_header(upload.header()))
-            for chunk in wire.chunks([section.payload for section in upload.sections], 0):
+            yield pb.PushRequest(header=wire.encode_upload_header(header, offset))
+            for chunk in wire.chunks([section.payload for section in upload.sections], offset):
                 yield pb.PushRequest(chunk=chunk)
 
-        await self._stub.Push(messages(), timeout=_CALL_SECONDS)
-        return time.monotonic()
+        while True:
+            try:
+                await self._stub.Push(messages(), timeout=_CALL_SECONDS)
+                return time.monotonic()
+            except aio.AioRpcError as error:
+                # As a client does: nothing came from it for 30 s, since so many share this process.
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+            status = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
+            offset = (await self._stub.UploadStatus(status, timeout=_CALL_SECONDS)).received
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ likes: rows (v, x, x) and (v', x', x') each keep every rule, and a difference of
 """
 
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
@@ -97,7 +98,7 @@ def check_row(
             f"{largest / (1 << row.bits):.4f}, above the cap of "
             f"{policy.weight_cap}: cap and renormalise the row"
         )
-    squares = Fraction(sum(weight * weight for weight in row.weights), 1 << 2 * row.bits)
+    squares = Fraction(sum(map(operator.mul, row.weights, row.weights)), 1 << 2 * row.bits)
     if squares > Fraction(policy.squares_cap):
         raise PolicyError(
             f"the squared weights of the row sum to {float(squares):.4f}, above the cap of "

@@ -22,6 +22,7 @@ from pydantic_core import from_json
 from fedmosaic import __version__
 from fedmosaic.privacy.federation.identity import read_certificate
 from fedmosaic.privacy.files import private_directory, write_atomically
+from fedmosaic.protos.bounds import MAX_ROUNDS
 from fedmosaic.protos.errors import IdentityError, StateError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, RoundStatus
 from fedmosaic.server.round.relations import matrix, shares, unpack
@@ -158,8 +159,12 @@ def with_rounds(run: Mapping[str, Any], state_dir: Path) -> dict[str, Any]:
     results = []
     for path in sorted((state_dir / ROUNDS).glob("*.json")):
         try:
-            results.append(dict(json.loads(path.read_bytes())))
-        except (OSError, ValueError, TypeError) as error:
+            result = dict(json.loads(path.read_bytes()))
+            number = result.get("relations", 0)
+            if not isinstance(number, int) or not 0 <= number <= MAX_ROUNDS:
+                raise ValueError("relations is no number of a round")
+            results.append(result)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise StateError(
                 f"{path} cannot be read ({error}); delete it and start the server again, which writes it anew"
             ) from None

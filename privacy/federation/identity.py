@@ -33,7 +33,16 @@ RENEW = "have the consortium sign the request anew (`fedmosaic keys approve`)"
 _SPIFFE = re.compile(r"^spiffe://fedmosaic/(?P<federation>[a-z0-9-]+)/client/(?P<client>[a-z0-9-]+)$")
 _SEALED = b"scrypt n=2^17 r=8 p=1 salt "
 _CLOCK_SKEW = dt.timedelta(minutes=5)
-UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    InternalError,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 """What the library says of keys and certificates that are none."""
 
 
@@ -192,7 +201,7 @@ def certificate_names(certificate: x509.Certificate) -> list[str]:
     """Names and addresses of the server that a certificate is for; empty if it names none."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except UNREADABLE:
         return []
     addresses = names.get_values_for_type(x509.IPAddress)
     return [*names.get_values_for_type(x509.DNSName), *map(str, addresses)]
@@ -210,7 +219,7 @@ def check_certificate(source: Path, authority: Path, now: dt.datetime | None = N
         raise IdentityError(f"{source} is valid from {certificate.not_valid_before_utc} on; check this clock")
     try:
         certificate.verify_directly_issued_by(read_certificate(authority))
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         raise IdentityError(f"{source} is not of this authority; take all files from one kit") from None
     return certificate
 
@@ -228,7 +237,7 @@ def certificate_uris(path: Path) -> list[str]:
     """The URIs that a client's certificate names; IdentityError if it cannot be read or names nothing."""
     try:
         names = read_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except UNREADABLE as error:
         raise IdentityError(f"{path}: not a certificate of this federation ({error})") from None
     return names.value.get_values_for_type(x509.UniformResourceIdentifier)
 

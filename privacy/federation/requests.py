@@ -103,7 +103,7 @@ class KeyRequest(Frozen):
                 f"{source}: the request of {self.who} is not signed by its own identity key: it was altered, "
                 "or taken for another name; ask for a new one"
             ) from None
-        except (*identity.UNREADABLE, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        except identity.UNREADABLE as error:
             raise IdentityError(
                 f"{source}: no valid request of {self.who} ({error}); make a new one (`fedmosaic keys "
                 "request`)"

@@ -27,7 +27,7 @@ def main() -> int:
     faults = [f"run {number}: {fault}" for number, run in enumerate(runs) for fault in run.faults]
     mutated = 0
     if chosen.messages:
-        from chaos.mutations import mutate_everything
+        from chaos.formats import mutate_everything
 
         mutated, found = mutate_everything(place / "mutations", chosen.seed, chosen.messages)
         faults += found

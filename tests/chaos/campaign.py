@@ -182,14 +182,19 @@ class Run:
         return None
 
 
-def _has_postgresql() -> bool:
-    return bool(shutil.which("initdb") and find_spec("psycopg"))
+def _possible() -> list[str]:
+    """The faults that can be had here; says which cannot, and why."""
+    lacking = [name for name in ("initdb", "pg_ctl") if faults.program(name) is None]
+    lacking += [] if find_spec("psycopg") else ["psycopg"]
+    if lacking:
+        print(f"no database is killed: there is no {' and no '.join(lacking)} here", flush=True)
+    return [fault for fault in faults.FAULTS if fault != "postgresql" or not lacking]
 
 
 def campaign(seed: int, seconds: float, place: Path, modes: list[str]) -> list[Run]:
     """Runs of every mode in turn until the time is over, at least one with every fault; a line for each."""
     runs: list[Run] = []
-    possible = [fault for fault in faults.FAULTS if fault != "postgresql" or _has_postgresql()]
+    possible = _possible()
     undisturbed: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
     began = time.monotonic()
     while len(runs) < (1 + len(possible)) * len(modes) or time.monotonic() - began < seconds:

@@ -95,6 +95,12 @@ def flip_bit(state: Path, draw: random.Random) -> tuple[Path, bytes]:
     return path, content
 
 
+def program(name: str) -> str | None:
+    """Where a program of PostgreSQL's server stands: on the path, or where Debian puts it."""
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
+
+
 class Postgresql:
     """A database of its own, which can be killed; its programs do not run as root."""
 
@@ -114,6 +120,6 @@ class Postgresql:
         """End every process of it at once, as a power cut would."""
         self._run("pg_ctl", "stop", "--mode=immediate")
 
-    def _run(self, program: str, *words: str) -> None:
-        command = [str(shutil.which(program)), *words, "--pgdata", f"{self._folder}/data"]
+    def _run(self, name: str, *words: str) -> None:
+        command = [str(program(name)), *words, "--pgdata", f"{self._folder}/data"]
         subprocess.run(command, check=True, user=self._user, stdout=subprocess.DEVNULL, cwd="/")

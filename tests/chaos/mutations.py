@@ -1,59 +1,36 @@
-"""Mutated messages of every call to a live server, and mutated files to all that reads them.
+"""Mutated messages of every call to a live server.
 
 The originals are those of a federation of vectors that stops in its second round: what its last member sent,
 and what it and the server have on disk then.
 """
 
-import dataclasses
 import json
 import logging
 import random
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import psutil
 from google.protobuf.message import Message
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.records import ClippingRecord, read_average, read_profile, read_upload
-from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import read_record
 from fedmosaic.client.statement import statement_inputs
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.witness import WitnessSettings
-from fedmosaic.privacy.audit import AUDIT, read_audit
-from fedmosaic.privacy.configuration import parse_json, read_configuration
-from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
-from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext
-from fedmosaic.privacy.federation.identity import check_pair, read_certificate
-from fedmosaic.privacy.federation.kits import REQUEST, FederationConfig, open_kit
-from fedmosaic.privacy.federation.requests import make_request, read_request
-from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.groupkey.nonces import NonceCounter
-from fedmosaic.privacy.ledger.store import read_ledger
-from fedmosaic.privacy.policy import AggregationPolicy
-from fedmosaic.privacy.statement.check import check_received
+from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.statement.shareable import shareable
-from fedmosaic.protos.errors import FedMosaicError
-from fedmosaic.protos.messages import WeightRow
 from fedmosaic.protos.v1 import federation_pb2 as pb
-from fedmosaic.server.round.relations import unpack
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
-from fedmosaic.server.storage.store import Store, default_url
-from fedmosaic.server.summary import with_rounds
 
 MEMBER = "eva"
 _AT_ONCE = 1000
-_SLOW = ("server.db", "session", "rows", "epoch")
+_OVER_GRPC = 3000
+"""Mutations of each call that go over the wire; what reads them there is given all of them in `formats`."""
 _LARGEST_GROWTH = 64 * 2**20
 """Bytes that this process, server and caller together, may grow by over all calls."""
 _EXTREMES = (None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64)
@@ -165,10 +142,11 @@ class _Tracebacks(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Count one."""
         if record.exc_info and record.exc_info[1] is not None:
-            self.found[_where(record.exc_info[1])] += 1
+            self.found[where(record.exc_info[1])] += 1
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
+    """Where an error came from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
 
@@ -197,7 +175,8 @@ def mutate_messages(directory: Path, seed: int, count: int) -> tuple[int, list[s
     """
     settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
     kit = directory / "clients" / MEMBER
-    seen, faults, sent = _Tracebacks(), [], 0
+    seen, faults, sent = _Tracebacks(), list[str](), 0
+    count = min(count, _OVER_GRPC)
     logging.getLogger().addHandler(seen)
     try:
         with Server(settings).background() as port:
@@ -238,177 +217,3 @@ def _mutated(name: str, originals: list[bytes], draw: random.Random) -> list[byt
     stream = [draw.choice(originals)] if draw.random() < 0.5 else originals[-2:]
     at = draw.randrange(len(stream))
     return [mutate(part, originals, draw) if n == at else part for n, part in enumerate(stream)]
-
-
-Reader = Callable[[bytes], object]
-
-
-def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[bytes, Reader]]:
-    """Every format by name: an original, and what reads it."""
-    kit, server = directory / "clients" / MEMBER, directory / "server"
-    state = kit / "state"
-    found: dict[str, tuple[bytes, Reader]] = {}
-
-    def file(path: Path, read: Callable[[], object]) -> None:
-        original = path.read_bytes()
-
-        def reading(content: bytes) -> None:
-            path.write_bytes(content)
-            try:
-                read()
-            finally:
-                path.write_bytes(original)
-
-        found[path.name if path.name not in found else f"{path.parent.name}/{path.name}"] = original, reading
-
-    def whole_kit() -> None:
-        opened = open_kit(kit)
-        opened.member_id(), opened.signing_key(), opened.expires
-        read_certificate(kit / "authority.pem")
-        check_pair(kit / "tls.pem", kit / "tls.key")
-
-    for name in ("roster.json", "consortium.pub", "authority.pem", "tls.pem", "tls.key", "identity.key"):
-        file(kit / name, whole_kit)
-    file(server / "server.toml", lambda: settings_from_kit(server))
-    told = 'kit = "kit"\nserver = "fl.example.org:7443"\nstate_dir = "state"\n'
-    (kit / "witness.toml").write_text(told)
-    file(kit / "witness.toml", lambda: read_configuration(kit / "witness.toml", WitnessSettings).located(kit))
-    more = '[model]\npath = "m"\n[probe]\npath = "m"\n[data]\ntrain = "train.jsonl"\n'
-    (kit / "client.toml").write_text(told + more)
-    file(kit / "client.toml", lambda: read_configuration(kit / "client.toml", ClientSettings).located(kit))
-    config = directory / "federation.json"
-    roster = open_kit(kit).roster
-    members = [{"id": member.id} for member in roster.members]
-    terms = roster.terms.model_dump(mode="json")
-    config.write_text(json.dumps({"federation": roster.federation, "members": members, "terms": terms}))
-    file(config, lambda: read_configuration(config, FederationConfig))
-    make_request(directory / "new", "vectors", "zed")
-    request = next((directory / "new").rglob(REQUEST))
-    file(request, lambda: read_request(request))
-    client = fv.Client(directory, MEMBER, 0)
-
-    def session() -> None:
-        try:
-            keyring = client.session(None)._protection._keyring
-            assert client.state is not None
-            client.state.smallest_row(), client.state.gave_up(2), keyring.has(1), read_record(state)
-        finally:
-            client.close()
-
-    for path in (state / "session.json", state / "rows.json", *sorted((state / "keys").glob("epoch-*.json"))):
-        file(path, session)
-    file(state / "keys" / "counter.json", lambda: NonceCounter(state / "keys" / "counter.json", "vectors"))
-    upload = next(state.glob("upload-*.bin"))
-    file(upload, lambda: read_upload(upload))
-    profile = next(state.glob("profile-*.npy"))
-    file(profile, lambda: read_profile(profile, 32))
-    file(state / "profile-average.npz", lambda: read_average(state / "profile-average.npz", 32))
-    file(state / "clipping.json", lambda: ClippingRecord(state / "clipping.json").shares())
-    ledger = state / "ledger.sqlite"
-    rows = read_ledger(ledger)
-
-    def same_ledger() -> None:
-        if read_ledger(ledger) != rows:
-            raise AssertionError("another ledger was read, and nothing noticed")
-
-    file(ledger, same_ledger)
-    file(state / "ledger.sqlite.head", same_ledger)
-    relations = server / "state" / "relations" / "000001" / "all.bin"
-    file(relations, lambda: unpack(relations.read_bytes(), relations))
-    result = server / "state" / "rounds" / "000001.json"
-    file(result, lambda: with_rounds({}, server / "state"))
-    for log in (state / AUDIT, server / "state" / AUDIT):
-        file(log, lambda log=log: read_audit(log))
-    database = server / "state" / "server.db"
-
-    def all_of_it() -> None:
-        for name in ("server.db-wal", "server.db-shm"):
-            database.with_name(name).unlink(missing_ok=True)
-        store = Store(default_url(database.parent), durable=False)
-        try:
-            store.results(), store.profiles(), store.uploads(1), store.reports(), store.get_json("run")
-        finally:
-            store.close()
-
-    file(database, all_of_it)
-    told = pb.ReportRequest.FromString(kept["Report"][0]).statement
-    found["statement"] = told, _statement
-    key = GroupKey.load(json.loads(next((state / "keys").glob("epoch-*.json")).read_bytes())["key"].encode())
-    return found | _records(key)
-
-
-def _statement(content: bytes) -> None:
-    try:
-        data = parse_json(content)
-    except ValueError:
-        return
-    check_received(data, MEMBER)
-
-
-def _records(group_key: GroupKey) -> dict[str, tuple[bytes, Reader]]:
-    """Uploads as the server checks them and aggregates as a client opens them, of every back end."""
-    found: dict[str, tuple[bytes, Reader]] = {}
-    policy, context = AggregationPolicy(), RoundContext("vectors", group_key.epoch, 1, "shared", 80)
-    for parameters in (PlainParameters(), MaskParameters(), CkksParameters()):
-        name, total = parameters.backend, 1 << parameters.weight_bits
-        secret = generate_group_secret(parameters)
-        key = dataclasses.replace(group_key, parameters_hash=parameters.digest(), ckks_secret=secret)
-        key = None if name == "plain" else key
-        ciphers = {m: create_cipher(parameters, m, policy, allow_plaintext=True) for m in fv.MEMBERS}
-        uploads = {
-            m: cipher.encrypt(np.full(80, 0.1), key, context, bytes([n] * 16))
-            for n, (m, cipher) in enumerate(ciphers.items())
-        }
-        row = WeightRow(fv.MEMBERS[1:], (total // 4,) * 4, parameters.weight_bits)
-        server = create_aggregator(parameters, policy, allow_plaintext=True)
-        aggregate = bytes(server.aggregate(uploads, {"ada": row}, context)[0])
-        found[f"{name} upload"] = (
-            uploads["ben"],
-            lambda content, server=server: server.check_upload(content, context, "ben"),
-        )
-        found[f"{name} aggregate"] = (
-            aggregate,
-            lambda content, c=ciphers["ada"], key=key, row=row: c.decrypt(content, key, context, row),
-        )
-    return found
-
-
-def mutate_files(
-    directory: Path, kept: dict[str, list[bytes]], seed: int, count: int
-) -> tuple[int, list[str]]:
-    """Read mutated contents of every format; returns how many, and whatever was no FedMosaicError.
-
-    Each has draws of its own. Those that take milliseconds to read get a fifth.
-    """
-    faults: Counter[str] = Counter()
-    tried = 0
-    for name, (original, read) in readers(directory, kept).items():
-        read(original)
-        draw, slow = random.Random(f"{seed} {name}"), name.startswith(_SLOW)
-        outcomes: Counter[str] = Counter()
-        for number in range(count // 5 if slow else count):
-            content = mutate_json(original, draw) if number % 2 else original
-            if content == original:
-                content = mutate(original, [original], draw)
-            tried += 1
-            try:
-                read(content)
-                outcomes["read"] += 1
-            except FedMosaicError as error:
-                outcomes[type(error).__name__] += 1
-            except Exception as error:
-                fault = f"{name}: {_where(error)}: {' '.join(str(error).split())[:120]}"
-                faults[fault] += 1
-                if faults[fault] == 1:
-                    (directory / f"fault-{len(faults)}").write_bytes(content)
-        print(f"{name:45s} {dict(outcomes)}", flush=True)
-    return tried, [f"{fault} ({number} times)" for fault, number in faults.items()]
-
-
-def mutate_everything(directory: Path, seed: int, count: int) -> tuple[int, list[str]]:
-    """Both, `count` times each call and format; returns how many mutations were tried, and the faults."""
-    schedule = {"round_deadline_seconds": 36_000, "gathering_seconds": 300, "key_patience_seconds": 300}
-    federation = fv.make_federation(directory / "f", fv.terms("mask", 3, **schedule))
-    sent, faults, kept = mutate_messages(federation, seed, count)
-    tried, more = mutate_files(federation, kept, seed, count)
-    return sent + tried, faults + more

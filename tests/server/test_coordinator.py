@@ -578,6 +578,16 @@ def test_a_summary_that_cannot_be_written_stops_no_round(
     assert len(with_rounds({}, tmp_path / "state")["results"]) == 1
 
 
+@pytest.mark.parametrize("relations", ["[1]", "null", '"1"', "-1", "1" + 300 * "0", 20_000 * "["])
+def test_the_file_of_a_round_that_names_no_round_is_refused_by_its_name(
+    relations: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds" / "000001.json").write_text(f'{{"relations": {relations}}}')
+    with pytest.raises(StateError, match=r"000001\.json cannot be read"):
+        with_rounds({}, tmp_path)
+
+
 def test_the_summary_tells_relevance_weights_and_traffic(federation: Any, coordinator: Any) -> None:
     federation.play(coordinator, 1)
     coordinator.pull("clinic-a", 2)

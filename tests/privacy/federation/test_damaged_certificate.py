@@ -27,15 +27,27 @@ VERSION = b"\xa0\x03\x02\x01"
     ids=["unknown curve", "another curve", "no version"],
 )
 def test_a_certificate_that_says_what_none_says_is_none(whole: bytes, damage: bytes, tmp_path: Path) -> None:
-    issued = builders.issue_client(identity.create_authority("vectors"), "vectors", "ben")
-    encoding = serialization.Encoding
-    der = x509.load_pem_x509_certificate(issued.certificate_pem).public_bytes(encoding.DER)
-    assert whole in der
-    path = tmp_path / "tls.pem"
-    text = base64.encodebytes(der.replace(whole, damage, 1)).decode()
-    path.write_text(f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n")
+    path = damaged(tmp_path, whole, damage)
     with pytest.raises(IdentityError, match=r"tls\.pem: not a PEM certificate"):
         identity.read_certificate(path)
+
+
+def damaged(folder: Path, whole: bytes, damage: bytes) -> Path:
+    """A member's certificate with other bytes in it."""
+    issued = builders.issue_client(identity.create_authority("vectors"), "vectors", "ben")
+    der = x509.load_pem_x509_certificate(issued.certificate_pem).public_bytes(serialization.Encoding.DER)
+    assert whole in der
+    path = folder / "tls.pem"
+    text = base64.encodebytes(der.replace(whole, damage, 1)).decode()
+    path.write_text(f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n")
+    return path
+
+
+def test_a_certificate_with_an_extension_twice_names_nobody(tmp_path: Path) -> None:
+    path = damaged(tmp_path, b"\x55\x1d\x0f", b"\x55\x1d\x11")  # key usage becomes alternative names
+    with pytest.raises(IdentityError, match=r"tls\.pem: not a certificate of this federation"):
+        identity.certificate_uris(path)
+    assert identity.certificate_names(identity.read_certificate(path)) == []
 
 
 def test_a_key_of_another_length_than_its_algorithm_has_is_none(tmp_path: Path) -> None:
