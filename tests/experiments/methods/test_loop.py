@@ -1,7 +1,6 @@
 """Every method runs; each shares, keeps and averages what it should, against closed forms."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
