@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, mo
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
+from fedmosaic.privacy.configuration import Frozen, Hex32, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import RosterMark, Witness, taking_part
-from fedmosaic.privacy.federation.terms import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
