@@ -97,8 +97,6 @@ class StatementInputs(Frozen):
     smallest_row: int | None = Field(default=None, ge=1)
     """Fewest contributors of any aggregate that the clients accepted; None where they accepted none."""
     coalition_rows: tuple[CoalitionRows, ...] = ()
-    metrics_shared: bool = False
-    """Whether losses, accuracies or counts of private data left any client."""
 
 
 class AccountantFigures(Frozen):

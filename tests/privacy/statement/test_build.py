@@ -356,9 +356,6 @@ def test_assumptions_and_leaks_follow_the_run(tmp_path: Path) -> None:
     assert any("one client together with the server" in line for line in shared.assumptions)
     assert not any("key" in line for line in make(clear).assumptions)
     assert any("No metric" in line for line in make(clear).assumptions)
-    told = make(clear, metrics_shared=True)
-    assert any("Metrics of private data left" in line for line in told.leaks)
-    assert not any("No metric" in line for line in told.assumptions)
 
 
 def test_only_ckks_leaves_the_sum_unbound_to_the_row(tmp_path: Path) -> None:
