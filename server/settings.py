@@ -117,7 +117,6 @@ class ServerSettings(OperatorSettings):
         gathering_seconds: how long a step of the key agreement waits for a member.
         state_dir: folder of everything that must survive a restart; what is not named here is the operator's.
         tls: certificates; without them only in-process use is possible.
-        upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
         run_id: of a new run, 32 hexadecimal digits, for simulations, whose draws of clients follow from it;
             random by default.
@@ -149,7 +148,6 @@ class ServerSettings(OperatorSettings):
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
     state_dir: Path
     tls: TlsFiles | None = None
-    upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True
     run_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
@@ -227,18 +225,12 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "family_dimensions": terms.adapter.family_dimensions,
         "profile_dimensions": terms.profile.dimensions,
         "profile_noise_variance": terms.profile.noise_variance,
-        "rounds": terms.schedule.rounds,
-        "quorum": terms.schedule.quorum,
-        "sampled_clients": terms.schedule.sampled_clients,
-        "round_deadline_seconds": terms.schedule.round_deadline_seconds,
+        **terms.schedule.model_dump(exclude={"key_patience_seconds", "rotate_key_every"}),
         "policy": terms.policy,
-        "temperature": terms.relevance.temperature,
-        "similarity": terms.relevance.similarity,
-        "across_families": terms.relevance.across_families,
+        **terms.relevance.model_dump(exclude={"average_decay"}),
         "group_sums": terms.group_sums if terms.adapter.in_group_sums else None,
         "encryption": terms.encryption,
         "key_rotation_rounds": terms.schedule.rotate_key_every,
-        "gathering_seconds": terms.schedule.gathering_seconds,
     }
     # The roster is signed, but it may be older than a rule of this program.
     return validate(content, ServerSettings, f"the roster of {kit.directory}")
