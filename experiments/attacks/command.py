@@ -7,7 +7,6 @@ attack or the guarantee is wrong, and both need a look.
 import datetime as dt
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,7 +125,3 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
     place = target.directory / "attacks" if target.directory else Path(f"attacks-{target.name}")
     runners: dict[Part, Runner] = {part: getattr(subject, part) for part in PARTS if part not in malicious}
     return target.name, parsed.output_dir or place, {**runners, **malicious}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
