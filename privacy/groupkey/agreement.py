@@ -198,10 +198,8 @@ class KeyAgreement:
         key = self._key
         if key is None:
             raise KeyAgreementError("no key to seal")
-        public, info = (
-            X25519PublicKey.from_public_bytes(recipient_key),
-            self._bound(recipient, key.fingerprint),
-        )
+        public = X25519PublicKey.from_public_bytes(recipient_key)
+        info = self._bound(recipient, key.fingerprint)
         sealed = _HPKE.encrypt(key.master + key.ckks_secret, public, info=info)
         return messages.write_about_key(
             messages.BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity

@@ -108,8 +108,9 @@ def test_a_call_whose_request_never_comes_is_ended_and_its_place_is_free_again(
     connections: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peers, "MESSAGE_SECONDS", 0.05)
-    channel, open_ended = connections("clinic-a"), queue.SimpleQueue[bytes]()
+    channel = connections("clinic-a")
     for name in ["RoundStatus"] * CALLS_PER_PEER + ["Push"]:
+        open_ended = queue.SimpleQueue[bytes]()
         call = channel.stream_unary(f"/fedmosaic.v1.Federation/{name}").future(
             iter(open_ended.get, b""), timeout=60
         )
