@@ -104,11 +104,11 @@ class Admission:
                 f"{settings.roster_hash.hex()[:16]}",
                 _NEWEST_ROSTER,
             )
-        if enrolment.adapter_spec_hash not in settings.adapter_spec_hashes:
-            expected = " or ".join(h.hex()[:16] for h in settings.adapter_spec_hashes)
+        if enrolment.adapter_spec_hash != settings.adapter_spec_hash:
             raise _differs(
                 "ADAPTER_DIFFERS",
-                f"the client's adapter spec is {enrolment.adapter_spec_hash.hex()[:16]}, expected {expected}",
+                f"the client's adapter spec is {enrolment.adapter_spec_hash.hex()[:16]}, expected "
+                f"{settings.adapter_spec_hash.hex()[:16]}",
                 "build the adapter from the roster's rank, blocks and modules",
             )
         family = settings.families.get(client, "")

@@ -96,7 +96,7 @@ class ServerSettings(OperatorSettings):
             without an entry need a valid certificate only.
         roster_hash: hash of the roster that all sides must hold.
         roster_mark: what a later roster is judged by; None lets any follow.
-        adapter_spec_hashes: adapter specs that clients may enrol with.
+        adapter_spec_hash: of the adapter that clients enrol with.
         witness: who countersigns every aggregate, if somebody does.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
@@ -127,7 +127,7 @@ class ServerSettings(OperatorSettings):
     tls_key_sha256: dict[MemberId, Hex32] = Field(default_factory=dict)
     roster_hash: Bytes32
     roster_mark: RosterMark | None = None
-    adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
+    adapter_spec_hash: Bytes32
     witness: Witness | None = None
     families: dict[MemberId, str] = Field(default_factory=dict)
     shared_dimensions: int = Field(ge=1)
@@ -218,7 +218,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
         "roster_hash": roster.hash,
         "roster_mark": RosterMark.of(roster),
-        "adapter_spec_hashes": (terms.adapter.spec_hash,),
+        "adapter_spec_hash": terms.adapter.spec_hash,
         "witness": roster.witness,
         "families": {member.id: member.family for member in roster.members if member.family},
         "shared_dimensions": terms.adapter.shared_dimensions,
