@@ -25,7 +25,7 @@ from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.settings import ClientSettings, TrainingSettings
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
@@ -150,13 +150,16 @@ class ModelLearner:
         if private:
             self._blend_received()
             private_round.train_shared(
-                self._model, self._encoded, self._terms, self._settings.training,
+                self._model, self._encoded, self._terms, self._training_of(round_number),
                 releases=releases, round_number=round_number, progress=self._progress,
             )  # fmt: skip
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
         may_fail = round_number == 1 and not private
         self._train_locally(round_number, None if may_fail else give_up)
+
+    def _training_of(self, round_number: int) -> TrainingSettings:
+        return self._settings.training.of_round(round_number, self._terms.schedule.rounds)
 
     def _open_personal_parts(self) -> None:
         """Train what the second half of a round trains: all without DP, what stays here under it."""
@@ -192,7 +195,8 @@ class ModelLearner:
         before = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
         if not self._terms.adapter.private:
             self._blend_received()
-        steps = self._settings.training.steps
+        settings = self._training_of(round_number)
+        steps = settings.steps
         self._progress.stage(round_number, "training alone, to compare" if alone else "training", steps)
         examples, order = self.training_data(round_number)
         done = 0
@@ -204,7 +208,7 @@ class ModelLearner:
 
         while done < steps:
             try:
-                left = self._settings.training.model_copy(update={"steps": steps - done})
+                left = settings.model_copy(update={"steps": steps - done})
                 pad = padding_token(self._tokenizer)
                 report = train_local(
                     self._model, examples, left, pad_token_id=pad, sampler=order, progress=advance

@@ -195,6 +195,9 @@ class TrainingSettings(Frozen):
         shared_learning_rate: Learning rate of the Co-LoRA cores P and Q. By default 3 times `learning_rate`;
             under ``dp`` it is `learning_rate`, because noise moves P and Q as far as signal does.
         gate_learning_rate: Learning rate of the gates; by default 3 times `learning_rate`.
+        lr_scheduler_type: `linear` lets the three rates fall from round to round, to 1/R of themselves in
+            the last of R, as an option of the paper's code does; what the last round learns from own
+            examples alone then outweighs less of what was received. `constant` keeps them.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step; private steps ignore it.
@@ -214,6 +217,7 @@ class TrainingSettings(Frozen):
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
     shared_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0, allow_inf_nan=False)
     gate_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0, allow_inf_nan=False)
+    lr_scheduler_type: Literal["constant", "linear"] = "constant"
     steps: int = Field(default=100, ge=1)
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -233,6 +237,18 @@ class TrainingSettings(Frozen):
             "shared": self.shared_learning_rate or CORE_RATE * self.learning_rate,
             "gate": self.gate_learning_rate or GATE_RATE * self.learning_rate,
         }[role]
+
+    def of_round(self, number: int, rounds: int) -> Self:
+        """The same with the rates of a round, from 1, of so many."""
+        if self.lr_scheduler_type == "constant":
+            return self
+        share = (rounds - number + 1) / rounds
+        rates = {
+            "learning_rate": self.learning_rate,
+            "shared_learning_rate": self.shared_learning_rate,
+            "gate_learning_rate": self.gate_learning_rate,
+        }
+        return self.model_copy(update={name: rate and share * rate for name, rate in rates.items()})
 
     @property
     def private_learning_rate(self) -> float:

@@ -155,7 +155,8 @@ def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoDa
             steps=arguments.steps,
             per_device_train_batch_size=4,
             max_length=_MAX_LENGTH,
-            learning_rate=3e-3,
+            learning_rate=4e-3,
+            lr_scheduler_type="linear",
             # The gates stay at one half: own texts alone would turn them against what the others know.
             gate_learning_rate=1e-5,
             blend_received=0.5,

@@ -89,7 +89,8 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
                 done = partial(progress.add, 1, name, number)
                 with member.shared.with_adapter(member.adapter) as model:
                     pad = member.shared.pad_token_id
-                    strategy.train(Trainer(model, examples, order, member.settings, pad, done))
+                    settings = member.settings.of_round(number, scenario.schedule.rounds)
+                    strategy.train(Trainer(model, examples, order, settings, pad, done))
                     if number in scenario.rounds_to_score():
                         with strategy.scored(model) as scored:
                             scores = evaluation.score(scored, member.shared.tokenizer, name)

@@ -83,7 +83,7 @@ def _headline(statement: PrivacyStatement) -> RenderableType:
 def _grid(title: str, first: str) -> Table:
     # A Text, as brackets in a string are markup to rich: what a statement says is only ever shown.
     table = Table(title=Text(title, style="bold"), box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, min_width=14)
     return table
 
 
@@ -107,7 +107,7 @@ def client_grid(client: ClientStatement) -> Table:
     title = f"Client {client.client_id}: ε at δ = {delta_text(client.delta)}, for {plain.unit_words(client)}"
     grid = _grid(title, "against")
     for channel in client.channels:
-        grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
+        grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold", max_width=14, min_width=12)
     found = {(g.adversary, g.channel): g for g in client.guarantees}
     for adversary in models.ADVERSARIES:
         cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)

@@ -172,6 +172,16 @@ def test_warmup_starts_small() -> None:
     assert moved[1] == pytest.approx(moved[0] / 10, rel=1e-3)
 
 
+def test_rates_fall_linearly_over_the_rounds() -> None:
+    settings = TrainingSettings(learning_rate=0.4, gate_learning_rate=0.8, lr_scheduler_type="linear")
+    rounds = [settings.of_round(number, 4) for number in (1, 2, 3, 4)]
+    assert [s.learning_rate for s in rounds] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert [s.learning_rate_of("shared") for s in rounds] == pytest.approx([1.2, 0.9, 0.6, 0.3])
+    assert [s.private_learning_rate for s in rounds] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert [s.learning_rate_of("gate") for s in rounds] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert TrainingSettings(learning_rate=0.4).of_round(4, 4).learning_rate == 0.4
+
+
 def test_bfloat16_keeps_the_adapter_in_float32_and_differs_little() -> None:
     results = []
     for bf16 in (False, True):

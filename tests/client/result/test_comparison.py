@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
+from fedmosaic.client.model import training as training_module
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.result.comparison import compare, paired_difference
 from fedmosaic.client.result.ending import last_lines
@@ -73,6 +74,24 @@ def test_training_alone_repeats_and_leaves_the_client_as_it_was(leave: Leave, pr
     after = get_peft_model_state_dict(left.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert learner._sampler.state_dict() == order
+
+
+def test_rounds_of_a_linear_schedule_train_with_falling_rates(
+    leave: Leave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, rates = leave("llama", "none").learner, []
+    training = learner._settings.training.model_copy(update={"lr_scheduler_type": "linear"})
+    learner._settings = learner._settings.model_copy(update={"training": training})
+    train = training_module.train_local
+
+    def watched(model: Any, examples: Any, settings: Any, **options: Any) -> Any:
+        rates.append(settings.learning_rate / training.learning_rate)
+        return train(model, examples, settings, **options)
+
+    monkeypatch.setattr("fedmosaic.client.learner.train_local", watched)
+    rounds = learner._terms.schedule.rounds
+    learner.score_alone(rounds)
+    assert rates == pytest.approx([(rounds - number) / rounds for number in range(rounds)])
 
 
 def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ COVERED = {
 GROUP = {"name": "DP-SGD on P and Q", "minimum_contributors": 9, "colluders": 3}
 
 
-def to_text(renderable: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=report_text.WIDTH, force_terminal=False, color_system=None)
+def to_text(renderable: RenderableType, width: int = report_text.WIDTH) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get()
@@ -464,6 +465,9 @@ def test_the_text_fits_100_columns_and_names_everybody(tmp_path: Path) -> None:
         assert text.count(words) >= 4
     assert "2 recipients together can compute every adapter that went into what they received" in text
     assert "clipped" not in text, "a share that alarms and that no ε depends on"
+    narrow = to_text(report_text.client_grid(found.clients[1]), 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert len(re.findall(r"\bencrypted\b", narrow)) >= 4, "a word is broken"
     assert text.count("You trust nobody but your own machine") == 2
     assert text.count("You trust the other members, and that none of them helps the server.") == 1
     assert "NOT protected against" in text
