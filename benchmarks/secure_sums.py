@@ -100,7 +100,7 @@ class Sum:
     def run(self) -> dict[str, float]:
         """Seconds of member and server."""
         first, terms = self.names[0], self.terms
-        digest, envelope_keys = terms.digest(), {n: X25519PrivateKey.generate() for n in self.names}
+        digest, envelope_keys = terms.digest, {n: X25519PrivateKey.generate() for n in self.names}
         with self.clock("member"):
             member = SumMember(terms, first, self.identities[first])
             opening = member.open()

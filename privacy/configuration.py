@@ -8,14 +8,16 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 Model = TypeVar("Model", bound=BaseModel)
 Value = TypeVar("Value")
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""32 bytes, such as a SHA-256, as 64 hexadecimal digits."""
 FIRST_PREVIOUS_HASH: Final = "0" * 64
 _SHOWN = 200
 _MOST_DIGITS = 400

@@ -66,13 +66,9 @@ def check_row(
 ) -> None:
     """Refuse, with a PolicyError, a row that reveals too much of one contributor, or names somebody else.
 
-    Args:
-        recipient: client on whose behalf the row is checked.
-        row: as received; its shape was checked when it was made.
-        policy: limits agreed in the roster.
-        members: pinned members of the epoch; when given, every contributor must be one of them.
-        families: family within which alone a member shares; when given, all must be of the recipient's.
-        bits: precision of the agreed encryption parameters; when given, the row must have it.
+    Where they are given, every contributor must be one of the pinned `members` of the epoch and of the
+    recipient's family (`families` has that within which alone a member shares), and the row must have the
+    `bits` of the agreed encryption parameters. Its shape was checked when it was made.
     """
     if bits is not None and row.bits != bits:
         raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")

@@ -9,6 +9,7 @@ from pydantic_core import from_json
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, upload_payload_bytes
 from fedmosaic.privacy.statement.check import check_received
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Report, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
@@ -103,11 +104,11 @@ class Admission:
                 f"{settings.roster_hash.hex()[:16]}",
                 _NEWEST_ROSTER,
             )
-        if enrolment.adapter_spec_hash not in settings.adapter_spec_hashes:
-            expected = " or ".join(h.hex()[:16] for h in settings.adapter_spec_hashes)
+        if enrolment.adapter_spec_hash != settings.adapter_spec_hash:
             raise _differs(
                 "ADAPTER_DIFFERS",
-                f"the client's adapter spec is {enrolment.adapter_spec_hash.hex()[:16]}, expected {expected}",
+                f"the client's adapter spec is {enrolment.adapter_spec_hash.hex()[:16]}, expected "
+                f"{settings.adapter_spec_hash.hex()[:16]}",
                 "build the adapter from the roster's rank, blocks and modules",
             )
         family = settings.families.get(client, "")
@@ -137,11 +138,7 @@ class Admission:
             )
 
     def check_upload(self, client: str, header: UploadHeader) -> bytes:
-        """Refuse an upload that is too large, misshapen or not signed by its client.
-
-        Returns:
-            Its content hash.
-        """
+        """The content hash of an upload, unless it is too large, misshapen or not signed by its client."""
         self.check_member(client)
         self._check_sizes(client, header)
         if header.profile is not None:
@@ -166,12 +163,12 @@ class Admission:
             raise Refusal(RefusalKind.NOT_PERMITTED, "SIGNATURE_INVALID", str(error), "") from None
 
     def _check_sizes(self, client: str, header: UploadHeader) -> None:
-        limit = self._settings.upload_limit_bytes
-        if header.size > limit:
+        if header.size > bounds.MAX_PAYLOAD_BYTES:
             raise Refusal(
                 RefusalKind.TOO_LARGE,
                 "UPLOAD_TOO_LARGE",
-                f"an upload of {header.size} bytes was announced, at most {limit} are accepted",
+                f"an upload of {header.size} bytes was announced, at most {bounds.MAX_PAYLOAD_BYTES} are "
+                "accepted",
                 "check the adapter's rank and target modules against the roster",
             )
         dimensions = self._settings.dimensions(client)

@@ -35,10 +35,8 @@ class Rosters:
     def take_up(self, settings: ServerSettings, *, fixed: bool) -> bool:
         """Note the roster of the settings, and that a group key is needed that only its members have.
 
-        A run is `fixed` whose groups share sums over rounds: its roster stays.
-
-        Returns:
-            Whether it is another one than before.
+        Tells whether it is another one than before. A run is `fixed` whose groups share sums over rounds: its
+        roster stays.
 
         Raises:
             IdentityError: it cannot follow on the one before.

@@ -159,7 +159,7 @@ class Run:
         settings = self.settings
         terms = {
             "federation": settings.federation,
-            "adapter": sorted(h.hex() for h in settings.adapter_spec_hashes),
+            "adapter": [settings.adapter_spec_hash.hex()],
             "profile": settings.profile_dimensions,
             "encryption": settings.encryption.digest().hex(),
         }

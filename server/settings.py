@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, mo
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
+from fedmosaic.privacy.configuration import Frozen, Hex32, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import RosterMark, Witness, taking_part
-from fedmosaic.privacy.federation.terms import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
@@ -96,7 +96,7 @@ class ServerSettings(OperatorSettings):
             without an entry need a valid certificate only.
         roster_hash: hash of the roster that all sides must hold.
         roster_mark: what a later roster is judged by; None lets any follow.
-        adapter_spec_hashes: adapter specs that clients may enrol with.
+        adapter_spec_hash: of the adapter that clients enrol with.
         witness: who countersigns every aggregate, if somebody does.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
@@ -117,7 +117,6 @@ class ServerSettings(OperatorSettings):
         gathering_seconds: how long a step of the key agreement waits for a member.
         state_dir: folder of everything that must survive a restart; what is not named here is the operator's.
         tls: certificates; without them only in-process use is possible.
-        upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
         run_id: of a new run, 32 hexadecimal digits, for simulations, whose draws of clients follow from it;
             random by default.
@@ -128,7 +127,7 @@ class ServerSettings(OperatorSettings):
     tls_key_sha256: dict[MemberId, Hex32] = Field(default_factory=dict)
     roster_hash: Bytes32
     roster_mark: RosterMark | None = None
-    adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
+    adapter_spec_hash: Bytes32
     witness: Witness | None = None
     families: dict[MemberId, str] = Field(default_factory=dict)
     shared_dimensions: int = Field(ge=1)
@@ -149,7 +148,6 @@ class ServerSettings(OperatorSettings):
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
     state_dir: Path
     tls: TlsFiles | None = None
-    upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True
     run_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
@@ -220,25 +218,19 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
         "roster_hash": roster.hash,
         "roster_mark": RosterMark.of(roster),
-        "adapter_spec_hashes": (terms.adapter.spec_hash,),
+        "adapter_spec_hash": terms.adapter.spec_hash,
         "witness": roster.witness,
         "families": {member.id: member.family for member in roster.members if member.family},
         "shared_dimensions": terms.adapter.shared_dimensions,
         "family_dimensions": terms.adapter.family_dimensions,
         "profile_dimensions": terms.profile.dimensions,
         "profile_noise_variance": terms.profile.noise_variance,
-        "rounds": terms.schedule.rounds,
-        "quorum": terms.schedule.quorum,
-        "sampled_clients": terms.schedule.sampled_clients,
-        "round_deadline_seconds": terms.schedule.round_deadline_seconds,
+        **terms.schedule.model_dump(exclude={"key_patience_seconds", "rotate_key_every"}),
         "policy": terms.policy,
-        "temperature": terms.relevance.temperature,
-        "similarity": terms.relevance.similarity,
-        "across_families": terms.relevance.across_families,
+        **terms.relevance.model_dump(exclude={"average_decay"}),
         "group_sums": terms.group_sums if terms.adapter.in_group_sums else None,
         "encryption": terms.encryption,
         "key_rotation_rounds": terms.schedule.rotate_key_every,
-        "gathering_seconds": terms.schedule.gathering_seconds,
     }
     # The roster is signed, but it may be older than a rule of this program.
     return validate(content, ServerSettings, f"the roster of {kit.directory}")

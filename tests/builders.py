@@ -56,23 +56,21 @@ class TlsIdentity:
     key_pem: bytes
 
 
-def issue_server(authority: identity.Authority, hosts: Sequence[str], **changes: Any) -> TlsIdentity:
-    """A new key of a server, and a certificate for it; changes are `days` and `now`."""
+def issue_server(
+    authority: identity.Authority, hosts: Sequence[str], now: dt.datetime | None = None
+) -> TlsIdentity:
+    """A new key of a server, and a certificate for it."""
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = identity.certify_server(authority, key.public_key(), hosts, **changes)
+    certificate = identity.certify_server(authority, key.public_key(), hosts, now)
     return TlsIdentity(certificate, identity.private_pem(key))
 
 
 def issue_client(
-    authority: identity.Authority,
-    federation: str,
-    client: str,
-    days: int = 90,
-    now: dt.datetime | None = None,
+    authority: identity.Authority, federation: str, client: str, now: dt.datetime | None = None
 ) -> TlsIdentity:
     """A new key of a client, and a certificate for it."""
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = identity.certify_client(authority, key.public_key(), federation, client, days, now)
+    certificate = identity.certify_client(authority, key.public_key(), federation, client, now)
     return TlsIdentity(certificate, identity.private_pem(key))
 
 

@@ -7,11 +7,9 @@ attack or the guarantee is wrong, and both need a look.
 import datetime as dt
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -60,14 +58,12 @@ class Arguments:
     """Further models, with which the profile attacks are repeated as if they were the federation's probe."""
     sizes: tyro.conf.OmitArgPrefixes[attack_parts.Sizes] = field(default_factory=attack_parts.Sizes)
     """How large the attacks are."""
-    threads: int = 1
-    """Threads of the models."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic attack` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic attack", description=__doc__)
-    torch.set_num_threads(parsed.threads)
+    torch.set_num_threads(1)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if not parsed.parts:
         raise ConfigurationError(f"--parts names no part; choose from {', '.join(PARTS)}")
@@ -115,11 +111,10 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
             )
         state = open_state(parsed.target, parsed.sizes.seed)
 
-        def cannot(part: Part, skipped: list[str]) -> Found:
-            skipped.append(f"{part}: {state.why_not}")
-            return ()
+        def cannot(_: list[str]) -> Found:
+            raise ConfigurationError(state.why_not)
 
-        left_out: dict[Part, Runner] = {part: partial(cannot, part) for part in PARTS}
+        left_out: dict[Part, Runner] = dict.fromkeys(PARTS, cannot)
         console.print(f"attacking what {parsed.target} holds")
         place = parsed.output_dir or Path(f"attacks-{state.name}")
         return state.name, place, {**left_out, **malicious, "federation": state.attack}
@@ -130,7 +125,3 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
     place = target.directory / "attacks" if target.directory else Path(f"attacks-{target.name}")
     runners: dict[Part, Runner] = {part: getattr(subject, part) for part in PARTS if part not in malicious}
     return target.name, parsed.output_dir or place, {**runners, **malicious}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ from fedmosaic.privacy.policy import (
     spread_weights,
 )
 from fedmosaic.protos.messages import Profile, WeightRow
+from fedmosaic.server.round import relations
 from fedmosaic.server.round.relevance import relevance
 from fedmosaic.server.round.weights import Group, plan
 
@@ -62,10 +63,7 @@ def planned_rows(
     group = Group("shared", "", 1, frozenset(names), frozenset(names))
     similar = relevance(profiles, terms.similarity)
     found = plan(group, names, similar, temperature=terms.temperature, policy=policy, bits=_BITS)
-    return {
-        name: {c: w / (1 << row.bits) for c, w in zip(row.contributors, row.weights, strict=True)}
-        for name, row in found.rows.items()
-    }
+    return relations.shares({group.label: found.rows})[group.label]
 
 
 def collusion_results(

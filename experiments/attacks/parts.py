@@ -13,7 +13,7 @@ import numpy as np
 
 from fedmosaic.client.dp.training import PrivateTrainingSettings
 from fedmosaic.client.model.adapted import load_adapted
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example, read_public_examples
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks import adapter, audit, federation, inversion, profile, sums, text
 from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
@@ -255,7 +255,8 @@ class Subject:
             whole = (each for each in found if int((each.labels != IGNORED).sum()) == _TEXT_TOKENS)
             return tuple(islice(whole, count))
 
-        texts = [f"{example.prompt} {example.answer}" for example in target.public[:64]]
+        public = read_public_examples(target.scenario.profile.public_data)[:64]
+        texts = [f"{example.prompt} {example.answer}" for example in public]
         material = inversion.Material(
             texts=long_enough(victim.train, max(sizes.texts, 8)),
             others=long_enough([e for v in target.victims if v is not victim for e in v.train], 2),

@@ -176,7 +176,7 @@ def _late_vector(sums: GroupSumTerms, setting: results.Setting) -> results.Attac
         members[name].unmask(signatures)
     # With its mask key, which those who are left give away, the pairwise masks come off; its own stays.
     openings, terms = server.close_openings(), group.terms()
-    key = private_key(members[victim]._mask_seed, terms.digest())
+    key = private_key(members[victim]._mask_seed, terms.digest)
     guess, masks = unpack(masked, size, sums.bits).copy(), Masks(size, sums.bits)
     for name in others:
         pair = (victim, name)

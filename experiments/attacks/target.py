@@ -1,26 +1,26 @@
 """What `fedmosaic attack` works on: a finished run, or a scenario that has not been run."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
+from rich.console import Console
 
-from fedmosaic.client.model.examples import Example, encode_examples, read_examples, read_public_examples
+from fedmosaic.client.model.examples import Example, encode_examples, read_examples
 from fedmosaic.client.model.load import load_model
-from fedmosaic.client.profile.fit import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks.federation import weight_matrix
-from fedmosaic.experiments.scenario.founding import agreed_adapter
+from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.federation.kits import BASIS, PROFILE, ROSTER, open_kit
 from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import Float64Array
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError
@@ -100,7 +100,6 @@ class Target:
     scenario: Scenario
     directory: Path | None
     victims: tuple[Victim, ...]
-    public: tuple[Example, ...]
 
     @cached_property
     def server_run(self) -> ServerRun:
@@ -141,8 +140,7 @@ def _target(scenario: Scenario, directory: Path | None) -> Target:
         kept = state if state and state.is_dir() else None
         victims.append(Victim(client.id, client.domain, train, test, client.model, kept))
     name = directory.resolve().name if directory else scenario.name
-    public = read_public_examples(scenario.profile.public_data)
-    return Target(name, scenario, directory, tuple(victims), public)
+    return Target(name, scenario, directory, tuple(victims))
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,28 +164,16 @@ class Prober:
 
 def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     """Load the probe with the run's own map, or fit a map as `fedmosaic run` would; `other` for the probe."""
-    settings, profile = other or target.scenario.probe, target.scenario.profile
+    settings = other or target.scenario.probe
+    with tempfile.TemporaryDirectory() as scratch:
+        finished = target.directory if other is None else None
+        place = finished if finished and (finished / "profile" / PROFILE).is_file() else Path(scratch)
+        scenario = target.scenario.model_copy(update={"probe": settings})
+        mechanism = fit_profile(scenario, place, Console(quiet=True), own_process=False)
+        basis = PublicBasis.load(place / "profile" / BASIS) if mechanism.basis_sha256 else None
     model, tokenizer = load_model(settings)
-    probe = open_probe(model)
-    fitted = target.directory and target.directory / "profile"
-    if other is None and fitted and (fitted / PROFILE).is_file():
-        mechanism = ProfileMechanism.model_validate_json((fitted / PROFILE).read_text(encoding="utf-8"))
-        basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
-    else:
-        reduction = Reduction(
-            kind=profile.kind,
-            hidden_size=probe.hidden_size,
-            intermediate_size=probe.intermediate_size,
-            projection_dimensions=profile.dimensions,
-        )
-        standardise: Literal["none", "whiten"] = "none" if profile.kind == "coordinates" else "whiten"
-        shape = (profile.left, profile.dimensions // profile.left)
-        public = encode_examples(tokenizer, target.public, profile.max_length)
-        mechanism, basis = fit_mechanism(
-            probe, Path(settings.path).name, public, reduction,
-            BasisSettings(standardise=standardise, kronecker_shape=shape), profile.noise_multiplier,
-        )  # fmt: skip
-    return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
+    length = scenario.profile.max_length
+    return Prober(open_probe(model), tokenizer, PublicMap(mechanism, basis), basis, length)
 
 
 def candidates(victim: Victim, size: int, seed: int = 0) -> list[Example]:

@@ -33,8 +33,8 @@ from fedmosaic.experiments.comparison.tables import markdown
 from fedmosaic.privacy.federation.identity import expires_soon
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.check import check_received
-from fedmosaic.privacy.statement.costs import costs_at_epsilon
-from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
+from fedmosaic.privacy.statement.costs import ChannelCost, costs_at_epsilon
+from fedmosaic.privacy.statement.models import PrivacyStatement
 from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
 from fedmosaic.protos.errors import AccountingError, ConfigurationError
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     show(record, console)
     merged = merged_statement(record)
     if parsed.at_epsilon is not None and merged is not None:
-        console.print(render_costs(_costs(merged, parsed.at_epsilon, console)))
+        console.print(render_costs(_costs(merged, parsed.at_epsilon, console), parsed.at_epsilon))
     return 0
 
 
@@ -119,7 +119,7 @@ def _costs(statement: PrivacyStatement, target: float, console: Console) -> list
     costs: list[ChannelCost] = []
     for client in statement.clients:
         try:
-            costs.extend(costs_at_epsilon(statement.model_copy(update={"clients": (client,)}), target))
+            costs += costs_at_epsilon(client, target)
         except AccountingError as error:
             console.print(Text(f"No costs for {client.client_id}: {error}", style="bold yellow"))
             failed = error

@@ -1,9 +1,9 @@
 """The comparison of runs as tables of Markdown."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Final, NamedTuple
+from typing import Final
 
 from fedmosaic.experiments.comparison.runs import FIGURES, REFERENCE, Group
 from fedmosaic.experiments.scenario.metrics import Interval, markdown_table
@@ -17,41 +17,28 @@ Rows = list[tuple[str, tuple[str, ...]]]
 """Method and cells."""
 
 
-class Section(NamedTuple):
-    """One table: its title, the heads after the method, and its rows."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: Rows
-
-
-def sections(groups: Sequence[Group], reference: str = REFERENCE) -> Iterator[Section]:
+def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:
     """All tables: methods × scenarios where there are several, then figures and gains of each scenario."""
+    lines: list[str] = []
+
+    def put(title: str, heads: Sequence[str], rows: Rows) -> None:
+        cells = [(f"`{method}`", *found) for method, found in rows]
+        lines.extend([f"**{title}**", "", *markdown_table(("method", *heads), cells, numbers=True), ""])
+
     scenarios = by_scenario(groups)
     if len(scenarios) > 1:
+        heads = (*_READERS, *(name for name, _ in scenarios))
         for place, figure in enumerate(FIGURES):
-            heads = (*_READERS, *(name for name, _ in scenarios))
-            yield Section(f"{figure}, %", heads, _overview(groups, place))
-        together = gains(pooled(groups), reference)
-        if together:
-            yield Section(f"{_POOLED}: against {reference}, pair by pair, points", _GAIN_HEADS, together)
+            put(f"{figure}, %", heads, _overview(groups, place))
+        if together := gains(pooled(groups), reference):
+            put(f"{_POOLED}: against {reference}, pair by pair, points", _GAIN_HEADS, together)
     for scenario, members in scenarios:
         known = [run.majority for group in members for run in group.runs if not math.isnan(run.majority)]
         always = f"; always the most frequent answer: Self {100 * fmean(known):.1f}" if known else ""
         title = f"{scenario}: %, mean ± half of the 95 % interval over seeds{always}"
-        yield Section(title, _FIGURE_HEADS, [(group.method, _figures(group)) for group in members])
-        compared = gains(members, reference)
-        if compared:
-            yield Section(f"{scenario}: against {reference}, seed by seed, points", _GAIN_HEADS, compared)
-
-
-def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:
-    """`sections` as Markdown."""
-    lines: list[str] = []
-    for section in sections(groups, reference):
-        rows = [(f"`{method}`", *cells) for method, cells in section.rows]
-        table = markdown_table(("method", *section.heads), rows, numbers=True)
-        lines += [f"**{section.title}**", "", *table, ""]
+        put(title, _FIGURE_HEADS, [(group.method, _figures(group)) for group in members])
+        if compared := gains(members, reference):
+            put(f"{scenario}: against {reference}, seed by seed, points", _GAIN_HEADS, compared)
     return "\n".join(lines)
 
 

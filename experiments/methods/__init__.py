@@ -21,7 +21,6 @@ from fedmosaic.experiments.methods.fedmkt import FedMkt
 from fedmosaic.experiments.methods.fedsim import FedSim
 from fedmosaic.experiments.methods.flexlora import FlexLora
 from fedmosaic.experiments.methods.hetlora import HetLora
-from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned
 from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.loop import reference_flops, run_baseline
 from fedmosaic.experiments.methods.perada import PerAda
@@ -45,7 +44,6 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
     "fedmd": ("clients learn from the mean of what all say about public data", FedMd),
     "fedmkt": ("clients and a server's model teach each other what they know better", FedMkt),
     "hetlora": ("ranks differ: padded and weighted by norm", HetLora),
-    "hetlora-pruned": ("the same, and clients give up ranks that training makes smaller", HetLoraPruned),
     "flexlora": ("ranks differ: products averaged, cut by singular values", FlexLora),
 }
 

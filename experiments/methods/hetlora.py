@@ -13,8 +13,8 @@ from fedmosaic.experiments.methods.strategy import ServerSide
 class HetLora(FedAvg):
     """Smaller adapters are padded with zeros, and weighted by the norm of what they add.
 
-    Every client receives the first of the rows and columns. Reference: Cho et al. (2024), arXiv 2401.06432;
-    its pruning of ranks is in `hetlora_pruned`.
+    Every client receives the first of the rows and columns. Reference: Cho et al. (2024), arXiv 2401.06432,
+    without its pruning of ranks while training.
     """
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +24,9 @@ from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
 from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer, check_uploads
 from fedmosaic.experiments.scenario import participants
-from fedmosaic.experiments.scenario.streams import InOrder, Stream
+from fedmosaic.experiments.scenario.streams import InOrder
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
-from fedmosaic.experiments.simulation.compute import Train, by_client, equal_steps, step_flops, training_cost
+from fedmosaic.experiments.simulation.compute import equal_steps, step_flops, training_cost
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.privacy.files import write_atomically
@@ -35,17 +34,27 @@ from fedmosaic.privacy.files import write_atomically
 _SERVER, _MEMBERS = "server.safetensors", "members.json"
 
 
-@dataclass
 class _Member:
-    entry: ScenarioClient
-    shared: SharedModel
-    stream: Stream | None
-    encoded: Mapping[str, EncodedExample]
-    order: EpochSampler
-    settings: TrainingSettings
-    state: Path
-    adapter: AdapterState = field(default_factory=AdapterState)
-    traffic: Traffic = field(default_factory=Traffic)
+    """One client: its part of a shared model, its examples, and what it remembers from round to round."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        models: Mapping[tuple[str, int], SharedModel],
+        directory: Path,
+        index: int,
+    ) -> None:
+        self.entry, seed = scenario.clients[index], participants.client_seed(scenario, index)
+        self.shared = models[_key(scenario, self.entry)]
+        examples = participants.training_examples(self.entry)
+        encoded = encode_examples(self.shared.tokenizer, examples, scenario.training.max_length)
+        self.encoded = {example.id: example for example in encoded}
+        self.stream = participants.client_stream(scenario, index)
+        self.order = EpochSampler(len(encoded), seed)
+        self.settings = scenario.training.model_copy(update={"seed": seed})
+        self.state = directory / "federation" / "clients" / self.entry.id / "state"
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.adapter, self.traffic = AdapterState(), Traffic()
 
     def data(self, round_number: int) -> tuple[list[EncodedExample], EpochSampler]:
         """What to train on in a round, and in which order."""
@@ -63,7 +72,7 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     flops = _measure(strategy, scenario, models)
     # The streams and the progress depend on the number of steps.
     scenario = equal_steps(scenario, flops, reference_flops(scenario))
-    members = [_member(scenario, models, directory, index) for index in range(len(scenario.clients))]
+    members = [_Member(scenario, models, directory, index) for index in range(len(scenario.clients))]
     first = _resume(directory, members, strategy) + 1
     steps = scenario.training.steps * strategy.passes * len(members)
     progress = RunProgress(console, steps * scenario.schedule.rounds)
@@ -121,45 +130,22 @@ def _models(strategy: Strategy, scenario: Scenario) -> dict[tuple[str, int], Sha
     return models
 
 
-def _member(
-    scenario: Scenario, models: Mapping[tuple[str, int], SharedModel], directory: Path, index: int
-) -> _Member:
-    entry, seed = scenario.clients[index], participants.client_seed(scenario, index)
-    shared = models[_key(scenario, entry)]
-    encoded = encode_examples(
-        shared.tokenizer, participants.training_examples(entry), scenario.training.max_length
-    )
-    state = directory / "federation" / "clients" / entry.id / "state"
-    state.mkdir(parents=True, exist_ok=True)
-    return _Member(
-        entry,
-        shared,
-        participants.client_stream(scenario, index),
-        {example.id: example for example in encoded},
-        EpochSampler(len(encoded), seed),
-        scenario.training.model_copy(update={"seed": seed}),
-        state,
-    )
-
-
-def _by_itself(strategy: Strategy) -> Train:
-    def train(
-        shared: SharedModel, examples: Sequence[EncodedExample], order: EpochSampler, few: TrainingSettings
-    ) -> None:
-        strategy.train(Trainer(shared.model, examples, order, few, shared.pad_token_id))
-
-    return train
+def _by_itself(
+    strategy: Strategy,
+    _client: ScenarioClient,
+    shared: SharedModel,
+    examples: Sequence[EncodedExample],
+    order: EpochSampler,
+    few: TrainingSettings,
+) -> None:
+    strategy.train(Trainer(shared.model, examples, order, few, shared.pad_token_id))
 
 
 def _measure(
     strategy: Strategy, scenario: Scenario, models: Mapping[tuple[str, int], SharedModel]
 ) -> dict[str, float]:
-    """Operations of a training step, by client; measured once per model in memory."""
-    return by_client(
-        scenario.clients,
-        partial(_key, scenario),
-        lambda client: step_flops(scenario, client, models[_key(scenario, client)], _by_itself(strategy)),
-    )
+    """Operations of a training step, by client."""
+    return step_flops(scenario, models, partial(_key, scenario), partial(_by_itself, strategy))
 
 
 def _share(

@@ -9,7 +9,7 @@ from torch import nn
 from fedmosaic.client.model.loss import Batch
 from fedmosaic.experiments.methods.distillation import answer_logits, soft_divergence
 from fedmosaic.experiments.methods.ditto import Ditto
-from fedmosaic.experiments.methods.knowledge import mean_logits
+from fedmosaic.experiments.methods.knowledge import STEPS, mean_logits
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, write_adapter
 from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, TEACHER, ServerSide
 
@@ -21,8 +21,6 @@ class PerAda(Ditto):
     """
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, TEACHER)
-    steps: ClassVar[int] = 10
-    """Optimizer steps of the server in a round."""
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """The mean, then distillation."""
@@ -34,5 +32,5 @@ class PerAda(Ditto):
             return soft_divergence(answer_logits(model, batch), teacher, batch)
 
         write_adapter(server.model, SHARED, next(iter(mean.values())))
-        server.distil(server.public, self.steps, from_teachers)
+        server.distil(server.public, STEPS, from_teachers)
         return dict.fromkeys(uploads, read_adapter(server.model, SHARED))

@@ -6,7 +6,6 @@ progress.
 
 import datetime as dt
 import json
-import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -305,7 +304,3 @@ class _Shown:
         waiting = ", ".join(map(str, record.get("waiting_for") or ()))
         words = f"{stage}{f' {done}/{total}' if total else ''}{f' (for {waiting})' if waiting else ''}"
         self.bars.update(self._tasks[name], completed=completed, description=words)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

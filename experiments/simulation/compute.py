@@ -5,7 +5,8 @@ two.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,8 +17,11 @@ from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
 from fedmosaic.protos.errors import ModelError
 
-Train = Callable[[SharedModel, Sequence[EncodedExample], EpochSampler, TrainingSettings], None]
+Train = Callable[
+    [ScenarioClient, SharedModel, Sequence[EncodedExample], EpochSampler, TrainingSettings], None
+]
 """A client's training by itself, on the adapter that the model holds."""
+Key = TypeVar("Key", bound=Hashable)
 
 MEASURED_STEPS: Final = 2
 """Optimizer steps that are counted; two, because some methods train their adapters in turn."""
@@ -33,27 +37,21 @@ def counted(train: Callable[[TrainingSettings], None], settings: TrainingSetting
     return flops
 
 
-def step_flops(scenario: Scenario, client: ScenarioClient, shared: SharedModel, train: Train) -> float:
-    """Operations of a client's training step; the clients of the model notice nothing."""
-    training = scenario.training
-    wanted = MEASURED_STEPS * training.per_device_train_batch_size * training.gradient_accumulation_steps
-    examples = encode_examples(shared.tokenizer, training_examples(client)[:wanted], training.max_length)
-    order = EpochSampler(len(examples), training.seed)
-    with shared.with_adapter(AdapterState()):
-        return counted(lambda few: train(shared, examples, order, few), training)
-
-
-def by_client(
-    clients: Sequence[ScenarioClient],
-    key: Callable[[ScenarioClient], Hashable],
-    measure: Callable[[ScenarioClient], float],
+def step_flops(
+    scenario: Scenario, models: Mapping[Key, SharedModel], key: Callable[[ScenarioClient], Key], train: Train
 ) -> dict[str, float]:
-    """A figure of every client, measured once for the first of those with the same key."""
-    known: dict[Hashable, float] = {}
-    for client in clients:
-        if key(client) not in known:
-            known[key(client)] = measure(client)
-    return {client.id: known[key(client)] for client in clients}
+    """Operations of a training step, by client; measured once per model, whose clients notice nothing."""
+    training, known = scenario.training, dict[Key, float]()
+    wanted = MEASURED_STEPS * training.per_device_train_batch_size * training.gradient_accumulation_steps
+    for client in scenario.clients:
+        if key(client) in known:
+            continue
+        shared = models[key(client)]
+        examples = encode_examples(shared.tokenizer, training_examples(client)[:wanted], training.max_length)
+        order = EpochSampler(len(examples), training.seed)
+        with shared.with_adapter(AdapterState()):
+            known[key(client)] = counted(partial(train, client, shared, examples, order), training)
+    return {client.id: known[key(client)] for client in scenario.clients}
 
 
 def equal_steps(scenario: Scenario, flops: Mapping[str, float], reference: Mapping[str, float]) -> Scenario:

@@ -22,7 +22,7 @@ from fedmosaic.client.state import read_record
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.scenario.participants import Evaluation
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario, ScenarioClient
-from fedmosaic.experiments.simulation.compute import Train, by_client, equal_steps, step_flops
+from fedmosaic.experiments.simulation.compute import equal_steps, step_flops
 from fedmosaic.experiments.simulation.models import SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.experiments.simulation.worker import Architecture, Worker, architecture, state_of
@@ -71,7 +71,8 @@ def prepare(
     Gives the scenario with the steps to take, the server's settings, operations of a step, and the models.
     """
     models, adapter = make_models(scenario)
-    flops = {} if adapter.private else _measure(scenario, models, adapter)
+    train = partial(_train_without_dp, adapter)
+    flops = {} if adapter.private else step_flops(scenario, models, architecture, train)
     scenario = equal_steps(scenario, flops, reference)
     mechanism = fit_profile(scenario, directory, console, own_process=False)
     place = directory / "federation"
@@ -176,28 +177,16 @@ def load_shared(scenario: Scenario, client: ScenarioClient, terms: AdapterTerms)
     return shared_model(scenario, client, model, tokenizer)
 
 
-def _training(*, own_family_layers: bool) -> Train:
-    """A step of FedMosaic without DP; the LoRA of the other layers may be the client's own."""
-
-    def train(
-        shared: SharedModel,
-        examples: Sequence[EncodedExample],
-        order: EpochSampler,
-        settings: TrainingSettings,
-    ) -> None:
-        set_trainable(shared.model, {"local", "gate"})
-        if own_family_layers:
-            set_active_branches(shared.model, {"local"}, layers="family")
-        train_local(shared.model, examples, settings, pad_token_id=shared.pad_token_id, sampler=order)
-
-    return train
-
-
-def _measure(
-    scenario: Scenario, models: Mapping[Architecture, SharedModel], adapter: AdapterTerms
-) -> dict[str, float]:
-    def measure(client: ScenarioClient) -> float:
-        own = adapter.other_layers == "lora" and client.family not in adapter.family_dimensions
-        return step_flops(scenario, client, models[architecture(client)], _training(own_family_layers=own))
-
-    return by_client(scenario.clients, architecture, measure)
+def _train_without_dp(
+    adapter: AdapterTerms,
+    client: ScenarioClient,
+    shared: SharedModel,
+    examples: Sequence[EncodedExample],
+    order: EpochSampler,
+    settings: TrainingSettings,
+) -> None:
+    """FedMosaic's steps; the LoRA of the other layers is the client's own where no family shares it."""
+    set_trainable(shared.model, {"local", "gate"})
+    if adapter.other_layers == "lora" and client.family not in adapter.family_dimensions:
+        set_active_branches(shared.model, {"local"}, layers="family")
+    train_local(shared.model, examples, settings, pad_token_id=shared.pad_token_id, sampler=order)

@@ -76,20 +76,15 @@ class InProcessTransport:
             self._check_going_on()
             self._round_changed.clear()
             self._coordinator.advance()
-            aggregate = self._pulled(round_number)
+            aggregate = self._coordinator.pull(self._client_id, round_number)
             if aggregate is not None:
+                self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
                 return aggregate
             if time.monotonic() >= deadline:
                 raise TurnOverError(f"round {round_number} did not open within {self._patience:.0f} s")
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
             self._round_changed.wait(self._tick)
-
-    def _pulled(self, round_number: int) -> Aggregate | None:
-        aggregate = self._coordinator.pull(self._client_id, round_number)
-        if aggregate is not None:
-            self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
-        return aggregate
 
     def push(self, upload: Upload) -> Receipt:
         """See `Coordinator.push`."""

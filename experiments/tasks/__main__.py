@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -35,14 +35,7 @@ class Write:
     clinc150 and banking77; for images omniglot_small and fashion_mnist."""
     out: Path
     """Where to write; made if absent."""
-    train_rows: int = 400
-    """Most training examples per task."""
-    test_rows: int = 100
-    """Most test examples per task."""
-    public_rows: int = 600
-    """Most public examples, for the basis of the task profile and for servers that distil."""
-    tuning: bool = False
-    """Write validation examples, taken from the part for training, in place of the test examples."""
+    size: tyro.conf.OmitArgPrefixes[Size] = field(default_factory=Size)
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if parsed.set not in SETS:
         raise ConfigurationError(f"there is no set {parsed.set!r}; known: {', '.join(SETS)}")
-    size = Size(parsed.train_rows, parsed.test_rows, parsed.public_rows, parsed.tuning)
-    content = write_set(SETS[parsed.set], parsed.data, parsed.out, size)
+    content = write_set(SETS[parsed.set], parsed.data, parsed.out, parsed.size)
     heads = (column.replace("_", " ") for column in _COLUMNS)
     table = Table("task", *heads, title=f"{parsed.set}, in {parsed.out}")
     for task, row in content.items():

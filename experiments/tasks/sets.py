@@ -22,12 +22,16 @@ _FEWEST: Final = 8
 
 @dataclass(frozen=True)
 class Size:
-    """Most training and test examples per task, and public ones; or validation examples in place of test."""
+    """How much of a set is written."""
 
-    train: int
-    test: int
-    public: int
+    train_rows: int = 400
+    """Most training examples per task."""
+    test_rows: int = 100
+    """Most test examples per task."""
+    public_rows: int = 600
+    """Most public examples, for the basis of the task profile and for servers that distil."""
     tuning: bool = False
+    """Write validation examples, taken from the part for training, in place of the test examples."""
 
 
 def split_rows(
@@ -48,10 +52,10 @@ def split_rows(
             continue
         tested = in_test(row.group)
         wanted = not tested and group not in trained_groups if size.tuning else tested
-        if not tested and len(train) < size.train:
+        if not tested and len(train) < size.train_rows:
             part = train
             trained_groups.add(group)
-        elif len(test) < size.test and wanted:
+        elif len(test) < size.test_rows and wanted:
             part = test
         else:
             continue
@@ -112,7 +116,7 @@ def write_set(tasks: TaskSet, data: Path, out: Path, size: Size) -> dict[str, di
     pairs = sorted(filter(all, set(public_texts(data))), key=lambda pair: stable_hash("public", pair[0]))
     public = [
         Example(f"public-{stable_hash('public id', '|'.join(pair)):016x}", *pair)
-        for pair in pairs[: size.public]
+        for pair in pairs[: size.public_rows]
     ]
     write_examples(out / "public.jsonl", public)
     (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")

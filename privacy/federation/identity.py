@@ -68,29 +68,25 @@ def parse_spiffe_id(uri: str) -> tuple[str, str]:
     return match["federation"], match["client"]
 
 
-def create_authority(federation: str, now: dt.datetime | None = None) -> Authority:
+def create_authority(federation: str) -> Authority:
     """Make a new certificate authority and roster-signing key for a federation."""
     key = ec.generate_private_key(ec.SECP256R1())
     # A common name has at most 64 characters (RFC 5280, appendix A), so the federation stands by itself.
     organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation)
     name = x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium")])
-    builder = _builder(name, name, key.public_key(), AUTHORITY_DAYS, now, authority=True)
+    builder = _builder(name, name, key.public_key(), dt.datetime.now(dt.UTC), authority=True)
     return Authority(builder.sign(key, hashes.SHA256()), key, Ed25519PrivateKey.generate())
 
 
 def certify_server(
-    authority: Authority,
-    key: ec.EllipticCurvePublicKey,
-    hosts: Sequence[str],
-    days: int = CERTIFICATE_DAYS,
-    now: dt.datetime | None = None,
+    authority: Authority, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], now: dt.datetime | None = None
 ) -> bytes:
-    """A PEM certificate for a server's key and its DNS names and IP addresses, valid for `days` days."""
+    """A PEM certificate for a server's key and its DNS names and IP addresses."""
     if not hosts:
         raise IdentityError("a server certificate needs at least one host name or address")
     # Clients compare the names (RFC 9525, §6.2); a host name may be too long for a common name.
     usage = ExtendedKeyUsageOID.SERVER_AUTH
-    return _certify(authority, key, "FedMosaic server", host_names(hosts), usage, days, now)
+    return _certify(authority, key, "FedMosaic server", host_names(hosts), usage, now)
 
 
 def certify_client(
@@ -98,12 +94,11 @@ def certify_client(
     key: ec.EllipticCurvePublicKey,
     federation: str,
     client: str,
-    days: int = CERTIFICATE_DAYS,
     now: dt.datetime | None = None,
 ) -> bytes:
-    """A PEM certificate for a client's key that names `client` in a SPIFFE URI, valid for `days` days."""
+    """A PEM certificate for a client's key that names `client` in a SPIFFE URI."""
     names = [x509.UniformResourceIdentifier(spiffe_id(federation, client))]
-    return _certify(authority, key, client, names, ExtendedKeyUsageOID.CLIENT_AUTH, days, now)
+    return _certify(authority, key, client, names, ExtendedKeyUsageOID.CLIENT_AUTH, now)
 
 
 def host_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
@@ -123,13 +118,12 @@ def _certify(
     common_name: str,
     names: Sequence[x509.GeneralName],
     usage: x509.ObjectIdentifier,
-    days: int,
     now: dt.datetime | None,
 ) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     certificate = (
-        _builder(subject, authority.certificate.subject, key, days, now, authority=False)
+        _builder(subject, authority.certificate.subject, key, now or dt.datetime.now(dt.UTC), authority=False)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(issuer, critical=False)
@@ -142,13 +136,12 @@ def _builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
-    days: int,
-    now: dt.datetime | None,
+    now: dt.datetime,
     *,
     authority: bool,
 ) -> x509.CertificateBuilder:
     """What every certificate has: an authority's signs certificates, any other signs handshakes."""
-    now = now or dt.datetime.now(dt.UTC)
+    days = AUTHORITY_DAYS if authority else CERTIFICATE_DAYS
     usage = x509.KeyUsage(
         digital_signature=not authority,
         content_commitment=False,

@@ -22,11 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, StringConstraints
 
-from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
+from fedmosaic.privacy.configuration import Frozen, Hex32, canonical_json, parse_json, validate
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import IDENTITY_KEY, PENDING, REQUEST, TLS_KEY
 from fedmosaic.privacy.federation.names import Family, Host, MemberId
-from fedmosaic.privacy.federation.terms import Hex32
 from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 

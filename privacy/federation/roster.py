@@ -17,9 +17,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field, model_validator
 
-from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
+from fedmosaic.privacy.configuration import Frozen, Hex32, canonical_json, parse_json, validate
 from fedmosaic.privacy.federation.names import Family, MemberId
-from fedmosaic.privacy.federation.terms import Hex32, Seconds, Terms, check_witnessed
+from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
@@ -16,7 +16,6 @@ from fedmosaic.protos import bounds
 Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"]
 """How the shared adapter is protected; see `AdapterTerms.protection`."""
 
-Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 _LARGEST_PLANNED_EPSILON = 100.0

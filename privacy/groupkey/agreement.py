@@ -5,7 +5,7 @@
                                               elects the leader, who draws the key and returns sealed boxes
     3. others         accept_box(box)         open, compare with the leader's signed commitment
     4. every member   confirmation()          signed commitment, and a tag that only holders can make
-    5. every member   accept_confirmations()  all tags and commitments agree: the key may be used
+    5. every member   check_confirmations()   all tags and commitments agree: the key may be used
 
 The server can delay or refuse. It cannot add, drop or swap a member or replay an epoch, nor can a leader hand
 out different keys: each ends in a `KeyAgreementError`. One member together with the server reads everything.
@@ -73,8 +73,7 @@ def plan_epoch(
 class _Stage(enum.Enum):
     OPENED = "accept_openings"
     WAITS_FOR_BOX = "accept_box"
-    HAS_KEY = "accept_confirmations"
-    DONE = "no further step"
+    HAS_KEY = "confirmation"
     FAILED = "a new epoch"
 
 
@@ -175,17 +174,6 @@ class KeyAgreement:
             raise KeyAgreementError(f"member {self.member!r} holds no key: {self._stage.value} first")
         return self._key
 
-    def accept_confirmations(self, confirmations: Mapping[str, bytes]) -> GroupKey:
-        """Check that every member holds the same key, and release it for use; see `check_confirmations`."""
-        with self._step(_Stage.HAS_KEY):
-            key = self._key
-            if key is None:
-                raise KeyAgreementError("no key to confirm")
-            check_confirmations(self.epoch, key, confirmations)
-            self._key = None
-            self._stage = _Stage.DONE
-            return key
-
     @contextmanager
     def _step(self, expected: _Stage) -> Iterator[None]:
         if self._stage is not expected:
@@ -210,10 +198,8 @@ class KeyAgreement:
         key = self._key
         if key is None:
             raise KeyAgreementError("no key to seal")
-        public, info = (
-            X25519PublicKey.from_public_bytes(recipient_key),
-            self._bound(recipient, key.fingerprint),
-        )
+        public = X25519PublicKey.from_public_bytes(recipient_key)
+        info = self._bound(recipient, key.fingerprint)
         sealed = _HPKE.encrypt(key.master + key.ckks_secret, public, info=info)
         return messages.write_about_key(
             messages.BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity

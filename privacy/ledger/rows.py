@@ -6,13 +6,13 @@ Pure functions over rows, for reports and audits.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmosaic.privacy import configuration
 from fedmosaic.privacy.accounting.events import Epsilon, GaussianEvent
-from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH, chained_hash, misfit
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH, Hex32, chained_hash, misfit
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
@@ -24,8 +24,6 @@ CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
 NEIGHBOURING_RELATION = "add or remove one"
 RESTORE = "move it away and put the newest backup in its place with `fedmosaic ledger move BACKUP PLACE`"
 """What to do about a ledger that cannot be used any more; `fedmosaic ledger backup` makes backups."""
-
-_Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class LedgerRow(BaseModel):
@@ -74,12 +72,12 @@ class LedgerRow(BaseModel):
     neighbouring_relation: Literal["add or remove one"] = "add or remove one"
     covered_by: Coverage | None = None
     secure_noise: bool | None = None
-    data_epoch: _Hex64 | None = None
+    data_epoch: Hex32 | None = None
     disjoint: bool = False
-    payload_digest: _Hex64 | None = None
+    payload_digest: Hex32 | None = None
     epsilon: Epsilon = 0.0
     accountant: Literal["prv", "rdp", "pld"]
-    previous_hash: _Hex64 = FIRST_PREVIOUS_HASH
+    previous_hash: Hex32 = FIRST_PREVIOUS_HASH
     hash: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
 
     def event(self) -> GaussianEvent:

@@ -12,21 +12,19 @@ The bound of one example holds whatever the map does, and cosine similarity is f
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
-from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.configuration import Frozen, Hex32, canonical_json
 from fedmosaic.privacy.mechanism import gaussian
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum, FloatArray
 from fedmosaic.privacy.mechanism.noise import Float64Array, NoiseSource
 from fedmosaic.protos.errors import MechanismError
 
 Float32Array = npt.NDArray[np.float32]
-
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Reduction(Frozen):
@@ -88,10 +86,10 @@ class ProfileMechanism(Frozen):
 
     version: Literal[1] = 1
     probe: str = Field(min_length=1, max_length=200)
-    probe_sha256: Sha256
+    probe_sha256: Hex32
     reduction: Reduction
     standardise: Literal["none", "centre", "whiten"] = "none"
-    basis_sha256: Sha256 | None = None
+    basis_sha256: Hex32 | None = None
     clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
     noise_multiplier: float = Field(default=8.0, ge=0.0, le=1e6, allow_inf_nan=False)
     sampling_rate: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)

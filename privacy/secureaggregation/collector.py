@@ -134,7 +134,7 @@ class SumCollector:
             )
         weights = cache(lagrange_weights)
         seeds = {member: self._secret(member, needed, weights) for member in self._shares}
-        digest, bits, size = self._terms.digest(), self._terms.bits, self._terms.dimensions
+        digest, bits, size = self._terms.digest, self._terms.bits, self._terms.dimensions
         masks, total = Masks(size, bits), self._total.copy()
         for member, seed in seeds.items():
             if seed is None:
@@ -176,7 +176,7 @@ class SumCollector:
 
     def _announced(self, member: str, seed: int) -> bool:
         """Whether a secret is the one that its member's opening speaks of."""
-        opening, digest = self._openings[member], self._terms.digest()
+        opening, digest = self._openings[member], self._terms.digest
         if member in self._survivors:
             return messages.seed_check(digest, member, seed) == opening.self_check
         return private_key(seed, digest).public_key().public_bytes_raw() == opening.mask_key

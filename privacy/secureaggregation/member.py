@@ -76,7 +76,7 @@ class SumMember:
         self._step = _Step.OPEN
         self._self_seed = draw_element(random_bytes)
         self._mask_seed = draw_element(random_bytes)
-        self._mask_key = private_key(self._mask_seed, terms.digest())
+        self._mask_key = private_key(self._mask_seed, terms.digest)
         self._envelope_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
         self._openings: dict[str, messages.Opening] = {}
         self._transcript = b""
@@ -90,7 +90,7 @@ class SumMember:
             content = (
                 self._mask_key.public_key().public_bytes_raw(),
                 self._envelope_key.public_key().public_bytes_raw(),
-                messages.seed_check(self._terms.digest(), self._member, self._self_seed),
+                messages.seed_check(self._terms.digest, self._member, self._self_seed),
             )
             return messages.sign_opening(self._terms, self._member, content, self._identity)
 
@@ -153,7 +153,7 @@ class SumMember:
                 )
             bits, masks = self._terms.bits, Masks(self._terms.dimensions, self._terms.bits)
             masked = to_words(vector, bits)
-            masked += masks.of(self_mask_key(self._self_seed, self._terms.digest()))
+            masked += masks.of(self_mask_key(self._self_seed, self._terms.digest))
             for other in sorted(set(self._held) - {self._member}):
                 pair = (self._member, other)
                 key = pair_mask_key(self._mask_key, self._openings[other].mask_key, self._transcript, pair)

@@ -112,7 +112,7 @@ def sign_opening(
 def transcript(terms: SumTerms, openings: Mapping[str, Opening]) -> bytes:
     """SHA-256 of the terms and of who opened with which keys; EncryptionError if too few did."""
     check_number("opened", openings, terms)
-    parts = [terms.digest()]
+    parts = [terms.digest]
     for member in sorted(openings):
         parts += [member.encode(), *openings[member].content]
     return sha256(b"secure-sum/openings", *parts)
@@ -207,7 +207,7 @@ def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int
 
 
 def _opening_digest(terms: SumTerms, member: str, content: tuple[bytes, bytes, bytes]) -> bytes:
-    return sha256(b"secure-sum/opening", terms.digest(), member.encode(), *content)
+    return sha256(b"secure-sum/opening", terms.digest, member.encode(), *content)
 
 
 def _checks(transcript: bytes, sender: str, recipient: str, shares: tuple[int, int]) -> bytes:

@@ -51,12 +51,9 @@ class SumTerms:
         """
         return (opened + self.colluders) // 2 + 1
 
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of all of it."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> bytes:
         numbers = (self.minimum, self.colluders, self.dimensions, self.bits)
         parts = [self.context, *(number.to_bytes(8, "little") for number in numbers)]
         for member in self.members:

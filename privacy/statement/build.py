@@ -99,7 +99,6 @@ def statement(inputs: models.StatementInputs) -> PrivacyStatement:
         clients=clients,
         coalition_rows=inputs.coalition_rows,
         assumptions=assumptions(
-            inputs,
             (client.unit for client in clients),
             any("encrypted" in mode for mode in modes),
             # Releases of an earlier run stay in the ledger, and so does what their noise rests on.

@@ -1,55 +1,63 @@
 """What a statement's releases would have cost: the noise for another ε."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fedmosaic.privacy.accounting.calibrate import noise_factor_for
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.statement import models
-from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
+from fedmosaic.privacy.statement.models import ClientStatement
 from fedmosaic.privacy.statement.words import CHANNEL_NAMES
 from fedmosaic.protos.errors import AccountingError
 
 
-def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[models.ChannelCost, ...]:
-    """The σ with which each client's releases, on the same schedule, would have met a target ε in (0, 100].
+@dataclass(frozen=True)
+class ChannelCost:
+    """The noise with which a client's releases on a channel, or on all, would have met a target ε.
 
-    One answer per client and channel, and one for all its channels together, in which the profile keeps its
-    noise if it can and the other channels share one σ per mechanism. Parallel composition is not used: the
-    figures are for releases that may concern every example.
+    `current` are the σ as they were, one per mechanism that changes, 0 without DP; `needed` are those that
+    the same schedule needs, none when they cannot be told.
     """
-    if not 0.0 < target_epsilon <= 100.0:
-        raise AccountingError(f"target ε is {target_epsilon}; it must be in (0, 100]")
-    return tuple(
-        cost
-        for client in statement.clients
-        for cost in (
-            *(_channel_cost(channel, client, target_epsilon) for channel in client.channels[:-1]),
-            _joint_cost(client, target_epsilon),
-        )
-    )
+
+    client: ClientStatement
+    channel: models.ChannelStatement
+    words: str
+    current: tuple[float, ...] = ()
+    needed: tuple[float, ...] = ()
 
 
-def _channel_cost(
-    channel: models.ChannelStatement, client: ClientStatement, target: float
-) -> models.ChannelCost:
+def costs_at_epsilon(client: ClientStatement, target: float) -> list[ChannelCost]:
+    """The σ with which a client's releases, on the same schedule, would have met a target ε in (0, 100].
+
+    One answer per channel, and one for all channels together, in which the profile keeps its noise if it can
+    and the other channels share one σ per mechanism. Parallel composition is not used: the figures are for
+    releases that may concern every example.
+    """
+    if not 0.0 < target <= 100.0:
+        raise AccountingError(f"target ε is {target}; it must be in (0, 100]")
+    alone = [_channel_cost(channel, client, target) for channel in client.channels[:-1]]
+    return [*alone, _joint_cost(client, target)]
+
+
+def _channel_cost(channel: models.ChannelStatement, client: ClientStatement, target: float) -> ChannelCost:
     events, protected = _schedule(channel)
     if not events:
-        return _answer(channel, client, target, "nothing was released, or its schedule is not known")
+        return ChannelCost(client, channel, "nothing was released, or its schedule is not known")
     return _scaled(channel, client, target, [], events, protected)
 
 
-def _joint_cost(client: ClientStatement, target: float) -> models.ChannelCost:
+def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
     joint = client.channels[-1]
     parts = [(channel, *_schedule(channel)) for channel in client.channels[:-1]]
     unknown = [CHANNEL_NAMES[each.channel] for each, events, _ in parts if not events and each.mechanisms]
     if unknown:
-        return _answer(joint, client, target, f"no schedule is known for: {', '.join(unknown)}")
+        return ChannelCost(client, joint, f"no schedule is known for: {', '.join(unknown)}")
     profile = [event for channel, events, _ in parts if channel.channel == "profile" for event in events]
     others = [event for channel, events, _ in parts if channel.channel != "profile" for event in events]
     protected = all(each for _, events, each in parts if events)
     if not profile + others:
-        return _answer(joint, client, target, "nothing was released")
+        return ChannelCost(client, joint, "nothing was released")
     if others and epsilon(profile, client.delta) < target:
         return _scaled(joint, client, target, profile, others, protected)
     return _scaled(joint, client, target, [], profile + others, protected)
@@ -72,38 +80,18 @@ def _scaled(
     kept: Sequence[GaussianEvent],
     scaled: Sequence[GaussianEvent],
     protected: bool,
-) -> models.ChannelCost:
+) -> ChannelCost:
     current = tuple(event.noise_multiplier if protected else 0.0 for event in scaled)
     try:
         factor = noise_factor_for(target, client.delta, kept, scaled)
     except AccountingError as error:
-        return _answer(channel, client, target, str(error), current)
+        return ChannelCost(client, channel, str(error), current)
     needed = tuple(event.noise_multiplier * factor for event in scaled)
     change = ("with the profile's noise as it was, " if kept else "") + f"σ = {_list(needed)} "
     times = f"{max(factor, 1 / factor):.2f} times {'more' if factor > 1 else 'less'} noise"
     change += f"instead of {_list(current)}: {times}" if protected else "where there was no noise"
-    return _answer(channel, client, target, change, current, needed)
+    return ChannelCost(client, channel, change, current, needed)
 
 
 def _list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
-
-
-def _answer(
-    channel: models.ChannelStatement,
-    client: ClientStatement,
-    target: float,
-    words: str,
-    current: tuple[float, ...] = (),
-    needed: tuple[float, ...] | None = None,
-) -> models.ChannelCost:
-    return models.ChannelCost(
-        client_id=client.client_id,
-        channel=channel.channel,
-        target_epsilon=target,
-        delta=client.delta,
-        current_epsilon=channel.epsilon,
-        current_noise_multipliers=current,
-        needed_noise_multipliers=needed,
-        words=f"{client.client_id}, {CHANNEL_NAMES[channel.channel]}, ε = {target:g}: {words}",
-    )

@@ -97,8 +97,6 @@ class StatementInputs(Frozen):
     smallest_row: int | None = Field(default=None, ge=1)
     """Fewest contributors of any aggregate that the clients accepted; None where they accepted none."""
     coalition_rows: tuple[CoalitionRows, ...] = ()
-    metrics_shared: bool = False
-    """Whether losses, accuracies or counts of private data left any client."""
 
 
 class AccountantFigures(Frozen):
@@ -247,21 +245,3 @@ class PrivacyStatement(Frozen):
     """What is disclosed whatever the protection."""
     shareable: bool = False
     """Whether it is the one to hand over: made from rounded numbers, without unnoised figures."""
-
-
-class ChannelCost(Frozen):
-    """The noise with which one client's releases on one channel would have met a target ε."""
-
-    client_id: str
-    channel: StatementChannel
-    """Which channel; `joint` keeps the profile's noise, if it can, and changes the rest."""
-    target_epsilon: float
-    """ε asked for, against a reader of the plaintext."""
-    delta: float
-    current_epsilon: Epsilon
-    """ε as it was."""
-    current_noise_multipliers: tuple[float, ...]
-    """σ as they were, one per mechanism that changes; 0 without DP."""
-    needed_noise_multipliers: tuple[float, ...] | None
-    """σ that the same schedule needs; None when it cannot be told."""
-    words: str

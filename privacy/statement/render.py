@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmosaic.privacy.statement import models, plain
+from fedmosaic.privacy.statement.costs import ChannelCost
 from fedmosaic.privacy.statement.models import ClientStatement, Guarantee, PrivacyStatement
 from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, joint
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES
@@ -43,7 +44,7 @@ def render(statement: PrivacyStatement) -> RenderableType:
     return Group(*parts)
 
 
-def render_costs(costs: Sequence[models.ChannelCost]) -> RenderableType:
+def render_costs(costs: Sequence[ChannelCost], target: float) -> RenderableType:
     """What another ε would have cost, as a rich renderable."""
     table = Table(
         title="Noise for another ε, on the same schedule", box=box.SIMPLE_HEAD, title_justify="left"
@@ -52,11 +53,11 @@ def render_costs(costs: Sequence[models.ChannelCost]) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for cost in costs:
         table.add_row(
-            cost.client_id,
-            _SHORT_CHANNELS[cost.channel],
-            epsilon_text(cost.current_epsilon),
-            f"{cost.target_epsilon:g} (δ {delta_text(cost.delta)})",
-            cost.words.split(": ", 1)[1],
+            cost.client.client_id,
+            _SHORT_CHANNELS[cost.channel.channel],
+            epsilon_text(cost.channel.epsilon),
+            f"{target:g} (δ {delta_text(cost.client.delta)})",
+            cost.words,
         )
     return table
 

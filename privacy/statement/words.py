@@ -95,8 +95,6 @@ GROUP_SUMS_LEAK = (
     "The server and all members read every sum of a group, and who contributed to it. What an example does "
     "to a sum is hidden by the noise alone."
 )
-METRICS_LEAK = "Metrics of private data left the clients. They are releases without noise, in no ε here."
-
 
 _GROUP_SUMS: dict[Adversary, str] = {
     "network": "sees TLS 1.3 records only",
@@ -161,25 +159,19 @@ def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: m
     return "read the tensors"
 
 
-def assumptions(
-    inputs: models.StatementInputs, units: Iterable[Unit], any_encrypted: bool, group_sums: bool = False
-) -> tuple[str, ...]:
+def assumptions(units: Iterable[Unit], any_encrypted: bool, group_sums: bool) -> tuple[str, ...]:
     """Everything that the figures of this run rest on; `units` are those of its clients."""
     found = [*(UNITS[unit] for unit in sorted(set(units))), *ASSUMPTIONS]
     if any_encrypted:
         found += [SHARED_KEY_ASSUMPTION, APPROXIMATE_DECRYPTION_ASSUMPTION]
     if group_sums:
         found.append(GROUP_SUMS_ASSUMPTION)
-    if not inputs.metrics_shared:
-        found.append(NO_METRICS_ASSUMPTION)
-    return tuple(found)
+    return (*found, NO_METRICS_ASSUMPTION)
 
 
-def leaks(inputs: models.StatementInputs, any_unprotected: bool, group_sums: bool = False) -> tuple[str, ...]:
+def leaks(inputs: models.StatementInputs, any_unprotected: bool, group_sums: bool) -> tuple[str, ...]:
     """What this run discloses whatever its protection."""
     found = list(LEAKS)
-    if inputs.metrics_shared:
-        found.insert(0, METRICS_LEAK)
     if group_sums:
         return (*found, GROUP_SUMS_LEAK)
     found.append(

@@ -179,15 +179,10 @@ async def _parsed(contents: AsyncIterator[bytes], parse: Callable[[bytes], T]) -
 
 
 def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:
-    """Id of the member, or of the witness, whose verified certificate opened the connection.
+    """Id of the member, or of the witness alone, whose verified certificate opened the connection.
 
-    Args:
-        auth: the `auth_context()` of a gRPC call; the certificate in it was verified by TLS.
-        settings: federation, members and pinned certificate keys.
-        witness: let in the witness alone, and no member.
-
-    Returns:
-        The client id in the certificate's SPIFFE URI.
+    `auth` is the `auth_context()` of a gRPC call: TLS has verified the certificate in it, and the id is that
+    of its SPIFFE URI.
 
     Raises:
         Refusal: no such certificate, another federation, not on the roster, or another key than pinned.

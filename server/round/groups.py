@@ -61,14 +61,10 @@ def group_clients(
 def divide(
     families: Mapping[str, str], relevance: Relevance, most: int, least: int, temperature: float
 ) -> Partition:
-    """Groups of one family each, and how each client mixes those of its own; see the two functions below.
+    """Groups of one family each, and how each client mixes those of its own; see the two functions beside.
 
-    Args:
-        families: family by client, in the order of `relevance`'s rows.
-        relevance: similarity of all clients.
-        most: groups in all; each family has as many as the others, and at least one.
-        least: members that a group must have.
-        temperature: τ of the mixing.
+    `families` has the family by client, in the order of `relevance`'s rows. There are at most so many groups
+    in all, as many in each family, and at least one.
     """
     clients, each = list(families), max(1, most // len(set(families.values())))
     groups: list[tuple[str, ...]] = []
@@ -93,14 +89,8 @@ def mixing_weights(
 
         M_ir = exp(S̄_ir / τ) / Σ_s exp(S̄_is / τ),    S̄_ir the mean of S_ij over the members j ≠ i of group r
 
-    Args:
-        clients: N names in the order of `relevance`'s rows.
-        relevance: similarity of all clients.
-        groups: R groups of names.
-        temperature: τ > 0.
-
-    Returns:
-        Client → R weights that add up to 1. A client without a significant profile mixes its own group alone.
+    The N clients are in the order of `relevance`'s rows; by client, R weights for the R groups, which add up
+    to 1. A client without a significant profile mixes its own group alone.
 
     Reference:
         FedMosaic (arXiv 2506.11024): softmax with temperature, over groups in place of single members.

@@ -108,14 +108,8 @@ def plan(
     helps, two equations being enough for two unknowns. Where the policy promises more than one recipient
     (`AggregationPolicy.withstands`), the later of the two is then refused.
 
-    Args:
-        group: who contributes and who receives.
-        clients: order of the rows and columns of `relevance`.
-        relevance: similarity of all clients.
-        temperature: τ of the softmax.
-        policy: limits on every row.
-        bits: precision of the weights.
-        families: of the clients, if each is to receive from its own only.
+    The clients are in the order of `relevance`'s rows and columns; their families are given if each is to
+    receive from its own only.
     """
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)

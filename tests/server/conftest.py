@@ -65,7 +65,7 @@ class TestFederation:
             "federation": "fed",
             "members": {c: key.public_key().public_bytes_raw() for c, key in self.keys.items()},
             "roster_hash": self.roster_hash,
-            "adapter_spec_hashes": (self.adapter_hash,),
+            "adapter_spec_hash": self.adapter_hash,
             "shared_dimensions": self.dimensions,
             "profile_dimensions": PROFILE_DIMENSIONS,
             "profile_noise_variance": 0.0,

@@ -441,7 +441,7 @@ def _no_space(*_: object, **__: object) -> None:
 def test_a_state_of_other_terms_is_refused(begin: Any) -> None:
     begin().close()
     with pytest.raises(StateError, match="whose adapter and profile differ"):
-        begin(adapter_spec_hashes=(bytes(32),), profile_dimensions=9)
+        begin(adapter_spec_hash=bytes(32), profile_dimensions=9)
 
 
 def test_a_new_roster_goes_on_with_the_run_without_the_revoked_member(federation: Any, begin: Any) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ from fedmosaic.privacy.mechanism.projection import PublicMap
 from fedmosaic.server.round.relevance import corrected_cosine
 
 logger = logging.getLogger(__name__)
+_DELTA: Final = 1e-5
+_POOL: Final = 600
+"""Examples per task, halved between its two clients; larger n are drawn with replacement and marked."""
+_PUBLIC: Final = 30
+"""Public examples for the basis from each BIG-bench Hard task; ten times as many from other sources."""
+_MAX_LENGTH: Final = 64
+_SEED: Final = 0
+"""Of everything random here."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +60,10 @@ class Settings:
     """ε of the one release; inf is no noise."""
     sizes: tuple[int, ...] = (100, 300, 1000)
     """Examples n per release."""
-    delta: float = 1e-5
-    """δ of the one release."""
-    pool: int = 600
-    """Examples per task, halved between its two clients; larger n are drawn with replacement and marked."""
-    public_size: int = 30
-    """Public examples for the basis from each BIG-bench Hard task; ten times as many from other sources."""
-    max_length: int = 64
-    """Tokens per example."""
     trials: int = 20
     """Repetitions with other subsets and other noise."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The probe's forward pass; the gradient is float32 in any case."""
-    seed: int = 0
-    """Of everything random here."""
     threads: int = 2
     """Threads for the forward pass."""
 
@@ -95,17 +93,17 @@ def run(settings: Settings) -> list[Cell]:
 def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
     model, tokenizer = load_base_model(path, settings.dtype)
     probe, name = open_probe(model), path.stem
-    public = load_public(settings.data, settings.public_size, settings.seed)
+    public = load_public(settings.data, _PUBLIC, _SEED)
     logger.info("%s: fitting the basis on %d public examples", name, len(public))
-    public_factors = list(gradient_factors(probe, encode(tokenizer, public, settings.max_length)))
+    public_factors = list(gradient_factors(probe, encode(tokenizer, public, _MAX_LENGTH)))
     sides = designs.fit_sides(probe, public_factors, designs.SIDES)
     public_rows = reduced_rows(probe, public_factors, DESIGNS.values(), sides)
     for task_set in settings.task_sets:
         rows = []
-        tasks = load_task_set(task_set, settings.data, settings.pool, settings.seed)
+        tasks = load_task_set(task_set, settings.data, _POOL, _SEED)
         for task, examples in tasks.items():
             logger.info("%s, %s: probing %d examples of %s", name, task_set, len(examples), task)
-            factors = list(gradient_factors(probe, encode(tokenizer, examples, settings.max_length)))
+            factors = list(gradient_factors(probe, encode(tokenizer, examples, _MAX_LENGTH)))
             rows.append(reduced_rows(probe, factors, DESIGNS.values(), sides))
         for title, design in DESIGNS.items():
             logger.info("%s, %s: measuring %s", name, task_set, title)
@@ -121,12 +119,12 @@ def _of_design(
     own = public_map.mechanism
     units = [clip(public_map.standardise(rows), own.clipping_norm)[0] for rows in rows_by_task]
     sigmas = [
-        0.0 if math.isinf(epsilon) else noise_multiplier_for(epsilon, settings.delta, (), 1.0, 1)
+        0.0 if math.isinf(epsilon) else noise_multiplier_for(epsilon, _DELTA, (), 1.0, 1)
         for epsilon in settings.epsilons
     ]
     mechanisms = [own.model_copy(update={"noise_multiplier": sigma}) for sigma in sigmas]
     for n in settings.sizes:
-        found = measure(units, mechanisms, n, settings.trials, settings.seed)
+        found = measure(units, mechanisms, n, settings.trials, _SEED)
         for epsilon, figures in zip(settings.epsilons, found, strict=True):
             yield n, epsilon, figures
 

@@ -51,7 +51,7 @@ SERVERS: dict[str, tuple[Callable[[Authority, Authority], builders.TlsIdentity |
         "no certificate of this federation's authority",
     ),
     "expired": (
-        lambda right, foreign: builders.issue_server(right, ["127.0.0.1"], days=1, now=NOW - 9 * DAY),
+        lambda right, foreign: builders.issue_server(right, ["127.0.0.1"], now=NOW - 99 * DAY),
         "certificate has expired",
     ),
     "not valid yet": (

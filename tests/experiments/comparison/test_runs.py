@@ -15,7 +15,7 @@ from fedmosaic.experiments.comparison import report
 from fedmosaic.experiments.comparison import runs as comparison
 from fedmosaic.experiments.comparison.record import majorities, majority_accuracy
 from fedmosaic.experiments.comparison.runs import Group, Run, group_runs, relevance_quality
-from fedmosaic.experiments.comparison.tables import epsilon_text, gains, markdown, pooled, sections
+from fedmosaic.experiments.comparison.tables import epsilon_text, gains, markdown, pooled
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError
@@ -66,21 +66,19 @@ def test_relevance_is_the_share_of_pairs_in_the_right_order() -> None:
     assert math.isnan(relevance_quality(["", "", "", ""], similarity))
 
 
-def test_sections_have_methods_by_scenarios_and_a_table_per_scenario() -> None:
+def test_there_are_methods_by_scenarios_and_a_table_per_scenario() -> None:
     static = replace(_run(0, 0.5), scenario="t, static")
     runs = [_run(0, 0.4), _run(1, 0.6), static, replace(_run(0, 0.3, "local"), scenario="t, static")]
     groups = group_runs(runs)
-    overview, *_, first, _second, _gains = list(sections(groups))
-    assert overview.title == "Self A_last, %"
-    found = {method: dict(zip(overview.heads, cells, strict=True)) for method, cells in overview.rows}
-    assert found["local"] == {
-        "ε server": "∞", "ε recipients": "∞", "s, all": "-", "t, static": "30.0",
-    }  # fmt: skip
-    assert found["fedavg"]["t, static"] == "50.0"
-    assert first.rows == [("fedavg", ("2", "∞", "∞", *first.rows[0][1][3:7], "1.0", "-", "2"))]
-    assert first.rows[0][1][3] == "50.0 ± 127.1"
-    assert len(list(sections([group for group in groups if group.scenario == "t, static"]))) == 2
     text = markdown(groups)
+    overview, *_ = text.split("**Self A_AUC, %**")
+    assert overview.startswith(
+        "**Self A_last, %**\n\n| method | ε server | ε recipients | s, all | t, static"
+    )
+    assert "| `local` | ∞ | ∞ | - | 30.0 |" in overview
+    assert "| `fedavg` | ∞ | ∞ | 50.0 ± 127.1 | 50.0 |" in overview
+    assert text.count(" | 1.0 | - | 2 |") == 3
+    assert markdown([group for group in groups if group.scenario == "t, static"]).count("| method |") == 2
     assert text.count("| method | seeds |") == 2
     assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
 
@@ -141,8 +139,8 @@ def test_finished_runs_are_compared_on_the_command_line(
     local = by_method["local"].training_flops
     assert local == by_method["fedavg"].training_flops, "sharing costs no training"
     assert local is not None
-    (figures,) = sections(group_runs([by_method["local"]]))
-    shown = dict(zip(figures.heads, figures.rows[0][1], strict=True))
+    _, _, heads, _, cells, *_ = markdown(group_runs([by_method["local"]])).split("\n")
+    shown = dict(zip(heads.split(" | "), cells.split(" | "), strict=True))
     assert float(shown["TFLOP"]) == pytest.approx(local / 1e12, rel=0.01)
     assert set(by_method["fedavg"].curve) == {0, 1}
     # Half of every test set has one of two answers, so that no score above 0.5 is by itself an achievement.

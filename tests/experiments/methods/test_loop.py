@@ -1,7 +1,6 @@
 """Every method runs; each shares, keeps and averages what it should, against closed forms."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from fedmosaic.experiments.methods.feddpa import FedDpa
 from fedmosaic.experiments.methods.fedsim import FedSim
 from fedmosaic.experiments.methods.flexlora import FlexLora
 from fedmosaic.experiments.methods.hetlora import HetLora
-from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned, live_rank, tail_size
 from fedmosaic.experiments.methods.matrices import unpack
 from fedmosaic.experiments.methods.strategy import (
     PERSONAL,
@@ -314,41 +312,6 @@ def test_hetlora_weights_by_the_norm_of_the_product_and_cuts_to_the_rank(server:
     np.testing.assert_allclose(a[1], weight * a_wide[1], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(b[:, 1], weight * b_wide[:, 1], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(unpack(received["b"], server, "b")[0][0], a[:1], rtol=1e-6)
-
-
-def test_a_tail_that_shrinks_is_given_up_for_good(two: Any, server: ServerSide) -> None:
-    model = two[0]
-    _random(model, SHARED, 3)
-    method = HetLoraPruned()
-    settings = TRAINING.model_copy(update={"learning_rate": 1e-3})
-    before = float(tail_size(lora.factors(model, SHARED), 1).detach())
-
-    def train() -> None:
-        method.train(Trainer(model, two[3], EpochSampler(12, 0), settings, 0))
-
-    # With a heavy weight the tail shrinks, so it goes; nothing brings it back.
-    method.tail_weight = 50.0  # type: ignore[misc]  # of this instance only
-    train()
-    pairs = lora.factors(model, SHARED)
-    assert before > 0
-    assert all(not a[1:].any() and not b[:, 1:].any() and a[0].any() for a, b in pairs)
-    train()
-    assert all(not a[1:].any() and not b[:, 1:].any() for a, b in pairs)
-    uploads = {"a": lora.read_adapter(model, SHARED), "b": _uploads(server)["b"]}
-    full = replace(server, ranks={"a": 2, "b": 2})
-    uploads["b"] = _uploads(full)["b"]
-    received = method.combine(uploads, full)
-    assert live_rank(unpack(received["a"], full, "a")) == 1
-    assert live_rank(unpack(received["b"], full, "b")) == 2
-    exchanged = method.exchange(uploads, {"small": full})
-    assert exchanged.sent["a"] * 2 == exchanged.sent["b"] == uploads["b"].nbytes
-
-
-def test_a_tail_that_grows_stays(two: Any) -> None:
-    model = two[0]
-    # As every adapter begins: B is zero, so the tail's size is zero and can only grow.
-    HetLoraPruned().train(Trainer(model, two[3], EpochSampler(12, 0), TRAINING, 0))
-    assert all(a[1:].any() and b[:, 1:].any() for a, b in lora.factors(model, SHARED))
 
 
 def test_ranks_of_their_own_run_with_flexlora_and_not_with_fedavg(tmp_path: Path, tiny_scenario: Any) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,13 +43,15 @@ def test_a_product_counts_two_operations_per_multiplication() -> None:
 def test_ditto_costs_two_passes_and_measuring_leaves_no_trace(tiny_scenario: Any) -> None:
     scenario = tiny_scenario()
     client = scenario.clients[1]
+    one = scenario.model_copy(update={"clients": (client,)})
 
     def cost(strategy: Strategy) -> float:
         model, tokenizer = load_with_lora(client.model, scenario.adapter, strategy.adapters, 2, 0)
         host = SharedModel(model, tokenizer)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        first = step_flops(scenario, client, host, _by_itself(strategy))
-        assert step_flops(scenario, client, host, _by_itself(strategy)) == first
+        measure = partial(step_flops, one, {0: host}, lambda _: 0, partial(_by_itself, strategy))
+        first = measure()[client.id]
+        assert measure()[client.id] == first
         with host.with_adapter(AdapterState()):
             assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         return first

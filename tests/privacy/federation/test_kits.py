@@ -248,11 +248,11 @@ def test_certificates_carry_the_strict_usages() -> None:
     authority = identity.create_authority("clinics")
     now = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
     client = x509.load_pem_x509_certificate(
-        builders.issue_client(authority, "clinics", "a", days=7, now=now).certificate_pem
+        builders.issue_client(authority, "clinics", "a", now).certificate_pem
     )
     usage = client.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert [u.dotted_string for u in usage] == [x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH.dotted_string]
-    assert client.not_valid_after_utc == now + dt.timedelta(days=7)
+    assert client.not_valid_after_utc == now + dt.timedelta(days=identity.CERTIFICATE_DAYS)
     assert not client.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmosaic.privacy.groupkey import messages
-from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
+from fedmosaic.privacy.groupkey.agreement import KeyAgreement, check_confirmations, plan_epoch
 from fedmosaic.privacy.groupkey.key import GroupKey, commitment_to
 from fedmosaic.protos.errors import KeyAgreementError
 
@@ -66,9 +66,14 @@ class Exchange:
     def confirmations(self) -> dict[str, bytes]:
         return {name: side.confirmation() for name, side in self.sides.items()}
 
+    def check(self, name: str, confirmations: dict[str, bytes]) -> GroupKey:
+        side = self.sides[name]
+        check_confirmations(side.epoch, side.unconfirmed(), confirmations)
+        return side.unconfirmed()
+
     def finish(self) -> dict[str, GroupKey]:
         confirmations = self.confirmations()
-        return {name: side.accept_confirmations(confirmations) for name, side in self.sides.items()}
+        return {name: self.check(name, confirmations) for name in self.sides}
 
 
 @pytest.mark.parametrize("count", [4, 5, 6])
@@ -356,7 +361,7 @@ def test_a_leader_that_hands_out_different_keys_is_found_out() -> None:
     confirmations = exchange.confirmations()
     for name in (deceived, exchange.followers[1]):
         with pytest.raises(KeyAgreementError, match="handed out different keys"):
-            exchange.sides[name].accept_confirmations(confirmations)
+            exchange.check(name, confirmations)
 
 
 def test_members_that_hold_no_key_cannot_confirm() -> None:
@@ -364,13 +369,12 @@ def test_members_that_hold_no_key_cannot_confirm() -> None:
     exchange.share()
     confirmations = exchange.confirmations()
     victim, liar = exchange.followers[0], exchange.followers[1]
-    side = exchange.sides[victim]
-    key = side._key
+    key = exchange.sides[victim].unconfirmed()
     confirmations[liar] = messages.write_about_key(
         messages.CONFIRMATION, key.transcript, liar, key.fingerprint, bytes(32), IDENTITIES[liar]
     )
     with pytest.raises(KeyAgreementError, match="cannot prove to hold"):
-        side.accept_confirmations(confirmations)
+        exchange.check(victim, confirmations)
 
 
 def test_attacks_on_confirmations_are_refused_by_name() -> None:
@@ -380,9 +384,7 @@ def test_attacks_on_confirmations_are_refused_by_name() -> None:
         confirmations = exchange.confirmations()
         victim, other = exchange.followers[:2]
         with pytest.raises(KeyAgreementError, match=message):
-            exchange.sides[victim].accept_confirmations(tamper(confirmations, victim, other))
-        with pytest.raises(KeyAgreementError, match="next is a new epoch"):
-            exchange.sides[victim].accept_confirmations(confirmations)
+            exchange.check(victim, tamper(confirmations, victim, other))
 
     attack(
         lambda c, _, other: {n: m for n, m in c.items() if n != other}, "confirmations of members are missing"
@@ -407,15 +409,13 @@ def test_attacks_on_confirmations_are_refused_by_name() -> None:
 def test_steps_out_of_turn_are_refused() -> None:
     exchange = Exchange()
     side = exchange.sides[VICTIM]
-    for step in (lambda: side.accept_box(b""), lambda: side.accept_confirmations({})):
-        with pytest.raises(KeyAgreementError, match="out of turn in epoch 1: next is accept_openings"):
-            step()
+    with pytest.raises(KeyAgreementError, match="out of turn in epoch 1: next is accept_openings"):
+        side.accept_box(b"")
     with pytest.raises(KeyAgreementError, match="accept_openings first"):
         side.confirmation()
     exchange.share()
-    exchange.finish()
-    with pytest.raises(KeyAgreementError, match="no further step"):
-        side.accept_confirmations({})
+    with pytest.raises(KeyAgreementError, match="out of turn in epoch 1: next is confirmation"):
+        side.accept_box(b"")
 
 
 def test_a_leader_whose_generator_fails_ends_the_epoch() -> None:
@@ -438,10 +438,8 @@ def elected(openings: dict[str, bytes]) -> str:
     return min(MEMBERS, key=lambda name: messages.sha256(b"leader", transcript, name.encode()))
 
 
-def test_secrets_are_dropped_after_use() -> None:
+def test_the_ephemeral_key_is_dropped_once_the_group_key_is_here() -> None:
     exchange = Exchange()
     exchange.share()
-    exchange.finish()
     for side in exchange.sides.values():
         assert side._ephemeral is None
-        assert side._key is None

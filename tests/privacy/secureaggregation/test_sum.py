@@ -175,9 +175,9 @@ def test_server_and_t_members_cannot_take_the_masks_off_one_vector():
     shares = _colluding_shares(group, colluders, 0, victim)
     guess = combine(list(shares.values()), lagrange_weights(list(shares)))
     assert guess != group.members[victim]._self_seed
-    stripped = masks.Masks(SIZE, 32).of(masks.self_mask_key(guess, group.terms.digest()))
+    stripped = masks.Masks(SIZE, 32).of(masks.self_mask_key(guess, group.terms.digest))
     actual = masks.Masks(SIZE, 32).of(
-        masks.self_mask_key(group.members[victim]._self_seed, group.terms.digest())
+        masks.self_mask_key(group.members[victim]._self_seed, group.terms.digest)
     )
     assert not np.array_equal(stripped, actual)
     # Nor will anybody give the other kind any more.
