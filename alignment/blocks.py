@@ -59,28 +59,20 @@ def choose_layers(
 ) -> tuple[int, ...]:
     """One layer per block of a model, strictly increasing, for the anchor's shared layers.
 
-    `relative_depth` or `authors` (see `fedmosaic.client.colora.target_layers`), or `cka`, which needs the
-    similarity: the layers with the largest sum of CKA, by dynamic programming. `ModelError` if the model has
-    fewer layers than blocks.
+    `relative_depth` or `authors` (see `fedmosaic.client.colora.target_layers`); `late`, the last ones; or
+    `cka`, which needs the similarity: the layers with the largest sum of CKA, by dynamic programming.
+    `ModelError` if the model has fewer layers than blocks, `ConfigurationError` for another rule.
     """
-    if rule not in PAIR_RULES:
-        raise ConfigurationError(f"The layer rule is {rule!r}; choose one of {', '.join(PAIR_RULES)}.")
-    if rule == LATE_RULE:
-        return late_layers(depth, len(anchor_layers))
-    if rule != CKA_RULE:
-        return target_layers(depth, len(anchor_layers), rule)
-    if similarity is None:
-        raise ConfigurationError("The layer rule cka needs the similarity of the layers; measure it first.")
-    if depth < len(anchor_layers):
-        raise ModelError(f"The model has {depth} decoder layers, fewer than the {len(anchor_layers)} blocks.")
-    return _best_increasing(similarity.cka_LM[list(anchor_layers)])
-
-
-def late_layers(depth: int, blocks: int) -> tuple[int, ...]:
-    """The last layers of a model, one per block; `ModelError` if it has fewer layers than blocks."""
+    blocks = len(anchor_layers)
+    if rule not in (LATE_RULE, CKA_RULE):
+        return target_layers(depth, blocks, rule)
     if depth < blocks:
         raise ModelError(f"The model has {depth} decoder layers, fewer than the {blocks} blocks.")
-    return tuple(range(depth - blocks, depth))
+    if rule == LATE_RULE:
+        return tuple(range(depth - blocks, depth))
+    if similarity is None:
+        raise ConfigurationError("The layer rule cka needs the similarity of the layers; measure it first.")
+    return _best_increasing(similarity.cka_LM[list(anchor_layers)])
 
 
 def _best_increasing(score_KM: torch.Tensor) -> tuple[int, ...]:
