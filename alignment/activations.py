@@ -1,7 +1,7 @@
 """Moments of what goes in and out of the adapted modules of two models, streamed over public text.
 
 Memory does not grow with the amount of text: it holds one batch of activations and, per adapted module,
-second moments of inputs, outputs and (on request) gradients by the outputs.
+second moments of its inputs and, on request, of its outputs or of gradients by them.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from fedmosaic.client.model.examples import answer_tokens
 from fedmosaic.client.model.loss import Batch
 from fedmosaic.protos.errors import ModelError
 
+Method = Literal["random", "weights", "activations", "cotangents"]
+METHODS: Final[tuple[str, ...]] = get_args(Method)
 ModuleKey = tuple[int, str]
 """Block and name within the decoder layer: what corresponds across architectures."""
 _WORD: Final = re.compile(r"[A-Za-z]+")
@@ -55,12 +57,12 @@ class Side:
 class PairMoments:
     """Second moments of a pair of models, by adapted module, over aligned positions of some texts.
 
-    Outputs, and gradients of the loss by them, are empty unless asked for.
+    Effects are what B is aligned on: outputs without their mean, or cotangents with it, for it matters there;
+    empty if neither was asked for.
     """
 
     inputs: Mapping[ModuleKey, Moments] = field(repr=False)
-    outputs: Mapping[ModuleKey, Moments] = field(repr=False)
-    gradients: Mapping[ModuleKey, Moments] = field(repr=False)
+    effects: Mapping[ModuleKey, Moments] = field(repr=False)
     texts: int
     positions: int
 
@@ -82,16 +84,15 @@ def collect(
     model: Side,
     texts: Sequence[PublicText],
     reading: Reading,
-    *,
-    outputs: bool = True,
-    gradients: bool = False,
+    method: Method | None,
     progress: Progress | None = None,
 ) -> PairMoments:
     """Read public text with both models and accumulate the moments of their adapted modules.
 
-    The anchor as its own model gives moments of the anchor alone. Differentiating the loss by the outputs is
-    about three times the work. `ModelError` if the models do not have the same modules, share no characters
-    on the text, or give activations that are not finite.
+    The anchor as its own model gives moments of the anchor alone. `cotangents` takes what comes back to the
+    modules, about three times the work, another method what they write; without one only inputs are read.
+    `ModelError` if the models do not have the same modules, share no characters on the text, or give
+    activations that are not finite.
     """
     if set(anchor.names) != set(model.names):
         differing = sorted({f"block {b}: {m}" for b, m in set(anchor.names) ^ set(model.names)})
@@ -99,7 +100,8 @@ def collect(
             f"The models differ in their adapted modules: {', '.join(differing[:8])}. Restrict "
             "--target-modules to modules that all models have."
         )
-    sums = _Sums(tuple(anchor.names), outputs=outputs)
+    gradients = method == "cotangents"
+    sums = _Sums(tuple(anchor.names), method)
     words = shared_words(anchor.tokenizer, model.tokenizer, texts) if gradients else ((), ())
     generator = torch.Generator().manual_seed(0)
     for batch in paired_batches(anchor.tokenizer, model.tokenizer, texts, reading, progress):
@@ -118,18 +120,17 @@ def collect(
 @dataclass(frozen=True, eq=False)
 class _Captured:
     inputs: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
-    gradients: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
+    effects: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
 
 
 class _Sums:
     """Sums of every module; modules that read the same tensor share the sums of their inputs."""
 
-    def __init__(self, keys: Sequence[ModuleKey], *, outputs: bool) -> None:
+    def __init__(self, keys: Sequence[ModuleKey], method: Method | None) -> None:
         self._keys = keys
+        self._gradients = method == "cotangents"
         self._inputs: dict[ModuleKey, MomentSums] = {}
-        self._outputs = {key: MomentSums() for key in keys} if outputs else {}
-        self._gradients = {key: MomentSums() for key in keys}
+        self._effects = {key: MomentSums() for key in keys} if method else {}
         self._leader: dict[ModuleKey, ModuleKey] = {}
 
     def update(self, batch: PairedBatch, left: _Captured, right: _Captured) -> None:
@@ -139,17 +140,19 @@ class _Sums:
         for key in self._keys:
             if key in self._inputs:
                 _add(self._inputs[key], batch, left.inputs[key], right.inputs[key], Spans.mean)
-            if key in self._outputs:
-                _add(self._outputs[key], batch, left.outputs[key], right.outputs[key], Spans.mean)
-            if key in left.gradients:
-                _add(self._gradients[key], batch, left.gradients[key], right.gradients[key], Spans.sum)
+            if key in self._effects:
+                pool = Spans.sum if self._gradients else Spans.mean
+                _add(self._effects[key], batch, left.effects[key], right.effects[key], pool)
 
     def finish(self, texts: int) -> PairMoments:
         inputs = {key: sums.finish() for key, sums in self._inputs.items()}
+        effects = {}
+        for key, sums in self._effects.items():
+            moments = sums.finish()
+            effects[key] = moments if self._gradients else moments.centred()
         return PairMoments(
             inputs={key: inputs[self._leader[key]] for key in self._keys},
-            outputs={key: sums.finish() for key, sums in self._outputs.items()},
-            gradients={key: sums.finish() for key, sums in self._gradients.items() if sums.count},
+            effects=effects,
             texts=texts,
             positions=next(iter(inputs.values())).count,
         )
@@ -194,7 +197,7 @@ def shared_words(
     if len(found) < _CONTRASTED:
         raise ModelError(
             f"The two models have {len(found)} words of the public text as one token each, too few to send "
-            "the same signals back through both; give more text, or output_method 'cca'."
+            "the same signals back through both; give more text, or method 'activations'."
         )
     return tuple(found), tuple(found.values())
 
@@ -229,8 +232,9 @@ def _tapped(side: Side, *, gradients: bool) -> Iterator[_Captured]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             # Detached: the output's own hook reaches what is captured, and a cycle would keep whole graphs.
             captured.inputs[key] = arguments[0].detach()
-            captured.outputs[key] = output.detach()
-            if gradients:
+            if not gradients:
+                captured.effects[key] = output.detach()
+            else:
                 if not output.requires_grad:
                     # All weights are frozen, so the first adapted module starts the graph.
                     output.requires_grad_()
@@ -240,7 +244,7 @@ def _tapped(side: Side, *, gradients: bool) -> Iterator[_Captured]:
 
     def keep(key: ModuleKey) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
-            captured.gradients[key] = gradient
+            captured.effects[key] = gradient
 
         return hook
 

@@ -277,7 +277,7 @@ def _agreement(
         for model in pair
     )
     texts = [PublicText(example.answer, example.prompt) for example in examples]
-    inputs = collect(left, right, texts, Reading(arguments.max_length, _SCORED_AT_ONCE), outputs=False).inputs
+    inputs = collect(left, right, texts, Reading(arguments.max_length, _SCORED_AT_ONCE), None).inputs
     named = [
         {key: found[name] for key, name in side.names.items()}
         for side, found in zip((left, right), bases, strict=True)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side, collect, open_side
-from fedmosaic.alignment.anchor import WITHOUT_TEXT, BasisPair, anchor_basis
+from fedmosaic.alignment.anchor import BasisPair, principal_basis, random_basis, weight_basis
 from fedmosaic.alignment.blocks import LayerSimilarity, choose_layers, measure_similarity
 from fedmosaic.alignment.checkpoint import (
     Bases,
@@ -33,7 +33,6 @@ from fedmosaic.alignment.checkpoint import (
     write_checkpoint,
     write_manifest,
 )
-from fedmosaic.alignment.moments import Moments
 from fedmosaic.alignment.report import heat_map
 from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import ModelSource
@@ -47,7 +46,7 @@ from fedmosaic.alignment.subspace import (
     sharing,
 )
 from fedmosaic.alignment.tokens import PublicText
-from fedmosaic.client.colora import find_decoder_layers, target_layers
+from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 log = logging.getLogger(__name__)
@@ -109,13 +108,11 @@ class _Run:
         model, tokenizer = source.load()
         depth = len(find_decoder_layers(model)[1])
         first_rule = "relative_depth" if settings.layer_rule == "cka" else settings.layer_rule
-        layers = target_layers(depth, settings.blocks, first_rule)
+        layers = choose_layers(depth, range(settings.blocks), first_rule)
         self._anchor = open_side(model, tokenizer, layers, settings.target_modules or None)
         self._config = settings.adapter(layers, first_rule)
         self._texts = texts(self._anchor)
-        # The earlier choice of a method for A stays in the digest, so that old directories can be extended.
-        known = asdict(settings) | {"input_method": "ridge"}
-        self._digest = digest_of(known, model_digest(model), [asdict(t) for t in self._texts])
+        self._digest = digest_of(_known(settings), model_digest(model), [asdict(t) for t in self._texts])
         self._manifest = self._opened()
         self._waiting: list[tuple[ModelSource, Finished, Kept]] = []
         self._bases = self._anchor_bases(spare)
@@ -130,27 +127,23 @@ class _Run:
         return manifest
 
     def _anchor_bases(self, spare: int) -> Bases:
-        settings = self._settings
         if self._manifest is not None:
             return read_checkpoint(self._out / self._manifest.anchor.folder, self._anchor, self._config)
-        moments = None
-        if settings.anchor_basis not in WITHOUT_TEXT:
-            moments = collect(
-                self._anchor,
-                self._anchor,
-                self._texts,
-                settings.reading(),
-                outputs=settings.anchor_basis == "activations",
-                gradients=settings.anchor_basis == "cotangents",
-                progress=self._stage(f"{self._source.name}: its own subspace"),
-            )
-        return anchor_basis(
+        if self._settings.method == "random":
+            return random_basis(self._anchor, self._settings.rank, self._settings.seed)
+        if self._settings.method == "weights":
+            return weight_basis(self._anchor, self._settings.rank)
+        moments = self._moments(self._anchor, f"{self._source.name}: its own subspace")
+        return principal_basis(self._anchor, self._settings.rank, moments, spare=spare)
+
+    def _moments(self, side: Side, stage: str) -> PairMoments:
+        return collect(
             self._anchor,
-            settings.rank,
-            settings.anchor_basis,
-            moments=moments,
-            seed=settings.seed,
-            spare=spare,
+            side,
+            self._texts,
+            self._settings.reading(),
+            self._settings.method,
+            self._stage(stage),
         )
 
     def read(self, source: ModelSource) -> None:
@@ -174,15 +167,7 @@ class _Run:
             len(find_decoder_layers(model)[1]), self._anchor.layers, self._settings.layer_rule, similarity
         )
         side = open_side(model, tokenizer, layers, self._settings.target_modules or None)
-        moments = collect(
-            self._anchor,
-            side,
-            self._texts,
-            self._settings.reading(),
-            outputs=self._settings.output_method != "cotangents",
-            gradients=self._settings.output_method == "cotangents",
-            progress=self._stage(f"{source.name}: activations"),
-        )
+        moments = self._moments(side, f"{source.name}: activations")
         kept = self._aligned(moments)
         self._draw(source, similarity, layers)
         report = _quality(moments, self._bases, kept, self._settings.rank) | {
@@ -205,9 +190,9 @@ class _Run:
         }  # fmt: skip
         progress = self._stage("bases")
         for done, (key, (a, b)) in enumerate(self._bases.items(), start=1):
-            effects = _effects(moments, key)
+            effects = moments.effects[key]
             model_a = align_inputs(moments.inputs[key], a)
-            model_b = align_outputs(effects, b, self._settings.output_method)
+            model_b = align_outputs(effects, b, self._settings.method)
             found_in, found_out = sharing(moments.inputs[key], a), sharing(effects, b.T)
             values = (
                 model_a, model_b,
@@ -275,9 +260,12 @@ def _turned(
     return {key: (turns[key][0] @ a, b @ turns[key][1].T) for key, (a, b) in bases.items()}
 
 
-def _effects(moments: PairMoments, key: ModuleKey) -> Moments:
-    """What B is aligned on: cotangents as they are, their mean matters too; outputs without their mean."""
-    return moments.gradients[key] if moments.gradients else moments.outputs[key].centred()
+def _known(settings: AlignmentSettings) -> dict[str, Any]:
+    """Settings for the digest in the words of earlier versions, whose directories can be extended."""
+    known = asdict(settings) | {"input_method": "ridge", "other_layers": "none"}
+    method = known.pop("method")
+    output = method if method == "cotangents" else "cca"
+    return known | {"anchor_basis": method, "output_method": output}
 
 
 def _quality(
@@ -292,7 +280,7 @@ def _quality(
         a, b = anchor[key]
         for side, found, left, right, of in (
             ("inputs", moments.inputs[key], a, kept["A"][key], "in"),
-            ("outputs", _effects(moments, key), b.T, kept["B"][key].T, "out"),
+            ("outputs", moments.effects[key], b.T, kept["B"][key].T, "out"),
         ):
             turn = shared_rotation([Sharing(kept[of][key], kept[f"{of}_all"][key])])[:rank]
             share = prediction_share(found, turn @ left, turn @ right)

@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmosaic.alignment.anchor import ANCHOR_BASES, AnchorBasis
+from fedmosaic.alignment.activations import METHODS, Method
 from fedmosaic.alignment.blocks import PAIR_RULES
 from fedmosaic.alignment.pairing import Reading
-from fedmosaic.alignment.subspace import OUTPUT_METHODS, OutputMethod
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.colora.placement import LAYER_RULES
 from fedmosaic.protos.errors import ConfigurationError
@@ -27,18 +26,15 @@ class AlignmentSettings:
     """Which layers: relative_depth, authors (the released floor rule), cka (most similar), late (last)."""
     target_modules: tuple[str, ...] = ()
     """Linear modules within a decoder layer, all by default."""
-    other_layers: str = "none"
-    """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
-    anchor_basis: AnchorBasis = "activations"
-    """The anchor's own subspace: random (the paper), weights (singular vectors), activations, cotangents."""
-    output_method: OutputMethod = "cca"
-    """How B is aligned: cca of the modules' outputs, or cotangents, the same signals sent back."""
+    method: Method = "random"
+    """Which directions: random (the paper), singular vectors of the anchor's weights, those of activations,
+    or of cotangents, what comes back."""
     max_length: int = 96
     """Most tokens of a public text that are read."""
     batch_size: int = 16
     """Public texts per forward pass."""
     seed: int = 0
-    """Seed of random bases and of synthetic text."""
+    """Seed of synthetic text, and of what a client draws at random."""
 
     def check(self) -> None:
         """`ConfigurationError` for sizes and names that make no sense, before any model is loaded."""
@@ -47,20 +43,9 @@ class AlignmentSettings:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; give at least {least}.")
         if not 0.0 < self.alpha < math.inf:
             raise ConfigurationError(f"alpha is {self.alpha}; give a finite number above 0.")
-        for name, known in (
-            ("layer_rule", PAIR_RULES),
-            ("anchor_basis", ANCHOR_BASES),
-            ("output_method", OUTPUT_METHODS),
-            ("other_layers", ("none", "lora")),
-        ):
+        for name, known in (("layer_rule", PAIR_RULES), ("method", METHODS)):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}; choose {', '.join(known)}.")
-        # Cotangents point out of the span of the outputs where a module widens; outputs say nothing there.
-        if self.anchor_basis == "cotangents" and self.output_method == "cca":
-            raise ConfigurationError(
-                "output_method 'cca' cannot place a B that cotangents chose; give output_method "
-                "'cotangents', or anchor_basis 'activations'."
-            )
 
     def reading(self) -> Reading:
         """How public text is read."""
@@ -74,7 +59,7 @@ class AlignmentSettings:
             blocks=self.blocks,
             layer_rule=rule if rule in LAYER_RULES else "relative_depth",
             shared_layers=list(layers),
-            other_layers=self.other_layers,
+            other_layers="none",
             basis_seed=self.seed,
             target_modules=list(self.target_modules) or None,
         )

@@ -11,15 +11,13 @@ for B). The released code's map for B never looks at the module's outputs and st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
 import torch
 
+from fedmosaic.alignment.activations import Method
 from fedmosaic.alignment.moments import Moments
 from fedmosaic.protos.errors import ConfigurationError, ModelError
-
-OutputMethod = Literal["cca", "cotangents"]
-OUTPUT_METHODS: Final[tuple[str, ...]] = get_args(OutputMethod)
 
 RIDGE: Final = 1e-2
 """Ridge relative to the mean eigenvalue: directions far below the average are noise of a finite sample."""
@@ -60,25 +58,23 @@ def align_inputs(moments: Moments, anchor_RD: torch.Tensor, *, ridge: float = RI
 
 
 def align_outputs(
-    moments: Moments, anchor_DR: torch.Tensor, method: str = "cca", *, ridge: float = RIDGE
+    moments: Moments, anchor_DR: torch.Tensor, method: Method, *, ridge: float = RIDGE
 ) -> torch.Tensor:
     """Where a model writes each of the anchor's k ≥ r directions, (E, k) float64, as `align_inputs` for A.
 
     Args:
         moments: Moments of the outputs (y_a, y_m); of the shared cotangents at them for `cotangents`.
         anchor_DR: B of the anchor, columns orthonormal.
-        method: `cca`, whiten the anchor's outputs, rotate to canonical directions and colour as the model's;
-            `cotangents`, the B_m for which B_mᵀ δ_m predicts B_aᵀ δ_a, where δ is what arrives at the outputs
-            when the same contrasts of shared words are sent back through both models.
+        method: `cotangents`, the B_m for which B_mᵀ δ_m predicts B_aᵀ δ_a, where δ is what arrives at the
+            outputs when the same contrasts of shared words are sent back through both models; any other,
+            canonical correlations: whiten the anchor's outputs, rotate to canonical directions and colour as
+            the model's.
         ridge: Relative to the mean eigenvalue; above 0.
     """
     basis_DR = anchor_DR.double()
-    if method == "cca":
-        mapped = _cca_map(moments.anchor_DD, moments.cross_DE, moments.model_EE, ridge)
-        return mapped @ basis_DR
     if method == "cotangents":
         return align_inputs(moments, basis_DR.T, ridge=ridge).T
-    raise ConfigurationError(f"The method for B is {method!r}; choose one of {', '.join(OUTPUT_METHODS)}.")
+    return _cca_map(moments.anchor_DD, moments.cross_DE, moments.model_EE, ridge) @ basis_DR
 
 
 def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     python -m fedmosaic.experiments.studies.alignment.tasks --data DATA --out OUT --model smol=FOLDER
 
-Six tasks with two or four choices, each in two forms: NAME with words that say what they mean, and
+Eight tasks with two or four choices, each in two forms: NAME with words that say what they mean, and
 NAME-letters with letters in their place, which a model can only know from training. Letters are one token in
 every tokenizer. The public text shares no data set with any task.
 
@@ -28,12 +28,14 @@ from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
+from fedmosaic.experiments.studies.alignment.turned import turn_model
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
 from fedmosaic.protos.errors import ConfigurationError
 
 _READOUT_TEXTS: Final = 600
 _DOMAINS: Final = ("banking", "travel", "work", "home")
 _INTENTS: Final = ("weather", "timer", "recipe", "traffic")
+_ACTIONS: Final = ("alarm", "insurance", "spelling", "translate")
 _NEWS: Final = {
     "World": "world",
     "Sports": "sports",
@@ -41,6 +43,7 @@ _NEWS: Final = {
     "Science or Technology": "science",
 }
 _ARTICLES: Final = ("Athlete", "Film", "Animal", "Company")
+_THINGS: Final = ("Album", "Building", "Plant", "Village")
 _BANKING: Final = {
     "cash_withdrawal": "cash",
     "transfer_": "transfer",
@@ -71,6 +74,8 @@ class Arguments:
     """NAME=FOLDER of a model; its first layers go to OUT/NAME-DEPTH, heads refitted on the public text."""
     depths: tuple[int, ...] = (10, 20)
     """How many layers of the model to keep."""
+    turned: bool = False
+    """Also write each cut model in other coordinates, to OUT/NAME-DEPTH-turned."""
     stories: Path | None = None
     """Folder of the stories model; a copy that can end a text goes to OUT/stories-15m."""
 
@@ -112,30 +117,41 @@ def write_story_model(folder: Path, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def write_shallow_models(folder: Path, depths: Sequence[int], public: Path, out: Path) -> None:
+def write_shallow_models(
+    folder: Path, depths: Sequence[int], public: Path, out: Path, *, turned: bool = False
+) -> None:
     """Cut a model to its first layers, with output heads refitted on public text, as folders OUT-DEPTH."""
     model, tokenizer = load_base_model(folder)
     texts = [text.text for text in read_public_text(public, _READOUT_TEXTS)]
     sequences = [tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in texts]
     readouts = fit_readouts(model, sequences, depths)
     for depth in depths:
-        cut_model(model, depth, readouts[depth]).save_pretrained(f"{out}-{depth}")
-        tokenizer.save_pretrained(f"{out}-{depth}")
+        shallow = cut_model(model, depth, readouts[depth])
+        for name in (f"{out}-{depth}", f"{out}-{depth}-turned")[: 1 + turned]:
+            if name.endswith("-turned"):
+                turn_model(shallow, seed=0)
+            shallow.save_pretrained(name)
+            tokenizer.save_pretrained(name)
 
 
 def _tasks(data: Path) -> dict[str, tuple[Pairs, Pairs]]:
     """Training and test pairs by task."""
     text, intents = data / "cl_benchmark_text", _json(data / "clinc150/data_full.json")
     domain_of = {intent: name for name in _DOMAINS for intent in CLINC_DOMAINS[name].split()}
-    articles = _labelled(text / "TC/dbpedia/test.json", "Article", {name: name.lower() for name in _ARTICLES})
+    articles, things = (
+        _labelled(text / "TC/dbpedia/test.json", "Article", {name: name.lower() for name in names})
+        for names in (_ARTICLES, _THINGS)
+    )
     return {
         "clinc": _both(
             lambda s: [(f"Request: {t}\nTopic?", domain_of[i]) for t, i in intents[s] if i in domain_of]
         ),
         "intents": _both(lambda s: [(f"Request: {t}\nTopic?", i) for t, i in intents[s] if i in _INTENTS]),
+        "actions": _both(lambda s: [(f"Request: {t}\nTopic?", i) for t, i in intents[s] if i in _ACTIONS]),
         "agnews": _both(lambda s: _labelled(text / f"TC/agnews/{s}.json", "News", _NEWS)),
         "sst2": _both(lambda s: _labelled(text / f"SC/SST-2/{s}.json", "Review", _OPINIONS)),
         "dbpedia": (articles[:1500], articles[1500:]),
+        "things": (things[:1500], things[1500:]),
         "banking": _both(lambda s: _questions(data / f"banking77/{s}.csv")),
     }
 
@@ -217,7 +233,8 @@ def main(arguments: Sequence[str]) -> int:
         write_story_model(parsed.stories, parsed.out / "stories-15m")
     if parsed.model is not None:
         name, _, folder = parsed.model.partition("=")
-        write_shallow_models(Path(folder), parsed.depths, parsed.out / "general.txt", parsed.out / name)
+        public, out = parsed.out / "general.txt", parsed.out / name
+        write_shallow_models(Path(folder), parsed.depths, public, out, turned=parsed.turned)
     return 0
 
 

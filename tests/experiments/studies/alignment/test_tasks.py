@@ -27,7 +27,7 @@ def test_tasks_are_balanced_and_share_nothing_with_the_public_text(tmp_path: Pat
         write_tasks(Arguments(DATA, out, train_rows=40, test_rows=16, public_rows=300))
     public = (tmp_path / "a" / "general.txt").read_text().splitlines()
     assert len(public) == 300
-    for name in ("clinc", "intents", "agnews", "sst2", "dbpedia", "banking"):
+    for name in ("clinc", "intents", "actions", "agnews", "sst2", "dbpedia", "things", "banking"):
         parts = [read_examples(tmp_path / "a" / f"{name}.{part}.jsonl") for part in ("train", "test")]
         second = (tmp_path / "b" / f"{name}.test.jsonl").read_bytes()
         assert (tmp_path / "a" / f"{name}.test.jsonl").read_bytes() == second
@@ -68,7 +68,8 @@ def test_a_copy_of_a_model_ends_texts_as_it_begins_them(tmp_path: Path) -> None:
 
 def test_shallow_copies_keep_the_first_layers_and_load(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "general.txt").write_text("yes no yes no yes no yes no yes\nno yes no yes no yes no yes no\n")
-    write_shallow_models(tiny_folder / "large", (1, 2), tmp_path / "general.txt", tmp_path / "large")
+    large = tmp_path / "large"
+    write_shallow_models(tiny_folder / "large", (1, 2), tmp_path / "general.txt", large, turned=True)
     whole, _ = load_base_model(tiny_folder / "large")
     for depth in (1, 2):
         shallow, tokenizer = load_base_model(tmp_path / f"large-{depth}")
@@ -78,3 +79,11 @@ def test_shallow_copies_keep_the_first_layers_and_load(tiny_folder: Path, tmp_pa
             for name, tensor in left.state_dict().items():
                 torch.testing.assert_close(tensor, right.state_dict()[name])
         assert tokenizer.eos_token == "</s>"  # noqa: S105  # no password
+        # The same function in coordinates that have nothing in common with the first.
+        turned, _ = load_base_model(tmp_path / f"large-{depth}-turned")
+        tokens = torch.arange(3, 11)[None]
+        with torch.no_grad():
+            one, other = (m(tokens, output_hidden_states=True) for m in (shallow, turned))
+        torch.testing.assert_close(other.logits, one.logits, rtol=1e-3, atol=1e-4)
+        for left, right in zip(one.hidden_states[:-1], other.hidden_states[:-1], strict=True):
+            assert float((left - right).norm()) > 0.5 * float(left.norm())
