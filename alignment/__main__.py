@@ -37,7 +37,7 @@ class Arguments:
     anchor: str
     """The model that all others are aligned to; the smallest is a good choice."""
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Another model; repeat the option for several."""
+    """Another model; repeat the option for several, leave it out for bases of the anchor alone."""
     out: Path
     """Directory for the checkpoints, the report and the figures."""
     data: Path | None = None

@@ -2,8 +2,8 @@
 
 All choices are orthonormal; they differ in the subspace.
 
-Reference: arXiv 2506.11024 (random orthonormal); EVA, arXiv 2410.07170 (principal directions of activations);
-LoRA-GA, arXiv 2407.05000 (gradients).
+Reference: arXiv 2506.11024 (random orthonormal); PiSSA, arXiv 2404.02948 (singular vectors of weights); EVA,
+arXiv 2410.07170 (principal directions of activations); LoRA-GA, arXiv 2407.05000 (gradients).
 """
 
 from typing import Final, Literal, get_args
@@ -14,8 +14,9 @@ from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side
 from fedmosaic.client.colora.linear import derive_seed, draw_orthonormal
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-AnchorBasis = Literal["random", "activations", "cotangents"]
+AnchorBasis = Literal["random", "weights", "activations", "cotangents"]
 ANCHOR_BASES: Final[tuple[str, ...]] = get_args(AnchorBasis)
+WITHOUT_TEXT: Final = frozenset({"random", "weights"})
 BasisPair = tuple[torch.Tensor, torch.Tensor]
 """A (r, d_in), rows orthonormal, and B (d_out, r), columns orthonormal; float64."""
 
@@ -28,10 +29,10 @@ def anchor_basis(
     Args:
         anchor: The anchor.
         rank: r; `ModelError` if a module is narrower.
-        kind: `random`, Haar-distributed (the paper); `activations`, A and B the principal directions of
-            inputs x and of outputs y; `cotangents`, A those of the inputs, B those of what shared contrasts
-            send back to the outputs.
-        moments: Moments of the anchor with itself; needed but for `random`.
+        kind: `random`, Haar-distributed (the paper); `weights`, the leading singular vectors of W;
+            `activations`, A and B the principal directions of inputs x and of outputs y; `cotangents`, A
+            those of the inputs, B those of what shared contrasts send back to the outputs.
+        moments: Moments of the anchor with itself; needed but for `random` and `weights`.
         seed: Seed of `random`, which equals the adapter's `basis_seed`.
         spare: That many times as many directions, as far as the module is wide, for a choice among them.
     """
@@ -44,7 +45,7 @@ def anchor_basis(
                 f"Rank {rank} is above the width of {anchor.names[key]} ({linear.in_features} → "
                 f"{linear.out_features}). Lower the rank, or leave that module out of --target-modules."
             )
-    if moments is None and kind != "random":
+    if moments is None and kind not in WITHOUT_TEXT:
         raise ConfigurationError(
             f"The anchor's basis {kind!r} needs moments on public text; collect them first."
         )
@@ -59,6 +60,9 @@ def _basis(
 ) -> BasisPair:
     linear = anchor.linear(key)
     rank = min(wanted, linear.in_features, linear.out_features)
+    if kind == "weights":
+        left, _, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        return right[:rank].contiguous(), left[:, :rank].contiguous()
     if kind == "random" or moments is None:
         return _random(anchor, key, rank, seed)
     written = moments.gradients[key] if kind == "cotangents" else moments.outputs[key].centred()

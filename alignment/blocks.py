@@ -23,8 +23,7 @@ from fedmosaic.client.model.loss import Batch
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 CKA_RULE: Final = "cka"
-LATE_RULE: Final = "late"
-PAIR_RULES: Final = ("relative_depth", "authors", CKA_RULE, LATE_RULE)
+PAIR_RULES: Final = ("relative_depth", "authors", CKA_RULE, "late")
 _MINIBATCH_ROWS: Final = 256
 _FEWEST_ROWS: Final = 4
 
@@ -59,14 +58,12 @@ def choose_layers(
 ) -> tuple[int, ...]:
     """One layer per block of a model, strictly increasing, for the anchor's shared layers.
 
-    `relative_depth` or `authors` (see `fedmosaic.client.colora.target_layers`), or `cka`, which needs the
-    similarity: the layers with the largest sum of CKA, by dynamic programming. `ModelError` if the model has
-    fewer layers than blocks.
+    `relative_depth`, `authors` or `late` (see `fedmosaic.client.colora.target_layers`), or `cka`, which needs
+    the similarity: the layers with the largest sum of CKA, by dynamic programming. `ModelError` if the model
+    has fewer layers than blocks.
     """
     if rule not in PAIR_RULES:
         raise ConfigurationError(f"The layer rule is {rule!r}; choose one of {', '.join(PAIR_RULES)}.")
-    if rule == LATE_RULE:
-        return late_layers(depth, len(anchor_layers))
     if rule != CKA_RULE:
         return target_layers(depth, len(anchor_layers), rule)
     if similarity is None:
@@ -74,13 +71,6 @@ def choose_layers(
     if depth < len(anchor_layers):
         raise ModelError(f"The model has {depth} decoder layers, fewer than the {len(anchor_layers)} blocks.")
     return _best_increasing(similarity.cka_LM[list(anchor_layers)])
-
-
-def late_layers(depth: int, blocks: int) -> tuple[int, ...]:
-    """The last layers of a model, one per block; `ModelError` if it has fewer layers than blocks."""
-    if depth < blocks:
-        raise ModelError(f"The model has {depth} decoder layers, fewer than the {blocks} blocks.")
-    return tuple(range(depth - blocks, depth))
 
 
 def _best_increasing(score_KM: torch.Tensor) -> tuple[int, ...]:

@@ -18,14 +18,8 @@ from typing import Any, Final
 import torch
 
 from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side, collect, open_side
-from fedmosaic.alignment.anchor import BasisPair, anchor_basis
-from fedmosaic.alignment.blocks import (
-    LATE_RULE,
-    LayerSimilarity,
-    choose_layers,
-    late_layers,
-    measure_similarity,
-)
+from fedmosaic.alignment.anchor import WITHOUT_TEXT, BasisPair, anchor_basis
+from fedmosaic.alignment.blocks import LayerSimilarity, choose_layers, measure_similarity
 from fedmosaic.alignment.checkpoint import (
     Bases,
     Finished,
@@ -78,21 +72,20 @@ def align_models(
 ) -> Manifest:
     """Align models to an anchor and write their checkpoints; what is finished already is kept.
 
-    The public texts come from the anchor if they are synthetic. `ConfigurationError` if two models have one
-    name, `StateError` if the directory holds an alignment to something else, `ModelError` if a model does not
-    fit.
+    Without other models the anchor's checkpoint alone is written, on its own leading directions. The public
+    texts come from the anchor if they are synthetic. `ConfigurationError` if two models have one name,
+    `StateError` if the directory holds an alignment to something else, `ModelError` if a model does not fit.
     """
     names = [anchor.name, *(model.name for model in models)]
-    if not models or len(set(names)) != len(names):
+    if len(set(names)) != len(names):
         raise ConfigurationError(
-            f"The models are {', '.join(names)}; give the anchor and at least one other, each once (write "
-            "NAME=MODEL to tell two apart)."
+            f"The models are {', '.join(names)}; give each once (write NAME=MODEL to tell two apart)."
         )
     settings.check()
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         check_replaceable(out / name)
-    run = _Run(anchor, texts, out, settings, stage)
+    run = _Run(anchor, texts, out, settings, stage, spare=_SPARE if models else 1)
     for model in models:
         run.read(model)
     return run.finish()
@@ -108,17 +101,15 @@ class _Run:
         out: Path,
         settings: AlignmentSettings,
         stage: Stage,
+        *,
+        spare: int,
     ) -> None:
         self._out, self._settings, self._stage = out, settings, stage
         self._source = source
         model, tokenizer = source.load()
         depth = len(find_decoder_layers(model)[1])
         first_rule = "relative_depth" if settings.layer_rule == "cka" else settings.layer_rule
-        layers = (
-            late_layers(depth, settings.blocks)
-            if first_rule == LATE_RULE
-            else target_layers(depth, settings.blocks, first_rule)
-        )
+        layers = target_layers(depth, settings.blocks, first_rule)
         self._anchor = open_side(model, tokenizer, layers, settings.target_modules or None)
         self._config = settings.adapter(layers, first_rule)
         self._texts = texts(self._anchor)
@@ -127,7 +118,7 @@ class _Run:
         self._digest = digest_of(known, model_digest(model), [asdict(t) for t in self._texts])
         self._manifest = self._opened()
         self._waiting: list[tuple[ModelSource, Finished, Kept]] = []
-        self._bases = self._anchor_bases()
+        self._bases = self._anchor_bases(spare)
 
     def _opened(self) -> Manifest | None:
         manifest = read_manifest(self._out)
@@ -138,12 +129,12 @@ class _Run:
             )
         return manifest
 
-    def _anchor_bases(self) -> Bases:
+    def _anchor_bases(self, spare: int) -> Bases:
         settings = self._settings
         if self._manifest is not None:
             return read_checkpoint(self._out / self._manifest.anchor.folder, self._anchor, self._config)
         moments = None
-        if settings.anchor_basis != "random":
+        if settings.anchor_basis not in WITHOUT_TEXT:
             moments = collect(
                 self._anchor,
                 self._anchor,
@@ -159,7 +150,7 @@ class _Run:
             settings.anchor_basis,
             moments=moments,
             seed=settings.seed,
-            spare=_SPARE,
+            spare=spare,
         )
 
     def read(self, source: ModelSource) -> None:
@@ -239,7 +230,7 @@ class _Run:
 
     def finish(self) -> Manifest:
         """Turn the latent, and write what is not written yet."""
-        turns = self._rotations() if self._manifest is None else {}
+        turns = self._rotations() if self._manifest is None and self._waiting else {}
         if self._manifest is None:
             self._bases = _turned(self._bases, turns)
             label = basis_label(self._bases)

@@ -30,7 +30,7 @@ class AlignmentSettings:
     other_layers: str = "none"
     """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
     anchor_basis: AnchorBasis = "activations"
-    """The anchor's own subspace: random (the paper), activations or cotangents."""
+    """The anchor's own subspace: random (the paper), weights (singular vectors), activations, cotangents."""
     output_method: OutputMethod = "cca"
     """How B is aligned: cca of the modules' outputs, or cotangents, the same signals sent back."""
     max_length: int = 96

@@ -32,12 +32,6 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert not ours, "looking at the help changes nothing for the rest of the process"
 
 
-def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(f"  {name}" in shown for name in cli.COMMANDS)
-
-
 def test_an_unknown_command_is_an_error_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve"]) == 2
     assert "fedmosaic --help" in capsys.readouterr().err

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -137,3 +139,21 @@ def random_texts(lengths: Sequence[int], seed: int = 1, answer: int = 2) -> list
         labels[: max(1, length - answer)] = IGNORED
         examples.append(EncodedExample(str(index), ids, labels))
     return examples
+
+
+class Colours(nn.Module):
+    """An encoder of images that tells colours apart, which one with random weights hardly does."""
+
+    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        mixing = torch.randn(1280, 3, generator=torch.Generator().manual_seed(0))
+        return torch.einsum("fc,bchw->bfhw", mixing, nn.functional.avg_pool2d(pixels_BCHW, 32))
+
+
+def last_adapters(directory: Path) -> dict[str, np.ndarray]:
+    """The last adapter of every client of a run in one process, as saved."""
+    found = {}
+    for place in sorted((directory / "federation" / "clients").iterdir()):
+        (last,) = (place / "state" / "adapter").iterdir()
+        tensors = load_file(last / "adapter_model.safetensors")
+        found[place.name] = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
+    return found

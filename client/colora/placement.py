@@ -13,7 +13,7 @@ from torch import nn
 
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-LAYER_RULES = ("relative_depth", "authors", "first")
+LAYER_RULES = ("relative_depth", "authors", "first", "late")
 _LAYER_LIST_NAMES = frozenset({"layers", "h", "blocks"})
 _NOT_LANGUAGE = frozenset(
     "vision_tower vision_model vision_encoder image_encoder visual audio_tower multi_modal_projector "
@@ -44,11 +44,12 @@ class Placement:
 
 
 def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tuple[int, ...]:
-    """Return the decoder layer, 0-based, that closes each of N_B `blocks` of equal relative depth.
+    """Return the decoder layer, 0-based, of each of N_B `blocks`, strictly increasing.
 
     `relative_depth` takes the layer whose end is nearest to k/N_B of the depth (halves go deeper), `authors`
-    k·⌊depth/N_B⌋ − 1 with the last block at the last layer, `first` the first N_B layers: for comparison
-    only. ConfigurationError for no block or an unknown rule; ModelError with fewer layers than blocks.
+    k·⌊depth/N_B⌋ − 1 with the last block at the last layer, `late` the last N_B layers, `first` the first
+    N_B: for comparison only. ConfigurationError for no block or an unknown rule; ModelError with fewer layers
+    than blocks.
 
     Reference: arXiv 2506.11024, "block-wise aggregation"; `get_target_layers` in the authors' code.
     """
@@ -63,6 +64,8 @@ def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tupl
         )
     if rule == "first":
         return tuple(range(blocks))
+    if rule == "late":
+        return tuple(range(depth - blocks, depth))
     if rule == "authors":
         step = depth // blocks
         return (*(k * step - 1 for k in range(1, blocks)), depth - 1)

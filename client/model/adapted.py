@@ -63,7 +63,8 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     """The configuration of a fresh adapter of the agreed shape, on the basis that the settings name.
 
     Raises:
-        ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums.
+        ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums; an
+            aligned checkpoint's cores are not on the last layers where the terms say so.
     """
     common: dict[str, Any] = {"other_layers": adapter.other_layers, "personal_branch": adapter.private}
     common["basis_seed"] = adapter.basis_seed
@@ -86,7 +87,16 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
         )
     # The scale s = α/r is the federation's at every rank.
     scale = adapter.alpha / adapter.rank
-    return aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
+    config = aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
+    # Other rules say nothing of an aligned checkpoint, whose layers may be paired by their likeness.
+    layers, depth = config.shared_layers, config.model_depth or 0
+    if adapter.layer_rule == "late" and layers != [*range(depth - adapter.blocks, depth)]:
+        raise ModelError(
+            f"the checkpoint {settings.aligned} has its cores on layers {layers} of {depth}, the roster's "
+            f"layer_rule 'late' wants the last {adapter.blocks}; take the checkpoint that `fedmosaic align "
+            "--layer-rule late` wrote for the federation"
+        )
+    return config
 
 
 def agreed_layout(model: nn.Module, adapter: AdapterTerms) -> SharedLayout:

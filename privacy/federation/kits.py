@@ -10,6 +10,7 @@
 """
 
 import datetime as dt
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ TLS_KEY = "tls.key"
 IDENTITY_KEY = "identity.key"
 SERVER_SETTINGS = "server.toml"
 PENDING = "pending"
+_RARELY = 0.001
+"""Share of rounds that may be drawn without enough of a family before the founder is told."""
 REQUEST = "request.json"
 
 
@@ -151,8 +154,21 @@ def too_few(members: int, terms: Terms) -> str:
 
 
 def fragile(entries: Sequence[Member | MemberEntry], terms: Terms) -> str:
-    """What one absence would stop in a federation that is large enough; empty if the others go on."""
+    """What one absence or an unlucky draw stops in a federation that is large enough; empty if nothing."""
     least, (family, members, apart) = terms.policy.minimum_contributors, _smallest_family(entries, terms)
+    sampled, needed = terms.schedule.sampled_clients, terms.policy.fewest_contributors + 1
+    others = len(entries) - members
+    if sampled and apart > 1:
+        # Hypergeometric: rounds are drawn without regard to families.
+        unlucky = sum(math.comb(members, k) * math.comb(others, sampled - k) for k in range(needed))
+        share = unlucky / math.comb(len(entries), sampled)
+        if share > _RARELY:
+            return (
+                f"a round draws {sampled} of the {len(entries)} members whatever their family; in "
+                f"{share:.1%} of rounds it is fewer than {needed} of family {family!r} ({members} in all), "
+                "who then receive nothing. With terms.schedule.sampled_clients = "
+                f"{others + needed} there are always enough"
+            )
     if members > least + 1:
         return ""
     where = f" in family {family!r}" if apart > 1 else ""
@@ -167,7 +183,14 @@ def unaligned(roster: Roster) -> str:
     """Why members may gain nothing from others of another family, or of their own; empty if all is well."""
     families = sorted({member.family for member in roster.members if member.family})
     if not roster.terms.relevance.across_families:
-        return lonely(roster.members, roster.terms)
+        problem = lonely(roster.members, roster.terms)
+        unnamed = [member.id for member in roster.members if not member.family]
+        if problem or not families or not unnamed:
+            return problem
+        return (
+            f"{', '.join(unnamed[:4])}{', …' if len(unnamed) > 4 else ''} name no family where others do, "
+            "and receive from each other whatever their models are: name that of every member, or of none"
+        )
     if len(families) < 2:
         return ""
     named = f"{', '.join(families[:4])}{', …' if len(families) > 4 else ''}"

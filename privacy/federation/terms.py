@@ -48,8 +48,9 @@ class AdapterTerms(Frozen):
     """α of the adapter's scale s = α/r."""
     blocks: int = Field(default=4, ge=1, le=256)
     """Decoder layers whose cores are shared, the same number in every architecture."""
-    layer_rule: Literal["relative_depth", "authors", "first"] = "relative_depth"
-    """How they are chosen: at equal relative depth, by the rule of the authors' code, or the first ones."""
+    layer_rule: Literal["relative_depth", "authors", "first", "late"] = "relative_depth"
+    """How they are chosen: at equal relative depth, by the rule of the authors' code, the first or the last
+    ones (`late`)."""
     target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
     """Linear modules within a decoder layer that carry the adapter, by name."""
     other_layers: Literal["lora", "none"] = "lora"

@@ -162,6 +162,23 @@ def test_a_model_aligned_with_itself_gets_the_anchors_bases(place: Path, tmp_pat
             assert float((b * anchor[name][1]).sum()) > 0.9 * 3
 
 
+def test_the_anchor_alone_gets_the_leading_singular_vectors_of_its_weights(
+    place: Path, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, layer_rule="late", anchor_basis="weights")
+    manifest = run(arguments(place, tmp_path, settings=settings), silent)
+    assert (manifest.anchor.layers, manifest.models) == ((1, 2), ())
+    base, _ = load_base_model(place / "anchor")
+    for name, (a, b) in get_basis(loaded(place, tmp_path, "anchor")).items():
+        weight = base.get_submodule(name).weight.detach()
+        # The best approximation of rank r: its squared error is the sum of the other squared singular values.
+        left = ((weight - b @ (b.T @ weight @ a.T) @ a) ** 2).sum()
+        torch.testing.assert_close(left, (torch.linalg.svdvals(weight)[3:] ** 2).sum())
+    more = run(arguments(place, tmp_path, "wide", settings=settings), silent)
+    assert more.label == manifest.label
+    assert [done.folder for done in more.models] == ["wide"]
+
+
 def test_what_is_finished_is_kept_and_models_can_be_added(
     place: Path, aligned: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
@@ -206,7 +223,6 @@ def test_other_inputs_are_refused_in_the_same_place(place: Path, aligned: tuple[
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": ()}, "at least one other"),
         ({"data": None}, "Give either"),
         ({"synthetic": "generated"}, "Give either"),
         ({"data": Path("absent.txt")}, "cannot be read"),

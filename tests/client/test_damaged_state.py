@@ -13,7 +13,6 @@ import pytest
 
 from builders import tiny_mechanism
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.records import ClippingRecord, read_average, read_profile
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.ending import ResultFile
@@ -21,12 +20,11 @@ from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.terms import Terms
-from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import Phase, RoundStatus, WeightRow
+from fedmosaic.protos.messages import WeightRow
 
 DAMAGE = {
     "empty": b"",
@@ -98,12 +96,6 @@ def test_small_records_are_named_and_can_be_deleted(content: bytes, tmp_path: Pa
     path.write_bytes(b'{"adapter": [1]}')
     with pytest.raises(StateError, match="delete it"):
         ClippingRecord(path).shares()
-
-
-@damaged
-def test_a_damaged_group_key_is_named(content: bytes) -> None:
-    with pytest.raises(StateError, match="stored group key is damaged"):
-        GroupKey.load(content)
 
 
 def releases(place: Path) -> tuple[Releases, Ledger, ClientState]:
@@ -193,13 +185,6 @@ def test_a_deleted_adapter_is_a_fresh_one(tmp_path: Path) -> None:
     assert state.latest_adapter() is None
     assert json.loads((tmp_path / "session.json").read_text())["completed_round"] == 1
     state.release()
-
-
-def test_a_line_of_the_log_names_its_round_once(caplog: pytest.LogCaptureFixture) -> None:
-    status = RoundStatus(1, Phase.OPEN, ("a",), ("b",), 5.0, "round 1: 1 of 2 uploads, waiting for b")
-    with caplog.at_level("INFO"):
-        LoggedProgress().waiting(status)
-    assert caplog.messages == ["round 1: 1 of 2 uploads, waiting for b"]
 
 
 def test_counts_add_up_over_releases_and_restarts(tmp_path: Path) -> None:

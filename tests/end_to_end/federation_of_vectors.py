@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders import tiny_mechanism
 from fedmosaic.client.client import Participant
 from fedmosaic.client.ledger import budgeted_channels
 from fedmosaic.client.planning import AdapterPlan
@@ -27,17 +28,11 @@ from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
 MEMBERS = ("ada", "ben", "cid", "dee", "eva")
-PROFILE = ProfileMechanism(
-    probe="none",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-    noise_multiplier=1.0,
-)
+PROFILE = tiny_mechanism(noise_multiplier=1.0)
 
 
 def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
@@ -49,8 +44,8 @@ def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
             ),
             "profile": PROFILE,
             "schedule": {
-                "rounds": rounds, "quorum": 4, "round_deadline_seconds": 60, "gathering_seconds": 30,
-                "key_patience_seconds": 30, **schedule,
+                "rounds": rounds, "quorum": 4, "round_deadline_seconds": 120, "gathering_seconds": 120,
+                "key_patience_seconds": 120, **schedule,
             },
             "encryption": {"backend": backend},
             "allow_plaintext": plain,
@@ -188,7 +183,7 @@ def run_all(sessions: Mapping[str, Any]) -> dict[str, BaseException]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(240)
     alive = [name for name, thread in zip(sessions, threads, strict=True) if thread.is_alive()]
     assert not alive, f"sessions hang: {alive}"
     return errors
@@ -207,7 +202,7 @@ def dial(directory: Path, name: str, address: int | str, **options: Any) -> Grpc
 
 
 def in_process(coordinator: Coordinator, name: str) -> InProcessTransport:
-    return InProcessTransport(coordinator, name, patience_seconds=60)
+    return InProcessTransport(coordinator, name, patience_seconds=120)
 
 
 def play(

@@ -4,7 +4,6 @@ What is killed is a process; the other clients are threads, which spares each th
 """
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -94,16 +93,13 @@ def one_line(lines: list[str], *words: str) -> str:
     return found[0]
 
 
-def test_four_clients_of_which_three_are_faulty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Wrong certificate, NaN, killed in mid-round: each refused or resumed, by name."""
+def test_of_four_clients_two_are_faulty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Wrong certificate and NaN: each is refused by name, and the others finish."""
     # However short, a deadline below the quorum is extended: no round closes without the two that contribute.
     run = Federation(tmp_path, "plain", rounds=2, quorum=2, round_deadline_seconds=2)
-    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "eva": "kill"}
-    eva = run.start_client("eva", faults.pop("eva"))
-    others = {name: run.in_thread(name, fault) for name, fault in faults.items()}
-    assert eva.wait(PATIENCE) == -signal.SIGKILL
-    others["eva"] = run.in_thread("eva", "kill")
-    codes = {name: client.result(PATIENCE) for name, client in others.items()}
+    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "eva": "none"}
+    clients = {name: run.in_thread(name, fault) for name, fault in faults.items()}
+    codes = {name: client.result(PATIENCE) for name, client in clients.items()}
     assert codes == {"ada": 0, "ben": 3, "cid": 3, "eva": 0}
     run.stop()
     results = run.summary()["results"]
@@ -133,16 +129,3 @@ def test_an_encrypted_run_survives_a_killed_server_and_a_killed_client(tmp_path:
     results = run.summary()["results"]
     assert [result["uploaded"] for result in results] == [sorted(fv.MEMBERS)] * 3
     assert all(len(result["weights"]["shared"]) == 5 for result in results)
-
-
-@pytest.mark.slow
-def test_a_member_that_never_comes_is_left_out_of_the_key_epoch(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    run = Federation(tmp_path, "ckks", rounds=2, quorum=4, round_deadline_seconds=30, gathering_seconds=15)
-    clients = [run.in_thread(name) for name in fv.MEMBERS if name != "ben"]
-    assert {client.result(PATIENCE) for client in clients} == {0}
-    run.stop()
-    assert [r["uploaded"] for r in run.summary()["results"]] == [["ada", "cid", "dee", "eva"]] * 2
-    assert "key epoch 1 has no ben" in caplog.text

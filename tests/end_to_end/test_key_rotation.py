@@ -2,8 +2,10 @@
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,8 +58,14 @@ def test_keys_rotate_after_the_agreed_number_of_rounds(founded: Any) -> None:
     assert _epochs(directory) == [2, 3]
 
 
-def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(tmp_path: Path) -> None:
-    directory = _federation(tmp_path, rounds=4, rotate_key_every=2, key_patience_seconds=3.0)
+def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pause for another key is as long as the patience.
+    pauses: list[float] = []
+    passing = SimpleNamespace(monotonic=lambda: time.monotonic() + 120.0 * len(pauses), sleep=pauses.append)
+    monkeypatch.setattr(membership, "time", passing)
+    directory = _federation(tmp_path, rounds=4, rotate_key_every=2)
     settings = settings_from_kit(directory / "server")
     lazy = Coordinator(settings.model_copy(update={"durable": False, "key_rotation_rounds": 1000}))
     errors = fv.play(lazy, fv.clients_of(directory))

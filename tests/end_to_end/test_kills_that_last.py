@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(founded: Any) -> No
     directory, coordinator = founded("mask", 1)
     clients = fv.clients_of(directory)
     keyrings: dict[str, Keyring] = {}
+    others = threading.Barrier(len(clients) - 1)
     for name, client in clients.items():
         session = client.session(fv.in_process(coordinator, name))
         session._enrol()
@@ -70,7 +72,8 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(founded: Any) -> No
         def killed(agreed: Any, confirmation: bytes, name: str = name, confirm: Any = confirm) -> None:
             if name == "ada":
                 raise fv.Killed
-            # The others wait for ada's confirmation, and not for long; the model is frozen.
+            # The others confirm at once and wait for ada, and not for long; the model is frozen.
+            others.wait(120)
             keyrings[name]._roster.terms.schedule.__dict__["key_patience_seconds"] = 1.0
             confirm(agreed, confirmation)
 

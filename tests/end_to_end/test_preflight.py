@@ -310,20 +310,6 @@ def test_the_doctor_explains_a_wrong_configuration(config: Path, capsys: pytest.
     assert "did you mean 'steps'" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
-def test_prompts_that_are_cut_are_told_with_both_settings(config: Path) -> None:
-    long = [row | {"prompt": f"{row['prompt']} " * 50} for row in rows(60)]
-    write(config.parent / "train.jsonl", long)
-    first, second = required(config)
-    assert "60 of 60 examples are longer than training.max_length = 32" in first
-    assert "longer than profile_max_length = 32" in second
-    assert "not read" in first
-
-
-def test_free_answers_need_no_choices(config: Path) -> None:
-    write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
-    assert required(config) == []
-
-
 def test_a_saved_state_of_fewer_examples_goes_on_with_the_next_epoch(config: Path) -> None:
     checked = preflight(config)
     learner = checked.learner

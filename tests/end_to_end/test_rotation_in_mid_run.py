@@ -5,14 +5,14 @@ import shutil
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from waiting import wait_until
 
 import builders
 from end_to_end import federation_of_vectors as fv
@@ -33,13 +33,6 @@ def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewal, "_LOOK_SECONDS", 0.1)
 
 
-def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
-
-
 class Held(fv.VectorLearner):
     """A learner that stays in the training of a round until it is let go."""
 
@@ -51,7 +44,7 @@ class Held(fv.VectorLearner):
         super().train(round_number, *arguments)
         if round_number == 2:
             self.arrived.set()
-            assert self.go.wait(120)
+            assert self.go.wait(240)
 
 
 class HeldClient(fv.Client):
@@ -66,14 +59,14 @@ def running(directory: Path, port: int, clients: dict[str, HeldClient]) -> Itera
     with ExitStack() as stack:
         sessions = {}
         for name, client in clients.items():
-            transport = fv.dial(directory, name, port, retry_seconds=60.0, wait_seconds=0.5)
+            transport = fv.dial(directory, name, port, retry_seconds=120.0, wait_seconds=0.5)
             stack.callback(transport.close)
             sessions[name] = client.session(transport)
             stack.callback(client.close)
         whole = threading.Thread(target=lambda: errors.update(fv.run_all(sessions)), daemon=True)
         whole.start()
         yield errors
-        whole.join(120)
+        whole.join(240)
         assert not whole.is_alive()
 
 
@@ -106,20 +99,22 @@ def test_a_run_goes_on_while_all_of_it_is_changed(
         for name, client in clients.items():
             if name not in held:
                 client.learner.go.set()
-            until(client.learner.arrived.is_set)
+            wait_until(client.learner.arrived.is_set)
         if uploaded:
-            until(lambda: sum("accepted" in line for line in caplog.messages) >= 8)
+            wait_until(lambda: sum("accepted" in line for line in caplog.messages) >= 8)
         before = shown_serial(directory, port)
         names = identity.certificate_names(identity.read_certificate(directory / "server/tls.pem"))
         consortium.approve(directory, [make_request(directory / "server", "vectors", hosts=names)])
-        until(lambda: shown_serial(directory, port) != before)
+        wait_until(lambda: shown_serial(directory, port) != before)
 
         builders.enrol_member(directory, "ben", replace=True)
         consortium.revoke_member(directory, "eva")
-        until(lambda: any("the roster has changed" in line for line in caplog.messages))
+        wait_until(lambda: any("the roster has changed" in line for line in caplog.messages))
         newest = (directory / "server/roster.json").read_bytes()
         shutil.copyfile(old_roster, directory / "server/roster.json")
-        until(lambda: any("roster 1 of federation 'vectors' is older" in line for line in caplog.messages))
+        wait_until(
+            lambda: any("roster 1 of federation 'vectors' is older" in line for line in caplog.messages)
+        )
         (directory / "server/roster.json").write_bytes(newest)
         for client in clients.values():
             client.learner.go.set()

@@ -10,12 +10,9 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.records import read_upload
-from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError, StateError
 from fedmosaic.protos.messages import Upload
-from fedmosaic.protos.refusal import Refusal
 from fedmosaic.server.storage import tables
 
 
@@ -41,17 +38,6 @@ def test_every_recipient_gets_the_weighted_sum_of_the_others(tmp_path: Path, bac
         (received,) = client.learner.received
         tolerance = {"plain": 1e-6, "mask": 2e-5, "ckks": 1e-5}[backend]
         np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
-
-
-def test_a_profile_is_released_once_while_the_data_stays_the_same(tmp_path: Path) -> None:
-    run = _run(tmp_path, "plain", rounds=3)
-    for name in fv.MEMBERS:
-        rows = read_ledger(run["directory"] / "clients" / name / "state" / "ledger.sqlite")
-        profile = [row.kind for row in rows if row.channel == "profile"]
-        assert profile == ["RESERVED", "RELEASED"]
-        adapter = [row for row in rows if row.channel == "adapter" and row.kind == "RESERVED"]
-        assert [row.round for row in adapter] == [1, 2, 3]
-        assert all(row.covered_by == "nothing" for row in adapter)
 
 
 @pytest.mark.parametrize("backend", ["plain", "ckks"])
@@ -87,19 +73,6 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     client = fv.Client(run["directory"], "ada", 0)
     with pytest.raises(StateError, match=r"but the server is on run .* ledger beside the data goes on"):
         client.session(fv.in_process(coordinator, "ada")).run()
-    coordinator.close()
-
-
-def test_a_client_with_another_roster_is_refused_by_name(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("plain"))
-    old = (directory / "clients" / "ada" / "roster.json").read_bytes()
-    consortium.revoke_member(directory, "eva")
-    (directory / "clients" / "ada" / "roster.json").write_bytes(old)
-    coordinator = fv.coordinator_of(directory)
-    client = fv.Client(directory, "ada", 0)
-    with pytest.raises(Refusal) as refused:
-        client.session(fv.in_process(coordinator, "ada")).run()
-    assert refused.value.reason == "ROSTER_DIFFERS"
     coordinator.close()
 
 

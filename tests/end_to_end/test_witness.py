@@ -168,18 +168,6 @@ def test_lies_about_rows_are_caught_and_named(
     assert {line.fields["wrong"] for line in lines if line.event == "not-countersigned"} == {"sum"}
 
 
-def test_a_witness_that_is_away_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """`mask`: after the deadline everybody trains alone, by name; with it, everybody receives."""
-    caplog.set_level(logging.INFO, "fedmosaic")
-    directory = found(tmp_path / "f", "mask", 2, seconds=0.5)
-    with serving(directory) as port:
-        clients = take_part(directory, port)
-    assert all(client.learner.received == [] for client in clients.values())
-    told = "no shared aggregate: round 1: the witness notary did not countersign it in time"
-    assert sum(told in line for line in caplog.messages) == len(fv.MEMBERS)
-    assert any("waiting for the witness notary to countersign, 0 of 5 done" in m for m in caplog.messages)
-
-
 def test_only_the_witness_may_look_and_it_is_no_member(tmp_path: Path) -> None:
     directory = found(tmp_path / "f", "mask", 3)
     with serving(directory) as port:

@@ -38,7 +38,7 @@ def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
     credentials = grpc.ssl_channel_credentials(
         (kit / "authority.pem").read_bytes(), foreign.key_pem, foreign.certificate_pem
     )
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 120.0
     while True:
         # A new channel each time: one that has failed waits before it connects again.
         with grpc.secure_channel(address, credentials) as channel:

@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 
+from builders import tiny_mechanism
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.privacy.federation.terms import Terms
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
 
 TERMS = {
-    "profile": ProfileMechanism(
-        probe="none",
-        probe_sha256="0" * 64,
-        reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-    ),
+    "profile": tiny_mechanism(),
     "adapter": {"rank": 2, "blocks": 2, "protection": "none"},
     "encryption": {"backend": "plain"},
     "allow_plaintext": True,

@@ -100,6 +100,7 @@ def test_below_the_quorum_the_round_goes_on_and_says_so(
     with caplog.at_level(logging.WARNING):
         coordinator.advance()
     assert "deadline passed with 1 contributions, the quorum is 4" in caplog.text
+    assert "missing clinic-b, clinic-c, clinic-d, clinic-e" in caplog.text
     status = coordinator.status("clinic-a")
     assert status.round == 1
     assert status.seconds_left == 60.0

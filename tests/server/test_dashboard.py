@@ -6,10 +6,8 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import ssl
-import subprocess
 import threading
 import time
 from base64 import b64encode
@@ -20,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from waiting import wait_until
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic import cli
@@ -89,14 +88,12 @@ def test_a_real_run_is_shown_as_it_goes(tmp_path: Path, serve: Any) -> None:
     with Server(kit).background() as port, ExitStack() as stack:
         site = serve(settings_from_kit(kit))
 
+        def read() -> str:
+            return " ".join(re.sub(r"<[^>]*>", " ", get(site).read().decode()).split())
+
         def page(*words: str) -> str:
-            deadline = time.monotonic() + 60.0
-            while True:
-                text = " ".join(re.sub(r"<[^>]*>", " ", get(site).read().decode()).split())
-                if all(word in text for word in words):
-                    return text
-                assert time.monotonic() < deadline, (words, text)
-                time.sleep(0.2)
+            wait_until(lambda: all(word in read() for word in words), lambda: (words, read()))
+            return read()
 
         page("Round 1 of 2, open", "ada awaited , never enrolled", "No member has handed over its statement")
         clients = fv.clients_of(directory)
@@ -233,13 +230,14 @@ def test_peers_that_say_nothing_take_a_few_threads_and_no_more(
     with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
         get(site)
     silent[0].close()
-    deadline = time.monotonic() + 30
-    while True:
+
+    def answers() -> bool:
         try:
-            assert get(site).status == 200
-            break
+            return get(site).status == 200
         except (http.client.RemoteDisconnected, ConnectionResetError):
-            assert time.monotonic() < deadline
+            return False
+
+    wait_until(answers)
     silent[1].close()
 
 
@@ -330,32 +328,3 @@ def test_the_command_says_where_it_is_and_ends_when_told(
     assert "can be read by other users" in capfd.readouterr().err
     assert cli.main([*arguments[:3], "--listen", "0.0.0.0"]) == 2  # noqa: S104  # what is refused
     assert "there is no port" in capfd.readouterr().err
-
-
-_BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
-
-
-@pytest.mark.skipif(_BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_fits_a_screen_and_a_telephone(seen: Snapshot, tmp_path: Path) -> None:
-    names = [f"hospital-of-the-northern-region-{index}" for index in range(20)]
-    wide = dataclasses.replace(
-        seen,
-        compared=(names, [[0.5] * 20] * 20, 1),
-        traffic={name: {"received": 10**9, "sent": 10**9} for name in names},
-    )
-    (tmp_path / "page.html").write_text(html(wide, "n"), encoding="utf-8")
-    # Frames of both widths measure the page in one start of the browser.
-    frames = "".join(f'<iframe src="page.html" width="{w}" height="900"></iframe>' for w in (1280, 420))
-    measure = (
-        "onload = () => document.title = [...document.querySelectorAll('iframe')].map(frame => "
-        "frame.contentDocument.documentElement.scrollWidth).join(' ')"
-    )
-    (tmp_path / "frames.html").write_text(f"<title></title>{frames}<script>{measure}</script>")
-    command = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-               "--dump-dom", (tmp_path / "frames.html").as_uri()]  # fmt: skip
-    shown = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
-    widths = re.search(r"<title>(\d+) (\d+)</title>", shown)
-    assert widths is not None, shown[:300]
-    assert (int(widths[1]) <= 1280, int(widths[2]) <= 420) == (True, True), widths[0]

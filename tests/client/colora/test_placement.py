@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from fedmosaic.client.colora import find_decoder_layers, target_layers
-from fedmosaic.client.colora.placement import linear_names, plan_placements, select_modules
+from fedmosaic.client.colora.placement import plan_placements, select_modules
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 from tiny import LINEARS, tiny_decoder, tiny_llava
 
@@ -36,8 +36,9 @@ AUTHORS_TABLE = [
 ]
 
 
-def test_the_first_layers_share_whatever_the_depth() -> None:
+def test_the_first_and_the_last_layers_share_whatever_the_depth() -> None:
     assert target_layers(6, 4, "first") == target_layers(30, 4, "first") == (0, 1, 2, 3)
+    assert (target_layers(30, 2, "late"), target_layers(2, 2, "late")) == ((28, 29), (0, 1))
     assert (target_layers(6, 4), target_layers(6, 4, "authors")) == ((1, 2, 4, 5), (0, 1, 2, 5))
 
 
@@ -47,7 +48,7 @@ def test_authors_rule_is_the_published_table(depth: int, blocks: int, expected: 
     assert (target_layers(depth, blocks) == expected) == (depth % blocks == 0), "both rules agree there"
 
 
-@given(data=st.data(), depth=st.integers(1, 200), rule=st.sampled_from(["relative_depth", "authors"]))
+@given(data=st.data(), depth=st.integers(1, 200), rule=st.sampled_from(["relative_depth", "authors", "late"]))
 def test_targets_increase_and_end_at_the_last_layer(data: st.DataObject, depth: int, rule: str) -> None:
     blocks = data.draw(st.integers(1, depth))
     layers = target_layers(depth, blocks, rule)
@@ -71,13 +72,6 @@ def test_target_layers_refuses_what_makes_no_sense() -> None:
         target_layers(3, 0)
     with pytest.raises(ConfigurationError, match="relative_depth, authors"):
         target_layers(3, 1, "deepest")
-
-
-def test_decoder_layers_of_llama_and_qwen2() -> None:
-    for kind in ("llama", "qwen2"):
-        name, layers = find_decoder_layers(tiny_decoder(kind))
-        assert (name, len(layers)) == ("model.layers", 3)
-        assert linear_names(layers[0]) == LINEARS
 
 
 def test_llava_language_part_is_found_even_when_the_vision_tower_is_as_deep() -> None:

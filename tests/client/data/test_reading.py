@@ -171,7 +171,7 @@ def test_conversations_come_in_every_format(write: Write, tmp_path: Path) -> Non
         ({"messages": "secret"}, "'messages' must be a list"),
         (conversation(("user", "u"), ("assistant", "a")) | {"prompt": "secret"}, "beside 'prompt' or"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_conversation_is_named_by_row_and_message(row: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=f"examples, row 1.*{words}") as caught:
         read_set([row])

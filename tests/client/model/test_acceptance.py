@@ -302,3 +302,23 @@ def test_a_lower_rank_takes_no_part_in_group_sums() -> None:
     settings = ModelSettings(path="model", aligned="aligned", rank=4)
     with pytest.raises(ModelError, match="vectors of one length"):
         adapter_config(settings, AdapterTerms(rank=8, protection="distributed-dp"))
+
+
+def test_an_aligned_checkpoint_has_its_cores_where_the_terms_say_late(tmp_path: Path) -> None:
+    late = AdapterTerms(rank=4, alpha=8.0, blocks=2, layer_rule="late")
+    bare = adapter_config(ModelSettings(path="model"), late)
+    assert adapt(make_model("llama", COMMON | {"num_hidden_layers": 5}), bare).peft_config[
+        "default"
+    ].shared_layers == [3, 4]
+    settings = ModelSettings(path="model", aligned=str(tmp_path))
+    for layers in ([3, 4], [1, 4]):
+        config = CoLoraConfig(
+            r=4, blocks=2, shared_layers=layers, model_depth=5, basis_label=f"aligned:{'0' * 32}"
+        )
+        config.save_pretrained(str(tmp_path))
+        assert adapter_config(settings, AdapterTerms(rank=4, blocks=2)).shared_layers == layers
+        if layers == [3, 4]:
+            assert adapter_config(settings, late).shared_layers == layers
+            continue
+        with pytest.raises(ModelError, match=r"cores on layers \[1, 4\] of 5, the .* wants the last 2"):
+            adapter_config(settings, late)

@@ -90,7 +90,7 @@ def shown(tokens: PreTrainedTokenizerFast, example: Example, max_length: int = 2
         (CHATML, chat("a</e>", "b</e>c"), "U:a</e></e>\nB:[b</e>c</e>]"),
         (CHATML, chat("B:x", "y"), "U:B:x</e>\nB:[y</e>]"),
     ],
-)  # fmt: skip
+)
 def test_exactly_what_the_assistant_says_is_learned(template: str, example: Example, expected: str) -> None:
     assert shown(tokenizer(template), example) == expected
 

@@ -26,7 +26,6 @@ from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
 from fedmosaic.protos.errors import ModelError
 from tiny import tiny_decoder, tiny_llava, word_tokenizer
 
-SHARED_MODELS = Path(__file__).parents[3].parent / "shared" / "models"
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,

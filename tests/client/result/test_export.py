@@ -78,22 +78,23 @@ def test_the_rank_is_the_adapters_unless_a_layer_has_two_branches(leave: Leave, 
         shutil.rmtree(left.state)
 
 
-@pytest.mark.parametrize("form", ["lora", "merged"])
-def test_the_recipe_of_a_card_needs_nothing_of_this_package(leave: Leave, tmp_path: Path, form: str) -> None:
-    left = leave("llama", "none")
-    out = written(left, tmp_path / form, "--format", form)
-    recipe = (out / "README.md").read_text().split("```python")[1].split("```")[0]
-    assert form == "merged" or 'dtype="float32")' in recipe
-    code = recipe.replace("path/to/this/folder", str(out)) + (
-        "\nimport sys, torch"
-        "\nassert not any(name.startswith('fedmosaic') for name in sys.modules)"
-        f"\nprint(model(torch.tensor({IDS.tolist()})).logits.argmax(-1).tolist())"
-    )
+def test_the_recipes_of_the_cards_need_nothing_of_this_package(leave: Leave, tmp_path: Path) -> None:
+    left, code = leave("llama", "none"), ""
+    for form in ("merged", "lora"):
+        out = written(left, tmp_path / form, "--format", form)
+        recipe = (out / "README.md").read_text().split("```python")[1].split("```")[0]
+        assert form == "merged" or 'dtype="float32")' in recipe
+        code += recipe.replace("path/to/this/folder", str(out)) + (
+            "\nimport sys, torch"
+            "\nassert not any(name.startswith('fedmosaic') for name in sys.modules)"
+            f"\nprint(model(torch.tensor({IDS.tolist()})).logits.argmax(-1).tolist())\n"
+        )
     # The base model is called by its folder's last name, so that its place on this machine is not told.
     place = Path(left.settings.model.path).parent
     run = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == left.model(IDS).logits.argmax(-1).tolist()
+    expected = left.model(IDS).logits.argmax(-1).tolist()
+    assert [json.loads(line) for line in run.stdout.splitlines()] == [expected] * 2
 
 
 def test_no_file_tells_where_anything_is_on_this_machine(leave: Leave, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders import tiny_mechanism
 from fedmosaic.experiments.attacks.federation import (
     collusion_results,
     dp_noise_ratio,
@@ -15,21 +16,13 @@ from fedmosaic.experiments.attacks.federation import (
     weight_matrix,
 )
 from fedmosaic.experiments.attacks.target import ServerRun, read_target
-from fedmosaic.experiments.scenario.terms import Scenario
-from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.terms import RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError
 
 TERMS, POLICY = RelevanceTerms(temperature=0.2), AggregationPolicy()
-MECHANISM = ProfileMechanism(
-    probe="tiny",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=8, projection_dimensions=32),
-    noise_multiplier=8.0,
-)
+MECHANISM = tiny_mechanism(noise_multiplier=8.0)
 
 
 def value(result: object, name: str) -> float:
@@ -124,14 +117,3 @@ def test_a_path_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_dp_noise_is_the_ratio_of_noise_to_the_largest_signal() -> None:
     assert dp_noise_ratio(1.0, 0.1, 100, 1000, 10_000) == pytest.approx(100 / (10 * 100))
-
-
-def test_the_scenario_behind_the_page_has_four_tasks_and_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path(__file__).parents[3] / "experiments/scenarios/attack-target.toml"
-    monkeypatch.setenv("FEDMOSAIC_TASKS", "/data")
-    monkeypatch.setenv("FEDMOSAIC_MODELS", "/models")
-    scenario = read_configuration(path, Scenario).resolved(path.parent)
-    assert len({client.task for client in scenario.clients}) == len(scenario.clients) == 4
-    assert len({client.model.path for client in scenario.clients}) == 2
-    assert scenario.adapter.encrypted
-    assert len(scenario.clients) > scenario.policy.minimum_contributors

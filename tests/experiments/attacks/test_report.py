@@ -1,9 +1,8 @@
 """The page counts intervals that lie above their ceiling, and puts what nobody may miss above the tables."""
 
 import pytest
-from rich.console import Console
 
-from fedmosaic.experiments.attacks.report import markdown, render
+from fedmosaic.experiments.attacks.report import markdown
 from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, RefusalResult
 
 
@@ -32,21 +31,6 @@ def test_an_interval_above_its_ceiling_is_named_beside_what_chance_gives() -> No
     assert "0 of 1 intervals" in markdown(report(AROUND))
     assert "They are" not in markdown(report(AROUND))
     assert "intervals here" not in markdown(report(Figure(name="AUC", value=0.6, low=0.5, high=0.7)))
-
-
-def test_the_time_of_the_cores_stands_beside_the_time_on_the_clock() -> None:
-    assert "in 2.0 minutes (1.5 minutes of one core)" in markdown(report(AROUND, processor_seconds=90.0))
-    assert "in 2.0 minutes. Do" in markdown(report(AROUND))
-
-
-def test_a_headline_stands_above_the_figures_and_in_the_terminal() -> None:
-    found = report(AROUND, headline="One member is enough")
-    page = markdown(found)
-    assert page.index("**One member is enough.**") < page.index("| release |")
-    console = Console(width=120)
-    with console.capture() as shown:
-        console.print(render(found))
-    assert "One member is enough" in shown.get()
 
 
 @pytest.mark.parametrize(("value", "shown"), [(3e-7, "3e-07"), (0.0, "| 0 |")])

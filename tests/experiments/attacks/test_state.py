@@ -81,8 +81,9 @@ def test_a_claim_below_the_ledger_and_a_smaller_row_than_told_are_broken(federat
     (state / "rows.json").write_text(json.dumps(rows))
     results = open_state(state, 0).attack([])
     assert {result.release for result in results if result.broken} == {
-        "profile", "weight rows that the client accepted",
-    }  # fmt: skip
+        "profile",
+        "weight rows that the client accepted",
+    }
 
 
 def test_what_a_state_lacks_is_told(federation: Path, tmp_path: Path) -> None:

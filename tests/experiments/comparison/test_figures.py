@@ -51,14 +51,6 @@ def test_the_figure_is_well_formed_and_loads_nothing() -> None:
     assert svg == privacy_figure(group_runs(_runs())), "the same runs give the same bytes"
 
 
-def test_a_smaller_epsilon_stands_further_left_and_a_better_score_higher() -> None:
-    svg = privacy_figure(group_runs([run for run in _runs() if run.protection == "dp"]))
-    marks = re.findall(r'<use xlink:href="#[^"]*" x="([\d.]+)" y="([\d.]+)" style="fill: #c2571a', svg)
-    (x1, y1), (x2, y2) = ((float(x), float(y)) for x, y in marks[:2])
-    assert x1 < x2
-    assert y1 > y2
-
-
 def test_runs_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="0 private methods"):
         privacy_figure(group_runs([_run(0, "local", 0.4, "", 0.0)]))

@@ -2,10 +2,7 @@
 
 import html
 import json
-import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -206,44 +203,3 @@ def test_the_registrys_record_has_its_fields_and_is_made_of_what_may_be_handed_o
     (own / STATEMENT).unlink()
     with pytest.raises(ConfigurationError, match="no usable privacy statement"):
         report.main([str(own), "--html", str(tmp_path / "own.html")])
-
-
-_BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
-
-
-@pytest.mark.skipif(_BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_fits_a_screen_a_telephone_and_paper(tmp_path: Path) -> None:
-    page = state_of(tmp_path, "encrypted") / "statement.html"
-    assert report.main([str(page.parent), "--html", str(page)]) == 0
-    # Frames of both widths measure the page in one start of the browser.
-    frames = "".join(
-        f'<iframe src="{page.as_uri()}" width="{width}" height="800"></iframe>' for width in (1280, 420)
-    )
-    measure = (
-        "onload = () => document.title = [...document.querySelectorAll('iframe')].map(frame => {"
-        "const inside = frame.contentDocument; const worst = inside.querySelector('tr.worst');"
-        "return inside.documentElement.scrollWidth + ' ' + Math.round(worst.getBoundingClientRect().bottom);"
-        "}).join(' ')"
-    )
-    (tmp_path / "frames.html").write_text(f"<title></title>{frames}<script>{measure}</script>")
-    browser = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu"]
-    looked = subprocess.run(
-        [*browser, "--allow-file-access-from-files", "--dump-dom", (tmp_path / "frames.html").as_uri()],
-        check=True, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
-    title = re.search(r"<title>([\d ]+)</title>", looked.stdout)
-    assert title is not None, looked.stdout[:300]
-    wide, wide_bottom, narrow, narrow_bottom = map(int, title.group(1).split())
-    assert (wide <= 1280, narrow <= 420) == (True, True), title.group(1)
-    assert max(wide_bottom, narrow_bottom) <= 900, "verdict and worst ε are on the first screen"
-    printed = tmp_path / "statement.pdf"
-    subprocess.run(
-        [*browser, "--no-pdf-header-footer", f"--print-to-pdf={printed}", page.as_uri()],
-        check=True, timeout=120, capture_output=True,
-    )  # fmt: skip
-    content = printed.read_bytes()
-    width, height = map(float, re.search(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", content).groups())  # type: ignore[union-attr]
-    assert (math.isclose(width, 595, abs_tol=1), math.isclose(height, 842, abs_tol=1)) == (True, True), "A4"
-    assert content.count(b"/Type /Page\n") <= 8

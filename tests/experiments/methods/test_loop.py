@@ -23,7 +23,7 @@ from fedmosaic.experiments.methods.feddpa import FedDpa
 from fedmosaic.experiments.methods.fedsim import FedSim
 from fedmosaic.experiments.methods.flexlora import FlexLora
 from fedmosaic.experiments.methods.hetlora import HetLora
-from fedmosaic.experiments.methods.matrices import pack, unpack
+from fedmosaic.experiments.methods.matrices import unpack
 from fedmosaic.experiments.methods.strategy import (
     PERSONAL,
     RECEIVED,
@@ -284,13 +284,6 @@ def _uploads(server: ServerSide) -> dict[str, np.ndarray]:
     return {name: random.normal(0, 1, rank * size).astype(np.float32) for name, rank in server.ranks.items()}
 
 
-def test_unpack_and_pack_are_inverse(server: ServerSide) -> None:
-    for name, vector in _uploads(server).items():
-        np.testing.assert_array_equal(pack(unpack(vector, server, name)), vector)
-    with pytest.raises(ModelError):
-        unpack(_uploads(server)["a"], server, "b")
-
-
 def test_flexlora_averages_products_and_cuts_by_singular_values(server: ServerSide) -> None:
     uploads = _uploads(server)
     received = FlexLora().combine(uploads, server)
@@ -302,6 +295,8 @@ def test_flexlora_averages_products_and_cuts_by_singular_values(server: ServerSi
             a, b = unpack(received[name], server, name)[module]
             best = (u[:, :rank] * s[:rank]) @ vt[:rank]
             np.testing.assert_allclose(b @ a, best, atol=1e-4)
+    with pytest.raises(ModelError):
+        unpack(uploads["a"], server, "b")
 
 
 def test_hetlora_weights_by_the_norm_of_the_product_and_cuts_to_the_rank(server: ServerSide) -> None:

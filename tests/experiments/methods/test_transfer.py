@@ -32,7 +32,7 @@ from fedmosaic.experiments.methods.knowledge import (
 from fedmosaic.experiments.methods.lora import load_with_lora, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
 from fedmosaic.experiments.methods.takfl import Takfl
-from fedmosaic.experiments.methods.vocabulary import VocabularyMap, edit_distances
+from fedmosaic.experiments.methods.vocabulary import VocabularyMap
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.protos.errors import ModelError
@@ -107,16 +107,6 @@ def test_the_mean_of_one_models_logits_twice_is_that_model(servers: dict[str, Se
 
 
 # --- carrying
-
-
-def test_edit_distances_are_levenshteins() -> None:
-    words = ["kitten", "sitting", "", "kit", "sit"]
-    letters = np.zeros((5, 8), dtype=np.int32)
-    for row, word in enumerate(words):
-        letters[row, : len(word)] = [ord(letter) for letter in word]
-    lengths = np.array([len(word) for word in words])
-    assert edit_distances("kitten", letters, lengths).tolist() == [0, 3, 6, 3, 4]
-    assert edit_distances("", letters, lengths).tolist() == [6, 7, 0, 3, 3]
 
 
 def test_tokens_go_to_the_same_text_or_the_nearest() -> None:
@@ -312,6 +302,3 @@ def test_even_opinions_of_a_large_vocabulary_are_told(servers: dict[str, ServerS
     for item in knowledge_of(server, [vector], 1e6):
         torch.testing.assert_close(item.probabilities.sum(-1), torch.ones(len(item.probabilities)))
         assert float(item.probabilities.max()) == pytest.approx(1 / 46, rel=1e-3)
-
-
-# --- carrying

@@ -123,9 +123,7 @@ def test_the_hash_of_the_layout_names_the_basis(tiny_scenario: Any, bases: Path)
         AdapterTerms(basis="seed:0")
 
 
-@pytest.mark.parametrize(
-    ("rank", "alpha"), [(3, 32.0), (3, 7.3), (2, 32.0), (1, 0.1), (2, 1e-3)]
-)  # fmt: skip
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 32.0), (3, 7.3), (2, 32.0), (1, 0.1), (2, 1e-3)])
 def test_the_hash_is_the_rosters_at_every_rank(
     tiny_folder: Path, bases: Path, rank: int, alpha: float
 ) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
 
 from fedmosaic.client.state import read_record
 from fedmosaic.experiments.comparison.record import read_run
@@ -20,6 +19,7 @@ from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.simulation.cluster import Cluster, _shares
 from fedmosaic.experiments.simulation.worker import state_of
 from fedmosaic.protos.errors import ConfigurationError
+from tiny import last_adapters
 
 ROUNDS = 4
 
@@ -27,15 +27,6 @@ ROUNDS = 4
 def _scenario(make: Any, **changes: Any) -> Any:
     schedule = {"rounds": ROUNDS, "quorum": 3, "sampled_clients": 3}
     return make(unsafe_test_noise_seed=5, schedule=schedule, **changes)
-
-
-def _adapters(directory: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for place in sorted((directory / "federation" / "clients").iterdir()):
-        (last,) = (place / "state" / "adapter").iterdir()
-        tensors = load_file(last / "adapter_model.safetensors")
-        found[place.name] = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
-    return found
 
 
 def test_actors_are_shared_out_in_proportion_and_every_architecture_has_one() -> None:
@@ -93,8 +84,8 @@ def test_a_run_that_loses_a_machine_ends_with_the_adapters_of_one_process(
     assert merged_statement(record) is not None
     assert "min left" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     whole = runner.run_here(scenario, tmp_path, tmp_path / "one", Console(quiet=True))
-    for name, adapter in _adapters(whole).items():
-        np.testing.assert_allclose(_adapters(directory)[name], adapter, rtol=1e-4, atol=1e-6)
+    for name, adapter in last_adapters(whole).items():
+        np.testing.assert_allclose(last_adapters(directory)[name], adapter, rtol=1e-4, atol=1e-6)
 
 
 def _at_work_on(node: Any) -> list[str]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.numpy import load_file
 
 from fedmosaic.client.colora import read_shared
 from fedmosaic.client.model.examples import read_examples
@@ -24,21 +23,13 @@ from fedmosaic.experiments.scenario.terms import RunFailedError, ScenarioClient,
 from fedmosaic.experiments.simulation import simulate as simulation
 from fedmosaic.experiments.simulation.client import StreamLearner
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
-from fedmosaic.experiments.simulation.progress import RunProgress
+from fedmosaic.privacy.accounting.epsilon import epsilon
+from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.files import hold_directory
 from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.protos.errors import ConfigurationError, StateError
-
-
-def _adapters(directory: Path) -> dict[str, np.ndarray]:
-    """The last adapter of every client, as saved."""
-    found = {}
-    for place in sorted((directory / "federation" / "clients").iterdir()):
-        (last,) = (place / "state" / "adapter").iterdir()
-        tensors = load_file(last / "adapter_model.safetensors")
-        found[place.name] = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
-    return found
+from tiny import last_adapters
 
 
 def _state(directory: Path, client: str) -> Path:
@@ -71,7 +62,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
 ) -> None:
     def run(seed: int) -> dict[str, np.ndarray]:
         scenario = tiny_scenario(seed=seed, unsafe_test_noise_seed=5)
-        return _adapters(runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True)))
+        return last_adapters(runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True)))
 
     first, again, other = run(0), run(0), run(1)
     for name, adapter in first.items():
@@ -122,11 +113,13 @@ def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path,
 def test_a_stopped_run_goes_on_to_the_same_result(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schedule = {"rounds": 3, "quorum": 4}
+    schedule = {"rounds": 2, "quorum": 4}
     scenario = tiny_scenario(
         method="fedmosaic-blend", unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic"
     )
-    whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", Console(quiet=True)))
+    whole = last_adapters(
+        runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", Console(quiet=True))
+    )
     train = StreamLearner.train
 
     def dies(self: StreamLearner, round_number: int, *others: Any) -> None:
@@ -140,7 +133,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     monkeypatch.undo()
     (directory,) = (tmp_path / "cut").iterdir()
     runner.resume(directory, Console(quiet=True))
-    for name, adapter in _adapters(directory).items():
+    for name, adapter in last_adapters(directory).items():
         np.testing.assert_array_equal(adapter, whole[name])
 
 
@@ -158,17 +151,6 @@ def test_two_processes_cannot_run_in_one_directory(tmp_path: Path, tiny_scenario
     assert read_run(directory).clients
 
 
-def test_encrypted_runs_work_in_one_process(tmp_path: Path, tiny_scenario: Any) -> None:
-    scenario = tiny_scenario(
-        adapter={"rank": 2, "blocks": 2, "protection": "encrypted"},
-        encryption={"backend": "mask"},
-        allow_plaintext=False,
-    )
-    directory = runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
-    weights = read_run(directory).server["results"][-1]["weights"]["shared"]
-    assert set(weights) == {f"client-{n}" for n in range(4)}
-
-
 def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
     tmp_path: Path, tiny_scenario: Any, tiny_folder: Path
 ) -> None:
@@ -178,22 +160,18 @@ def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
     for number, path in enumerate(both):
         path.write_text("".join(pair.read_text() for pair in pairs[2 * number : 2 * number + 2]))
 
-    def scenario(stream: str) -> Any:
-        plain = tiny_scenario(stream=stream)
-        clients = [c.model_copy(update={"train": both[n // 2]}) for n, c in enumerate(plain.clients)]
-        return plain.model_copy(update={"clients": tuple(clients)})
-
-    directory = runner.run_here(scenario("dynamic"), tmp_path, tmp_path, Console(quiet=True))
+    plain = tiny_scenario(stream="dynamic")
+    clients = [c.model_copy(update={"train": both[n // 2]}) for n, c in enumerate(plain.clients)]
+    scenario = plain.model_copy(update={"clients": tuple(clients)})
+    directory = runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
     rows = read_ledger(_state(directory, "client-1") / "ledger.sqlite")
     released = [row for row in rows if row.channel == "profile" and row.kind == "RELEASED"]
     assert len(released) == 2
-    statement = json.loads((_state(directory, "client-1") / "statement.json").read_text())
-    (channel,) = (c for c in statement["clients"][0]["channels"] if c["channel"] == "profile")
-    directory = runner.run_here(scenario("all"), tmp_path / "all", tmp_path / "all", Console(quiet=True))
-    single = json.loads((_state(directory, "client-1") / "statement.json").read_text())
-    (alone,) = (c for c in single["clients"][0]["channels"] if c["channel"] == "profile")
+    (client,) = json.loads((_state(directory, "client-1") / "statement.json").read_text())["clients"]
+    (channel,) = (c for c in client["channels"] if c["channel"] == "profile")
     # The rounds share no example, so each example pays for one of the two releases.
-    assert channel["epsilon"] == pytest.approx(alone["epsilon"], rel=1e-6)
+    alone = epsilon([GaussianEvent(1.0, 1.0, 1)], client["delta"])
+    assert channel["epsilon"] == pytest.approx(alone, rel=1e-6)
     assert all(row.disjoint for row in rows if row.channel == "profile" and row.kind == "RESERVED")
 
 
@@ -254,15 +232,6 @@ def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: P
         "client-0": 4, "client-1": 2, "client-2": 2,
     }  # fmt: skip
     assert last.train == scenario.clients[3].train
-
-
-def test_what_an_earlier_process_did_is_counted_and_not_shown_as_pace() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    progress = RunProgress(console, 100)
-    progress.skip(40)
-    progress.add(20, "ada", 2)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    assert "round 2, ada: 60% of the training" in shown
 
 
 def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from fedmosaic.client.model.examples import Example, read_examples
+from fedmosaic.client.vision import features, projector
 from fedmosaic.client.vision.inputs import images_in, marker
 from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks import images, texts
@@ -19,6 +21,7 @@ from fedmosaic.experiments.tasks.labelled import normalise
 from fedmosaic.experiments.tasks.rows import Row, in_test
 from fedmosaic.experiments.tasks.sets import SETS, Size, question_only, split_rows, write_set
 from fedmosaic.protos.errors import ConfigurationError
+from tiny import Colours
 
 _DATA = Path(__file__).parents[3].parent / "shared" / "data"
 _needs_data = pytest.mark.skipif(not _DATA.is_dir(), reason="the data sets are not on this machine")
@@ -210,15 +213,6 @@ def test_alphabets_can_be_made_equally_frequent() -> None:
 def test_a_projector_is_trained_and_read_back(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from fedmosaic.client.vision import features, projector
-
-    class Colours(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            mixing = torch.randn(1280, 3, generator=torch.Generator().manual_seed(0))
-            return torch.einsum("fc,bchw->bfhw", mixing, torch.nn.functional.avg_pool2d(pixels, 32))
-
     def few(_cache: Path, part: str) -> tuple[Path, tuple[Example, ...]]:
         examples = []
         for number in range(24):

@@ -1,7 +1,6 @@
 """Converters: what becomes an example, and that training and test never share a text or a group."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ from fedmosaic.experiments.tasks.labelled import (
     ClassificationTask,
     LabelledText,
     distinct,
-    normalise,
     sentences,
-    share,
     shorten,
     split,
 )
@@ -31,12 +28,6 @@ def texts(count: int, per_group: int = 3) -> list[LabelledText]:
 
 
 # Labelled texts
-
-
-@given(st.text(max_size=60))
-@settings(deadline=None)
-def test_normalised_texts_are_their_own_normal_form(text: str) -> None:
-    assert normalise(normalise(text)) == normalise(text)
 
 
 def test_texts_that_differ_in_case_and_punctuation_are_one() -> None:
@@ -66,39 +57,10 @@ def test_sentences_end_where_a_space_follows() -> None:
     assert sentences("  ") == []
 
 
-def test_a_group_goes_to_one_client_and_nothing_is_lost() -> None:
-    items = texts(300)
-    shares = share(items, 3)
-    assert sorted(item.text for part in shares for item in part) == sorted(item.text for item in items)
-    groups = [{item.group for item in part} for part in shares]
-    assert groups[0].isdisjoint(groups[1])
-    assert groups[0].isdisjoint(groups[2])
-    assert groups[1].isdisjoint(groups[2])
-    assert max(map(len, groups)) - min(map(len, groups)) <= 1
-
-
 @given(st.permutations(texts(60)))
 @settings(max_examples=20, deadline=None)
 def test_a_split_does_not_depend_on_the_order(items: list[LabelledText]) -> None:
     assert split(TASK, items, 20, 4) == split(TASK, texts(60), 20, 4)
-
-
-def test_training_and_test_share_no_group_and_are_balanced() -> None:
-    items = texts(400)
-    divided = split(TASK, items, 100, 40)
-    group_of = {TASK.example(item).id: item.group for item in items}
-    assert {group_of[e.id] for e in divided.train}.isdisjoint({group_of[e.id] for e in divided.test})
-    for examples, rows in ((divided.train, 100), (divided.test, 40)):
-        assert Counter(example.answer for example in examples) == {"a": rows // 2, "b": rows // 2}
-        prefix = Counter(example.answer for example in examples[:11])
-        assert abs(prefix["a"] - prefix["b"]) <= 1
-
-
-def test_a_prompt_asks_and_lists_the_choices() -> None:
-    example = TASK.example(LabelledText("Hello", "b", "g"))
-    assert example.prompt == "Text: Hello\nA or b?"
-    assert (example.answer, example.choices) == ("b", ("a", "b"))
-    assert example.id == TASK.example(LabelledText("hello!", "a", "h")).id
 
 
 @pytest.mark.parametrize(

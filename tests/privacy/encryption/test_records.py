@@ -17,13 +17,6 @@ NONCE = bytes(range(16))
 RECORD = HEADER.encode(NONCE) + b"payload!"
 
 
-def test_a_good_record_is_split() -> None:
-    nonce, payload = records.read_record(RECORD, HEADER, 8)
-    assert nonce == NONCE
-    assert bytes(payload) == b"payload!"
-    assert bytes(records.read_record(memoryview(RECORD), HEADER, 8)[1]) == b"payload!"
-
-
 @pytest.mark.parametrize(("offset", "name"), [(0, "magic"), (4, "format version: got"), (7, "reserved byte")])
 def test_what_every_record_shares_is_named_when_it_is_wrong(offset: int, name: str) -> None:
     altered = bytearray(RECORD)

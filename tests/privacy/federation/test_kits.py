@@ -18,7 +18,7 @@ from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.roster import Roster, taking_part
 from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms, Terms
 from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, WireError
@@ -106,6 +106,21 @@ def test_as_few_members_as_the_policy_needs_are_warned_of() -> None:
     assert "with 4 members in family 'qwen'" in federation.fragile(split, few.terms)
 
 
+@pytest.mark.parametrize(("sampled", "warned"), [(6, True), (10, True), (11, False), (None, False)])
+def test_a_draw_that_leaves_a_family_too_few_is_warned_of(sampled: int | None, warned: bool) -> None:
+    members = [MemberEntry(id=f"m{i}", family="qwen" if i < 5 else "llama") for i in range(12)]
+    plain = {"adapter": {"protection": "dp"}, "encryption": {"backend": "plain"}, "allow_plaintext": True}
+    terms = Terms.model_validate({"profile": PROFILE, "schedule": {"sampled_clients": sampled}} | plain)
+    words = federation.fragile(members, terms)
+    assert ("fewer than 4 of family 'qwen' (5 in all)" in words) == warned
+    assert ("sampled_clients = 11" in words) == warned
+    if sampled == 6:
+        draws = [taking_part(tuple(m.id for m in members), 6, "run", n) for n in range(2000)]
+        found = sum(sum(m.id in draw for m in members[:5]) < 4 for draw in draws) / len(draws)
+        said = float(re.search(r"([\d.]+)%", words)[1]) / 100
+        assert abs(found - said) < 6 * math.sqrt(said * (1 - said) / len(draws))
+
+
 @pytest.mark.parametrize(
     ("sizes", "changes", "problem"),
     [
@@ -155,6 +170,14 @@ def test_architectures_that_may_not_understand_each_other_are_warned_of(
     assert ("2 families (llama, qwen)" in words) == (words != "") == (warned != "")
     settings_from_kit(tmp_path / "federation" / "server")
     assert (words in caplog.messages) == (warned != "")
+
+
+def test_members_without_a_family_among_others_with_one_are_named(made: Path) -> None:
+    roster = federation.open_kit(made / "server").roster
+    assert federation.unaligned(roster) == ""
+    named = tuple(member.model_copy(update={"family": "llama"}) for member in roster.members)
+    mixed = roster.model_copy(update={"members": named + roster.members})
+    assert federation.unaligned(mixed).startswith("a, b, c, d name no family where others do")
 
 
 def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:

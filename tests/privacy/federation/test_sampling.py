@@ -48,9 +48,10 @@ def test_a_roster_without_sampling_keeps_the_hash_that_it_had_before_sampling_ex
 def test_sampling_is_refused_where_all_members_have_to_agree() -> None:
     mask = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
     sums = {
-        "adapter": {"protection": "distributed-dp"}, "adapter_privacy": {"steps_per_round": 1},
+        "adapter": {"protection": "distributed-dp"},
+        "adapter_privacy": {"steps_per_round": 1},
         "encryption": {"backend": "plain"},
-    }  # fmt: skip
+    }
     for terms, reason in ((mask, "a group key is agreed on by all"), (sums, "groups of its sums are agreed")):
         with pytest.raises(ValidationError, match=reason):
             founding(*MEMBERS, schedule={"sampled_clients": 6}, **terms)

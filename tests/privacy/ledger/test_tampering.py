@@ -92,38 +92,36 @@ def test_a_changed_value_names_its_row(path: Path, column: str, row: int) -> Non
     assert found
 
 
-@pytest.mark.parametrize("row", range(LAST))
-def test_a_removed_row_is_missed(path: Path, row: int) -> None:
-    execute(path, f"DELETE FROM rows WHERE sequence = {row}")  # noqa: S608  # a test
-    with pytest.raises(LedgerError, match=rf"row {row}\b"):
-        reopen(path)
-
-
-def test_a_removed_row_is_missed_even_after_renumbering(path: Path) -> None:
-    execute(
-        path,
-        "DELETE FROM rows WHERE sequence = 4",
-        "UPDATE rows SET sequence = sequence - 1 WHERE sequence > 4",
-    )
-    with pytest.raises(LedgerError, match=r"row 4\b"):
-        reopen(path)
-
-
-def test_swapped_rows_are_found(path: Path) -> None:
-    execute(
-        path,
-        "UPDATE rows SET sequence = 100 WHERE sequence = 2",
-        "UPDATE rows SET sequence = 2 WHERE sequence = 5",
-        "UPDATE rows SET sequence = 5 WHERE sequence = 100",
-    )
-    with pytest.raises(LedgerError, match=r"row 2\b"):
-        reopen(path)
-
-
-@pytest.mark.parametrize("kept", [1, 4, LAST])
-def test_a_cut_tail_is_found_through_the_head_file(path: Path, kept: int) -> None:
-    execute(path, f"DELETE FROM rows WHERE sequence >= {kept}")  # noqa: S608  # a test
-    with pytest.raises(LedgerError, match=rf"first of them row {kept}\b"):
+@pytest.mark.parametrize(
+    ("words", "statements"),
+    [
+        *((rf"row {row}\b", (f"DELETE FROM rows WHERE sequence = {row}",)) for row in range(LAST)),  # noqa: S608  # a test
+        (
+            r"row 4\b",
+            (
+                "DELETE FROM rows WHERE sequence = 4",
+                "UPDATE rows SET sequence = sequence - 1 WHERE sequence > 4",
+            ),
+        ),
+        (
+            r"row 2\b",
+            (
+                "UPDATE rows SET sequence = 100 WHERE sequence = 2",
+                "UPDATE rows SET sequence = 2 WHERE sequence = 5",
+                "UPDATE rows SET sequence = 5 WHERE sequence = 100",
+            ),
+        ),
+        *(
+            (rf"first of them row {kept}\b", (f"DELETE FROM rows WHERE sequence >= {kept}",))  # noqa: S608  # a test
+            for kept in (1, 4, LAST)
+        ),
+    ],
+)
+def test_removed_and_swapped_rows_and_a_cut_tail_are_found(
+    path: Path, words: str, statements: tuple[str, ...]
+) -> None:
+    execute(path, *statements)
+    with pytest.raises(LedgerError, match=words):
         reopen(path)
 
 

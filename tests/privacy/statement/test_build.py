@@ -488,13 +488,6 @@ def test_in_the_clear_cannot_be_missed(tmp_path: Path) -> None:
     assert "∞" not in private
 
 
-def test_in_the_clear_is_red_on_a_terminal(tmp_path: Path) -> None:
-    console = Console(width=100, force_terminal=True, color_system="standard")
-    with console.capture() as captured:
-        console.print(report_text.render(make(make_client(tmp_path, "none"))))
-    assert "\x1b[1;37;41mIN THE CLEAR" in captured.get()
-
-
 def test_a_printed_statement_does_not_tell_delta_exactly(tmp_path: Path) -> None:
     text = to_text(report_text.render(make(make_client(tmp_path, "dp"))))
     assert "δ = 3e-05" in text

@@ -1,5 +1,6 @@
 """The statement that is handed over tells the number of examples to within its cell, and no closer."""
 
+import functools
 import itertools
 import json
 import math
@@ -39,6 +40,7 @@ TERMS = founding(
 PROFILE = GaussianEvent(TERMS.profile.noise_multiplier, 1.0, 1)
 
 
+@functools.cache
 def planned_sigma(target: float, delta: float, rate: float) -> float:
     """RDP plans as PRV does, with a little more noise, in milliseconds."""
 

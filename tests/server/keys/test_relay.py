@@ -12,8 +12,6 @@ from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Section
 from fedmosaic.protos.refusal import Refusal
 
-BITS = MaskParameters().weight_bits
-
 
 def refused(reason: str) -> Any:
     return pytest.raises(Refusal, check=lambda error: error.reason == reason)
@@ -80,20 +78,6 @@ def test_uploads_wait_for_the_key_and_the_deadline_waits_too(
     assert coordinator.status("clinic-a").seconds_left == 20.0
     receipt = coordinator.push("clinic-a", upload(federation, coordinator, "clinic-a", 1, 1))
     assert receipt.status is ReceiptStatus.ACCEPTED
-
-
-def test_a_whole_encrypted_round_reaches_its_recipients(federation: Any, coordinator: Any) -> None:
-    agree(coordinator, federation.clients)
-    for client in federation.clients:
-        enrolled = coordinator.enrol(client, federation.enrolment())
-        assert enrolled.key_epoch == 1
-        coordinator.push(client, upload(federation, coordinator, client, 1, 1))
-    coordinator.advance()
-    aggregate = coordinator.pull("clinic-a", 2)
-    assert (aggregate.key_epoch, aggregate.upload_key_epoch) == (1, 1)
-    (section,) = aggregate.sections
-    assert section.row.bits == BITS
-    assert len(section.payload) > 4 * federation.dimensions
 
 
 def test_boxes_reach_the_one_they_are_for(federation: Any, coordinator: Any) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import queue
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import grpc
 import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import wait_until
 
 from fedmosaic.privacy.federation.identity import public_key_sha256
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
@@ -43,12 +43,25 @@ def waiting_pull(channel: grpc.Channel) -> Any:
     return call
 
 
+def is_served(channel: grpc.Channel) -> bool:
+    try:
+        rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+    except grpc.RpcError:
+        return False
+    return True
+
+
 def test_one_member_has_so_many_calls_open_and_no_more_over_all_its_connections(
     federation: Any, connections: Any
 ) -> None:
     first = connections("clinic-a")
     rpc.FederationStub(first).RoundStatus(pb.RoundStatusRequest(), timeout=30)
-    calls = [waiting_pull(connections("clinic-a") if n % 4 == 0 else first) for n in range(CALLS_PER_PEER)]
+    # Watching the server's health is a call as any other.
+    calls = [health_pb2_grpc.HealthStub(first).Watch(health_pb2.HealthCheckRequest(), timeout=120)]
+    assert next(calls[0]).status == health_pb2.HealthCheckResponse.SERVING
+    calls += [
+        waiting_pull(connections("clinic-a") if n % 4 == 0 else first) for n in range(1, CALLS_PER_PEER)
+    ]
     for channel in (first, connections("clinic-a")):
         with pytest.raises(grpc.RpcError) as error:
             rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
@@ -62,29 +75,8 @@ def test_one_member_has_so_many_calls_open_and_no_more_over_all_its_connections(
     # Another member is served meanwhile, and this one again as soon as a call has ended.
     rpc.FederationStub(connections("clinic-b")).RoundStatus(pb.RoundStatusRequest(), timeout=30)
     calls.pop().cancel()
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            rpc.FederationStub(first).RoundStatus(pb.RoundStatusRequest(), timeout=30)
-            break
-        except grpc.RpcError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    wait_until(lambda: is_served(first))
     for call in calls:
-        call.cancel()
-
-
-def test_watching_the_servers_health_counts_as_a_call(connections: Any) -> None:
-    channel = connections("clinic-a")
-    watches = []
-    for _ in range(CALLS_PER_PEER):
-        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
-        assert next(call).status == health_pb2.HealthCheckResponse.SERVING
-        watches.append(call)
-    with pytest.raises(grpc.RpcError) as error:
-        rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
-    assert from_rpc_error(error.value, "call").reason == "TOO_MANY_CALLS"  # type: ignore[attr-defined]  # a Refusal
-    for call in watches:
         call.cancel()
 
 
@@ -93,10 +85,7 @@ def test_a_call_is_admitted_before_anything_of_its_request_is_read(connections: 
     # On the wire a single request and a stream of one are the same; this one never comes.
     status = channel.stream_unary("/fedmosaic.v1.Federation/RoundStatus")
     calls = [status.future(iter(open_ended.get, b""), timeout=60) for _ in range(CALLS_PER_PEER + 1)]
-    deadline = time.monotonic() + 30
-    while not any(call.done() for call in calls):
-        assert time.monotonic() < deadline, "the call too many waits for its request"
-        time.sleep(0.02)
+    wait_until(lambda: any(call.done() for call in calls), lambda: "the call too many waits for its request")
     (answered,) = [call for call in calls if call.done()]
     assert from_rpc_error(answered.exception(), "call").reason == "TOO_MANY_CALLS"
     for call in calls:
@@ -110,7 +99,7 @@ def test_a_call_whose_request_never_comes_is_ended_and_its_place_is_free_again(
     monkeypatch.setattr(peers, "MESSAGE_SECONDS", 0.05)
     channel = connections("clinic-a")
     for name in ["RoundStatus"] * CALLS_PER_PEER + ["Push"]:
-        open_ended = queue.SimpleQueue[bytes]()
+        open_ended = queue.SimpleQueue[bytes]()  # its own: what ends one call is not read by the next
         call = channel.stream_unary(f"/fedmosaic.v1.Federation/{name}").future(
             iter(open_ended.get, b""), timeout=60
         )
@@ -145,15 +134,12 @@ def test_connections_without_a_handshake_are_limited(
             if refused >= 10:
                 break
         assert refused >= 10
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            with authority.channel(server, "clinic-a", ("grpc.use_local_subchannel_pool", 1)) as channel:
-                rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=10)
-            break
-        except grpc.RpcError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+
+    def is_let_in() -> bool:
+        with authority.channel(server, "clinic-a", ("grpc.use_local_subchannel_pool", 1)) as channel:
+            return is_served(channel)
+
+    wait_until(is_let_in)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +152,7 @@ def test_connections_leave_descriptors_for_files_and_a_few_hundred_silent_ones_k
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [("Enrol", "unary_unary"), ("Pull", "unary_stream"), ("Push", "stream_unary")],
+    ("method", "kind"), [("Enrol", "unary_unary"), ("Pull", "unary_stream"), ("Push", "stream_unary")]
 )
 def test_bytes_that_are_no_message_are_refused_with_one_line(
     method: str, kind: str, connections: Any, caplog: pytest.LogCaptureFixture
@@ -197,12 +182,16 @@ def context(pem: bytes, name: str = "spiffe://fedmosaic/fed/client/clinic-a", **
     } | changes
 
 
-def test_a_member_is_identified(federation: Any, tmp_path: Path, pem: bytes) -> None:
+def test_a_member_is_identified_and_a_certificate_of_another_key_than_the_pinned_is_worthless(
+    federation: Any, authority: Any, tmp_path: Path, pem: bytes
+) -> None:
     settings = federation.settings(tmp_path)
     assert identify(context(pem), settings) == "clinic-a"
     pin = public_key_sha256(x509.load_pem_x509_certificate(pem))
     pinned = settings.model_copy(update={"tls_key_sha256": {"clinic-a": pin}})
     assert identify(context(pem), pinned) == "clinic-a"
+    with pytest.raises(Refusal, match="another key than the roster pins"):
+        identify(context(authority.client("clinic-a")[0].read_bytes()), pinned)
 
 
 @pytest.mark.parametrize(

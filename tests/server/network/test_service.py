@@ -15,11 +15,10 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import wait_until
 
 from end_to_end.ports import free_port
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.parameters import MaskParameters
-from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.protos.messages import KeyMessage, Phase, ReceiptStatus
@@ -62,14 +61,6 @@ def refusal_of(call: Any) -> Refusal:
     found = from_rpc_error(error.value, "call")
     assert isinstance(found, Refusal), found
     return found
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait for what must have happened before the test goes on."""
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def run_id_of(federation: Any, *transports: Any) -> str:
@@ -134,60 +125,6 @@ def test_a_waiting_client_is_told_for_whom_and_is_served_at_once(
     waiting.join(40)
     assert "round 1: 4 of 5 uploads, waiting for clinic-e" in heard[0]
     assert opened == [2], "the call would have ended of itself after a minute"
-
-
-def test_the_client_is_whom_its_certificate_names(federation: Any, server: Any, connect: Any) -> None:
-    transport = connect(server, "clinic-b")
-    run_id = run_id_of(federation, transport)
-    with pytest.raises(Refusal) as error:
-        transport.push(federation.upload(run_id, "clinic-a", 1))
-    assert error.value.reason == "SIGNATURE_INVALID"
-
-
-def test_certificates_that_are_not_on_the_roster(
-    federation: Any, server: Any, connect: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(Refusal) as error:
-        connect(server, "mallory").enrol(federation.enrolment())
-    assert error.value.reason == "NOT_ON_ROSTER"
-    assert caplog.text.count("refused enrolment") == 1
-    with pytest.raises(Refusal, match="federation 'elsewhere', this is 'fed'"):
-        connect(server, "clinic-c", federation="elsewhere").status()
-
-
-def test_a_pinned_key_makes_an_older_certificate_worthless(
-    federation: Any, settings: Any, start_server: Any, connect: Any, authority: Any
-) -> None:
-    certificate, key = authority.client("clinic-a")
-    pins = {"clinic-a": identity.public_key_sha256(identity.read_certificate(certificate))}
-    server = start_server(settings.model_copy(update={"tls_key_sha256": pins}))
-    pinned = GrpcTransport(
-        server.address, authority=authority.certificate, certificate=certificate, private_key=key
-    )
-    assert pinned.status().round == 1
-    pinned.close()
-    with pytest.raises(Refusal, match="another key than the roster pins"):
-        connect(server, "clinic-a").status()
-
-
-def test_tls_ends_connections_without_an_acceptable_certificate(
-    federation: Any, server: Any, authority: Any, make_authority: Any
-) -> None:
-    foreign = make_authority("foreign")
-    old_certificate, old_key = authority.client("clinic-b", age_days=200)
-    cases = [
-        foreign.client("clinic-a"),
-        (old_certificate, old_key),
-        (server.settings.tls.certificate, server.settings.tls.private_key),
-        None,
-    ]
-    for case in cases:
-        pair = (None, None) if case is None else (case[1].read_bytes(), case[0].read_bytes())
-        credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), *pair)
-        with grpc.secure_channel(server.address, credentials) as channel:
-            with pytest.raises(grpc.RpcError) as error:
-                rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=60)
-            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_health_needs_tls_but_no_membership(server: Any, authority: Any) -> None:

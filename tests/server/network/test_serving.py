@@ -3,12 +3,12 @@
 import datetime as dt
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from fedmosaic.client.transport import connection
 from fedmosaic.privacy.federation import identity
@@ -60,10 +60,7 @@ def test_a_key_of_another_certificate_is_named(
 
 @pytest.mark.parametrize(
     ("listen", "words"),
-    [
-        ("203.0.113.5:7443", "not this machine's"),
-        ("no-such-host.invalid:7443", "no machine has this name"),
-    ],
+    [("203.0.113.5:7443", "not this machine's"), ("no-such-host.invalid:7443", "no machine has this name")],
 )
 def test_an_address_that_is_not_this_machine_s_is_named(
     listen: str, words: str, settings: Callable[[str], ServerSettings]
@@ -116,10 +113,7 @@ def test_the_server_announces_its_certificate_in_its_last_days(
 ) -> None:
     monkeypatch.setattr(identity, "ANNOUNCED_BEFORE", dt.timedelta(days=91))
     with Server(settings()).background():
-        deadline = time.monotonic() + 30
-        while "server.pem: the certificate expires in 89 days" not in caplog.text:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: "server.pem: the certificate expires in 89 days" in caplog.text)
 
 
 class Limits:

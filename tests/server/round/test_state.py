@@ -55,30 +55,6 @@ def test_a_deadline_closes_a_round_that_has_its_quorum() -> None:
     assert closed(state, 60.0).contributors == frozenset("abcd")
 
 
-def test_below_the_quorum_the_deadline_is_extended_and_says_for_whom() -> None:
-    state = with_uploads("a", "b").ticked(60.0)
-    assert "2 contributions, the quorum is 4" in state.extended()
-    assert "missing c, d, e" in state.extended()
-    assert (state.deadline, state.extensions, state.phase) == (120.0, 1, Phase.OPEN)
-    assert state.ticked(119.0) == state
-    assert state.ticked(120.0).extensions == 2
-
-
-def test_late_and_repeated_uploads_get_their_answers() -> None:
-    state = with_uploads("a", "b", "c", "d")
-    assert push(state, "a", stored=digest("a"))[1] is ReceiptStatus.DUPLICATE
-    _, rejected = push(state, "a", content=1, stored=digest("a"))
-    assert rejected.reason == "UPLOAD_DIFFERS"
-    state = closed(state, 60.0)
-    assert push(state, "e")[1] is ReceiptStatus.LATE
-    assert push(state, "a", stored=digest("a"))[1] is ReceiptStatus.DUPLICATE
-    state = state.following(61.0)
-    assert (state.number, state.phase) == (2, Phase.OPEN)
-    assert push(state, "e", 1)[1] is ReceiptStatus.LATE
-    assert push(state, "a", 1, stored=digest("a"))[1] is ReceiptStatus.DUPLICATE
-    assert push(state, "a", 2)[1] is ReceiptStatus.ACCEPTED
-
-
 def test_a_member_that_missed_a_round_is_not_waited_for_until_it_is_seen() -> None:
     state = closed(with_uploads("a", "b", "c", "d"), 60.0).following(60.0)
     assert state.absent == {"e"}

@@ -186,19 +186,6 @@ def test_certified_epsilon_without_assumptions_stays_below_the_truth_and_its_cei
     assert ceiling == pytest.approx(4.9, abs=0.2)
 
 
-def test_enough_equations_give_the_adapters_and_too_few_do_not() -> None:
-    generator = np.random.default_rng(11)
-    adapters = generator.standard_normal((6, 40))
-    rounds = [generator.random((6, 6)) * (1 - np.eye(6)) for _ in range(5)]
-    rounds = [weights / weights.sum(axis=1, keepdims=True) for weights in rounds]
-    held = equations(rounds[:2], [adapters] * 2, [0])
-    assert independent_equations(held.weights_EU) == 2
-    assert recovery_error(solve(held)[0], adapters[1]) > 0.5
-    held = equations(rounds, [adapters] * 5, [0])
-    assert independent_equations(held.weights_EU) == 5
-    assert recovery_error(solve(held)[0], adapters[1]) < 1e-3
-
-
 def test_a_coalition_that_allows_for_movement_loses_nothing_by_more_rounds() -> None:
     generator = np.random.default_rng(12)
     one, many = [], []
