@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks import scale
 
-from fedmosaic.benchmarks import scale
 from fedmosaic.protos.errors import ConfigurationError
 
 
