@@ -21,4 +21,4 @@ import os
 # Read when gRPC is first imported. What it logs below an error quotes the server as it is, signs that command
 # a terminal included; what matters of it, this package says in its own words.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-import grpc  # noqa: F401
+import grpc  # noqa: F401  # so that it reads the line above

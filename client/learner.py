@@ -159,6 +159,8 @@ class ModelLearner:
         self._train_locally(round_number, None if may_fail else give_up)
 
     def _training_of(self, round_number: int) -> TrainingSettings:
+        if self._terms.adapter.in_group_sums:
+            return self._settings.training  # the personal part is trained once, after the last round
         return self._settings.training.of_round(round_number, self._terms.schedule.rounds)
 
     def _open_personal_parts(self) -> None:

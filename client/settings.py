@@ -197,7 +197,8 @@ class TrainingSettings(Frozen):
         gate_learning_rate: Learning rate of the gates; by default 3 times `learning_rate`.
         lr_scheduler_type: `linear` lets the three rates fall from round to round, to 1/R of themselves in
             the last of R, as an option of the paper's code does; what the last round learns from own
-            examples alone then outweighs less of what was received. `constant` keeps them.
+            examples alone then outweighs less of what was received. `constant` keeps them, and so does
+            `distributed-dp`, where a client trains on its own once, at the end.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step; private steps ignore it.

@@ -94,6 +94,25 @@ def test_rounds_of_a_linear_schedule_train_with_falling_rates(
     assert rates == pytest.approx([(rounds - number) / rounds for number in range(rounds)])
 
 
+def test_after_group_sums_the_personal_part_is_trained_at_the_full_rate(
+    leave: Leave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, rates = leave("llama", "dp").learner, []
+    training = learner._settings.training.model_copy(update={"lr_scheduler_type": "linear"})
+    learner._settings = learner._settings.model_copy(update={"training": training})
+    sums = learner._terms.adapter.model_copy(update={"protection": "distributed-dp"})
+    learner._terms = learner._terms.model_copy(update={"adapter": sums})
+    train = training_module.train_local
+
+    def watched(model: Any, examples: Any, settings: Any, **options: Any) -> Any:
+        rates.append(settings.learning_rate)
+        return train(model, examples, settings, **options)
+
+    monkeypatch.setattr("fedmosaic.client.learner.train_local", watched)
+    learner.train_personal(learner._terms.schedule.rounds)
+    assert rates == [training.learning_rate]
+
+
 def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
     leave: Leave, monkeypatch: pytest.MonkeyPatch
 ) -> None:
