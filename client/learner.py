@@ -24,7 +24,7 @@ from fedmosaic.client.model.load import LoadedModel, save_adapter
 from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.settings import ClientSettings, TrainingSettings
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
@@ -145,7 +145,7 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.membership.Learner.train`; TrainingError in round 1 without DP alone."""
+        """See `Learner.train` of a membership; TrainingError in round 1 without DP alone."""
         private = self._terms.adapter.private
         if private:
             self._blend_received()

@@ -48,8 +48,8 @@ from fedmosaic.client.model.loss import ExampleLosses, example_losses, in_bfloat
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.records import digest_of
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.records import digest_of
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms

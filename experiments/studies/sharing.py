@@ -36,7 +36,6 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.engine import only_shared_branch
-from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.model.examples import (
     IGNORED,
     EncodedExample,
@@ -48,6 +47,7 @@ from fedmosaic.client.model.examples import (
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.comparison.tables import percent
 from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS

@@ -10,9 +10,9 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from end_to_end.federation_of_vectors import PROFILE, Client, VectorLearner, in_process, run_all
-from fedmosaic.client.dp.group_steps import mixed_gradient, shared_branch
 from fedmosaic.client.planning import AdapterPlan, group_grid
-from fedmosaic.client.records import digest_of
+from fedmosaic.client.round.group_steps import mixed_gradient, shared_branch
+from fedmosaic.client.round.records import digest_of
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import clipped_sum

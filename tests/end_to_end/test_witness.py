@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.protection import check_countersigned
+from fedmosaic.client.round.protection import check_countersigned
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.witness import WitnessSettings, run
 from fedmosaic.privacy.audit import AUDIT, read_audit

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import tiny_mechanism
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.dp.training import group_share
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.records import ClippingRecord
+from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.round.records import ClippingRecord
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise

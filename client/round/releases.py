@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedmosaic.client import records
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.records import digest_of
+from fedmosaic.client.round import records
+from fedmosaic.client.round.records import digest_of
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms

@@ -16,9 +16,9 @@ import logging
 
 import numpy as np
 
-from fedmosaic.client.membership import ROSTER_REASONS, Membership, SealAnewError
-from fedmosaic.client.protection import check_countersigned
-from fedmosaic.client.records import read_upload, write_upload
+from fedmosaic.client.round.membership import ROSTER_REASONS, Membership, SealAnewError
+from fedmosaic.client.round.protection import check_countersigned
+from fedmosaic.client.round.records import read_upload, write_upload
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import EncryptionError, PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, Enrolled, ReceiptStatus, Upload

@@ -16,9 +16,9 @@ import numpy as np
 
 from fedmosaic import __version__
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.records import read_upload, write_upload
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.protection import Identity, Protection
+from fedmosaic.client.round.records import read_upload, write_upload
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState, contradicts
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.kits import Kit, open_kit

@@ -19,12 +19,12 @@ from typing import Final, Protocol, cast
 
 import numpy as np
 
-from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
-from fedmosaic.client.records import read_upload, write_upload
-from fedmosaic.client.releases import Releases
-from fedmosaic.client.session import Session
+from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.round.membership import Learner
+from fedmosaic.client.round.records import read_upload, write_upload
+from fedmosaic.client.round.releases import Releases
+from fedmosaic.client.round.session import Session
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember

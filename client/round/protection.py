@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.round.keyring import Keyring
 from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext

@@ -12,7 +12,7 @@ import pytest
 from builders import tiny_mechanism
 from fedmosaic.client.ledger import budgeted_channels
 from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
