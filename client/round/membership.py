@@ -224,7 +224,8 @@ class Membership:
         told, tried = "", -1
         while aggregate.round <= rounds:
             epoch = aggregate.upload_key_epoch
-            if epoch != tried:  # in between, the next one may be a whole round away
+            if epoch != tried and self.roster.terms.adapter.encrypted:
+                # Said once: in between, the next one may be a whole round away.
                 self._progress.stage(aggregate.round, "agreeing on the group key")
             tried = epoch
             try:
