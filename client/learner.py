@@ -149,10 +149,7 @@ class ModelLearner:
         private = self._terms.adapter.private
         if private:
             self._blend_received()
-            private_round.train_shared(
-                self._model, self._encoded, self._terms, self._training_of(round_number),
-                releases=releases, round_number=round_number, progress=self._progress,
-            )  # fmt: skip
+            self._private_round(releases, self._training_of(round_number)).train(round_number)
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
         may_fail = round_number == 1 and not private
@@ -178,11 +175,13 @@ class ModelLearner:
         copy_branch(self._model, "global", "local", layers="shared")
 
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
-        """See `fedmosaic.client.dp.training.group_share`."""
-        return private_round.group_share(
-            self._model, self._encoded, self._terms, self._settings.training, members=members,
-            releases=releases, round_number=round_number, progress=self._progress,
-        )  # fmt: skip
+        """See `fedmosaic.client.dp.training.PrivateRound.share`."""
+        return self._private_round(releases, self._settings.training).share(round_number, members)
+
+    def _private_round(self, releases: Releases, training: TrainingSettings) -> private_round.PrivateRound:
+        return private_round.PrivateRound(
+            self._model, self._encoded, self._terms, training, releases, self._progress
+        )
 
     def train_personal(self, round_number: int) -> None:
         """Train what never leaves, on top of the shared branch."""
@@ -216,20 +215,18 @@ class ModelLearner:
                     self._model, examples, left, pad_token_id=pad, sampler=order, progress=advance
                 )
                 # For this client's own people alone: a loss is a function of private examples.
-                log.info(
-                    "round %d: training loss %.3f → %.3f nats per token",
-                    round_number, report.first_loss, report.last_loss,
-                )  # fmt: skip
+                words = "round %d: training loss %.3f → %.3f nats per token"
+                log.info(words, round_number, report.first_loss, report.last_loss)
                 return
             except TrainingError as error:
                 if give_up is None:
                     raise
                 done += error.steps
-                log.error(
+                words = (
                     "round %d: %s. What was received is given up, and what was trained in this round; "
-                    "%d of %d steps are left",
-                    round_number, error, steps - done, steps,
-                )  # fmt: skip
+                    "%d of %d steps are left"
+                )
+                log.error(words, round_number, error, steps - done, steps)
                 with torch.no_grad():
                     for name, parameter in self._model.named_parameters():
                         if name in before:
@@ -254,12 +251,10 @@ class ModelLearner:
         return scores
 
     def _score(self, name: str, examples: Sequence[Example]) -> Score:
-        data = self._settings.data
+        data, most = self._settings.data, self._settings.training.max_length
         limit = (data.evaluation_examples if name == "self" else data.others_examples) or len(examples)
-        return score_examples(
-            self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
-            max_length=self._settings.training.max_length,
-        )  # fmt: skip
+        batch, chosen = _EVALUATION_BATCH, examples[:limit]
+        return score_examples(self._model, self._tokenizer, chosen, batch, max_length=most)
 
     def score_alone(self, rounds: int) -> Score | None:
         """Train a second adapter without anything received, score it on the own test rows, and forget it.

@@ -180,7 +180,7 @@ def test_a_refusal_is_remembered_by_the_next_process(tmp_path: Path) -> None:
         assert releases.receive_only
         assert released(releases) == [], "in receive-only mode nothing is even summed"
     with client.opened() as releases:
-        # Trained before the process ended, so `train_shared` does not run again.
+        # Trained before the process ended, so `PrivateRound.train` does not run again.
         assert releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)}) == {}
         with pytest.raises(PrivacyError, match="not charged"):
             releases.adapter(2, {"shared": np.ones(4, dtype=np.float32)})
