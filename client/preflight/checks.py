@@ -86,16 +86,11 @@ class Preflight:
         traffic: Traffic | None = None,
         given: Given | None = None,
     ) -> None:
-        """Prepare; nothing is read yet. ConfigurationError as of `ClientSettings.check_complete`.
+        """Prepare; nothing is read yet. The settings passed `ClientSettings.check_complete`.
 
         `scratch` is where the model's side may write instead of the state directory.
         """
         self._given = given or Given()
-        settings.check_complete(
-            model=self._given.model is not None,
-            train=self._given.train is not None,
-            test=self._given.test is not None,
-        )
         self.settings = settings
         self.progress = progress
         self.warnings: list[str] = []

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 from transformers import TextStreamer
@@ -31,12 +32,11 @@ def main(arguments: Sequence[str]) -> int:
     if terminal:
         print(f"{saved.client} of {saved.federation}, after round {opened.round}. An empty line ends.")
     streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options: dict[str, Any] = {"max_new_tokens": parsed.max_new_tokens, "streamer": streamer}
     while True:
         print("> " if terminal else "", end="", flush=True)
         prompt = sys.stdin.readline().strip()
         if not prompt:
             return 0
-        written_answers(
-            opened.model, opened.tokenizer, [Example("chat", prompt, "")], 1, max_length=saved.max_length,
-            max_new_tokens=parsed.max_new_tokens, streamer=streamer,
-        )  # fmt: skip
+        asked, most = [Example("chat", prompt, "")], saved.max_length
+        written_answers(opened.model, opened.tokenizer, asked, 1, max_length=most, **options)

@@ -41,13 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
     rows = read_questions(parsed.data)
     opened = parsed.open(needs=rows)
-    lines = []
+    lines, most = [], {"max_length": opened.saved.max_length, "max_new_tokens": parsed.max_new_tokens}
     for start in range(0, len(rows), parsed.batch_size):
         batch = rows[start : start + parsed.batch_size]
-        given = answers(
-            opened.model, opened.tokenizer, batch, parsed.batch_size, max_length=opened.saved.max_length,
-            max_new_tokens=parsed.max_new_tokens,
-        )  # fmt: skip
+        given = answers(opened.model, opened.tokenizer, batch, parsed.batch_size, **most)
         told = ({"id": row.id, "answer": answer} for row, answer in zip(batch, given, strict=True))
         lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in told]
         if sys.stderr.isatty():  # a log has no use for it

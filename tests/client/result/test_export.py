@@ -20,7 +20,7 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, set_active_branch
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.scoring import written_answers
 from fedmosaic.client.result import export
-from fedmosaic.client.result.saved import open_model, read_saved
+from fedmosaic.client.result.saved import Opening, read_saved
 from fedmosaic.client.settings import IN_MEMORY
 from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.protos.errors import ConfigurationError, ModelError, PrivacyError, StateError
@@ -64,7 +64,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
         torch.testing.assert_close(loaded(IDS).logits, own, rtol=1e-5, atol=1e-5)
         assert texts(loaded, left) == expected
     assert isinstance(PeftConfig.from_pretrained(tmp_path / "lora"), LoraConfig)
-    opened = open_model(left.state)
+    opened = Opening(state=left.state).open()
     assert torch.equal(opened.model(IDS).logits, own)
 
 
@@ -228,6 +228,6 @@ def test_a_model_that_was_handed_over_is_loaded_from_where_it_is_said_to_be(leav
     content = json.loads(record.read_text()) | {"model": IN_MEMORY.model_dump()}
     record.write_text(json.dumps(content))
     with pytest.raises(ConfigurationError, match="give --base"):
-        open_model(left.state)
-    opened = open_model(left.state, base=left.settings.model.path)
+        Opening(state=left.state).open()
+    opened = Opening(state=left.state, base=left.settings.model.path).open()
     assert torch.equal(opened.model(IDS).logits, left.model(IDS).logits)
