@@ -16,7 +16,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,9 @@ class Asset:
     licence: str
 
 
-def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
+def cache_directory() -> Path:
     """The cache, absolute: ``$FEDMOSAIC_CACHE``, or ``~/.cache/fedmosaic``; it need not exist yet."""
-    named = (os.environ if environment is None else environment).get(CACHE_VARIABLE, "").strip()
+    named = os.environ.get(CACHE_VARIABLE, "").strip()
     return (Path(named) if named else Path("~/.cache/fedmosaic")).expanduser().absolute()
 
 

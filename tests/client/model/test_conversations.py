@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fedmosaic.client.data.records import Example, Turn, read_set
 from fedmosaic.client.model.examples import IGNORED, collate, encode_examples, example_pieces, question_tokens
@@ -15,6 +15,7 @@ from fedmosaic.client.preflight.data import read_lengths
 from fedmosaic.client.profile.probe import read_as_text
 from fedmosaic.client.vision.inputs import without_images
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import tiny_llama
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</e>", "pad_token": "<pad>", "unk_token": "<unk>"}
 LETTERS = "abcdefghijklmnopqrstuvwxyzSUB:\n "
@@ -157,13 +158,8 @@ def test_lengths_are_told_with_what_is_learned() -> None:
 
 def test_a_conversation_is_trained_and_scored_like_any_example() -> None:
     tokens = tokenizer(CHATML)
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=24,
-        num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=2, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 2}
+    model = tiny_llama(**sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1).eval()
     examples = [chat("a", "b", "c", "d"), chat("e", "f")]
     check_scorable(model, tokens, examples, 60, "test")
     with_choices = [Example(e.id, e.prompt, e.answer, (e.answer, "zz"), e.turns) for e in examples]

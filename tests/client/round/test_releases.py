@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from builders import tiny_mechanism
 from fedmosaic.client.ledger import budgeted_channels
 from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
-from fedmosaic.client.round.releases import Releases
+from fedmosaic.client.round.releases import ProfileSum, Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -58,9 +58,8 @@ class Client:
 
     @contextmanager
     def opened(
-        self, ids: tuple[str, ...] = IDS, summed: Callable[[], ClippedSum] | None = None, *,
-        disjoint_epochs: bool = False,
-    ) -> Iterator[Releases]:  # fmt: skip
+        self, ids: tuple[str, ...] = IDS, summed: ProfileSum | None = None, *, disjoint_epochs: bool = False
+    ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
         path, channels = self.books / LEDGER, budgeted_channels(self.terms)
         ledger = Ledger.open(path, "ada", DELTA, self.target, accountant="rdp", budgeted_channels=channels)
