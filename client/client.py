@@ -25,7 +25,7 @@ from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
-from fedmosaic.client.profile.probe import client_probe
+from fedmosaic.client.profile.release import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress, Tracker
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
 from fedmosaic.client.result.ending import ResultFile

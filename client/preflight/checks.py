@@ -20,7 +20,7 @@ from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenize
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
-from fedmosaic.client.profile.probe import client_probe, public_map, read_as_text
+from fedmosaic.client.profile.release import client_probe, public_map, read_as_text
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.round.membership import ask_to_enrol
 from fedmosaic.client.round.protection import Identity

@@ -15,7 +15,8 @@ from fedmosaic.client.model.examples import Example, encode_examples, padding_to
 from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.scoring import score_examples
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.client.vision.features import CHANNELS, GRID, SIZE, image_features
+from fedmosaic.client.vision.encoder import CHANNELS
+from fedmosaic.client.vision.features import GRID, SIZE, image_features
 from fedmosaic.client.vision.inputs import located, number_images, put_images, tokenizer_with_images
 from fedmosaic.client.vision.projector import ProjectedFeatures, Projector, ProjectorRecord
 from fedmosaic.protos.errors import ModelError

@@ -12,7 +12,7 @@ from fedmosaic.client.model.examples import IGNORED, collate, encode_examples, e
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.scoring import check_scorable, score_examples
 from fedmosaic.client.preflight.data import read_lengths
-from fedmosaic.client.profile.probe import read_as_text
+from fedmosaic.client.profile.release import read_as_text
 from fedmosaic.client.vision.inputs import without_images
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 from tiny import tiny_llama

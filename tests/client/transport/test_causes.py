@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import builders
-from fedmosaic.client.transport.connection import explain
+from fedmosaic.client.transport.causes import explain
 from fedmosaic.privacy.federation.identity import Authority
 from fedmosaic.protos.errors import IdentityError, TransportError
 from fedmosaic.protos.messages import Enrolment
