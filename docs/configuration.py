@@ -31,7 +31,7 @@ FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
     (
         "federation.toml",
         FederationConfig,
-        "The consortium decides, all members together, before founding; `fedmosaic keys init` signs it into "
+        "The consortium decides, all members together, before founding; `fedmosaic keys approve` signs it into "
         "`roster.json`. Members are added and revoked with `fedmosaic keys`; the terms stay.",
     ),
     (
