@@ -93,9 +93,9 @@ class ModelLearner:
         agreed, size = self._terms.adapter.family_dimensions[self._family], read_family(self._model).size
         if size != agreed:
             raise ConfigurationError(
-                f"by the terms' adapter.family_dimensions family {self._family!r} shares {agreed:,} values of its "
-                f"other layers, and this model has {size:,}: a family has one model and one rank. Give the "
-                f"family's model, or found the federation with {self._family!r} = {size}"
+                f"by the terms' adapter.family_dimensions family {self._family!r} shares {agreed:,} values "
+                f"of its other layers, and this model has {size:,}: a family has one model and one rank. "
+                f"Give the family's model, or found the federation with {self._family!r} = {size}"
             )
 
     def _own_family_layers(self) -> None:

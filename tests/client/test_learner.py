@@ -20,7 +20,7 @@ PROFILE = {
 }
 
 
-def test_a_family_vector_of_another_length_than_the_terms_say_is_refused_with_its_length(tmp_path: Path) -> None:
+def test_a_family_vector_of_another_length_than_agreed_is_refused_with_its_length(tmp_path: Path) -> None:
     model = save_tiny_model(
         tmp_path / "model",
         ["a", "b", "yes", "no"],
@@ -51,5 +51,5 @@ def test_a_family_vector_of_another_length_than_the_terms_say_is_refused_with_it
     terms = {"profile": PROFILE, "adapter": {"rank": 4, "blocks": 2, "family_dimensions": {"llama": size}}}
     ModelLearner(settings, Terms.model_validate(terms), "llama", Progress())
     terms["adapter"]["family_dimensions"] = {"llama": size + 1}
-    with pytest.raises(ConfigurationError, match=f"shares {size + 1:,} values.* has {size:,}.*'llama' = {size}"):
+    with pytest.raises(ConfigurationError, match=f"shares {size + 1:,} .* has {size:,}.*'llama' = {size}"):
         ModelLearner(settings, Terms.model_validate(terms), "llama", Progress())
