@@ -21,7 +21,7 @@ from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
 from fedmosaic.client.model.load import LoadedModel, save_adapter
-from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
+from fedmosaic.client.model.scoring import Examiner, Score
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.round.releases import Releases
@@ -262,10 +262,14 @@ class ModelLearner:
         return scores
 
     def _score(self, name: str, examples: Sequence[Example]) -> Score:
-        data, most = self._settings.data, self._settings.training.max_length
+        data = self._settings.data
         limit = (data.evaluation_examples if name == "self" else data.others_examples) or len(examples)
-        batch, chosen = _EVALUATION_BATCH, examples[:limit]
-        return score_examples(self._model, self._tokenizer, chosen, batch, max_length=most)
+        return self._examiner.score(examples[:limit])
+
+    @property
+    def _examiner(self) -> Examiner:
+        longest = self._settings.training.max_length
+        return Examiner(self._model, self._tokenizer, _EVALUATION_BATCH, longest)
 
     def score_alone(self, rounds: int) -> Score | None:
         """Train a second adapter without anything received, score it on the own test rows, and forget it.
@@ -301,10 +305,9 @@ class ModelLearner:
         return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}
 
     def check_tests(self) -> None:
-        """Refuse test sets that could not be scored after the last round; see `check_scorable`."""
-        length = self._settings.training.max_length
+        """Refuse test sets that could not be scored after the last round; see `Examiner.check`."""
         for name, found in self._data.tests.items():
-            check_scorable(self._model, self._tokenizer, found.examples, length, f"test set {name!r}")
+            self._examiner.check(found.examples, f"test set {name!r}")
 
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""

@@ -46,7 +46,7 @@ from fedmosaic.client.model.examples import (
 )
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
-from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.comparison.tables import percent
 from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
@@ -237,7 +237,7 @@ class _Bench:
                 y *= settings.clipping_norm / grid.steps
                 gradients.append(mixed_gradient([GroupSum(y, members * rate * settings.examples)], [1.0]))
             self._write(gradients)
-            accuracy = score_examples(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH).value
+            accuracy = Examiner(self._model, self._tokenizer, 64, _MAX_LENGTH).score(tests).value
             self._model.unmerge_adapter()
         return sigma, ratio, accuracy
 

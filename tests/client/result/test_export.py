@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, set_active_branches
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.model.scoring import written_answers
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result import export
 from fedmosaic.client.result.saved import Opening, read_saved
 from fedmosaic.client.settings import IN_MEMORY
@@ -33,7 +33,7 @@ IDS = torch.arange(5, 25).view(2, 10)
 
 def texts(model: torch.nn.Module, left: Left) -> list[str]:
     asked = [Example(prompt, prompt, "") for prompt in PROMPTS]
-    return written_answers(model, left.learner.trained[1], asked, 2, max_length=32, max_new_tokens=12)
+    return Examiner(model, left.learner.trained[1], 2, 32).written(asked, 12)
 
 
 def written(left: Left, out: Path, *options: str) -> Path:
