@@ -20,7 +20,7 @@ def refused(reason: str) -> Any:
 ENCRYPTED = {
     "encryption": MaskParameters(),
     "gathering_seconds": 30.0,
-    "key_rotation_rounds": 2,
+    "rotate_key_every": 2,
     "rounds": 4,
 }
 
