@@ -29,7 +29,7 @@ from fedmosaic.client.settings import ClientSettings, TrainingSettings
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
-from fedmosaic.protos.errors import StateError, TrainingError
+from fedmosaic.protos.errors import ConfigurationError, StateError, TrainingError
 
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
@@ -79,13 +79,24 @@ class ModelLearner:
         self._fresh = self._adapter_tensors() if settings.compare_alone else {}
         if terms.adapter.private:
             private_round.check_model(self._model, terms, settings.training)
-        if not self._shares_family:
+        if self._shares_family:
+            self._check_family_size()
+        else:
             # Nothing comes back for these layers, so their LoRA is the client's own, at full weight.
             self._own_family_layers()
 
     @property
     def _shares_family(self) -> bool:
         return self._family in self._terms.adapter.family_dimensions
+
+    def _check_family_size(self) -> None:
+        agreed, size = self._terms.adapter.family_dimensions[self._family], read_family(self._model).size
+        if size != agreed:
+            raise ConfigurationError(
+                f"by the terms' adapter.family_dimensions family {self._family!r} shares {agreed:,} values "
+                f"of its other layers, and this model has {size:,}: a family has one model and one rank. "
+                f"Give the family's model, or found the federation with {self._family!r} = {size}"
+            )
 
     def _own_family_layers(self) -> None:
         if self._terms.adapter.other_layers == "lora":
