@@ -41,9 +41,9 @@ from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 _CALL_SECONDS: Final = 600.0
 _AT_ONCE: Final = 40
 _HEADS: Final = (
-    "members", "round", "push, s", "first, ms", "median, ms", "last, ms", "server's CPU, ms",
-    "clients' CPU, ms", "memory before, MB", "waiting, MB", "peak, MB", "run.json, kB", "state, MB", "load",
-)  # fmt: skip
+    "members; round; push, s; first, ms; median, ms; last, ms; server's CPU, ms; clients' CPU, ms; "
+    "memory before, MB; waiting, MB; peak, MB; run.json, kB; state, MB; load"
+).split("; ")
 """Memory is the server's beside mapped files: before the uploads, after all have waited, at its peak."""
 
 

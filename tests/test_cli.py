@@ -85,6 +85,24 @@ def test_keys_for_a_demo_are_all_made_at_once_and_it_says_so(
     assert "good for 89 days" in shown
 
 
+def test_founding_group_sums_says_what_their_noise_protects_against(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "federation.toml"
+    config.write_text(
+        FOUNDING + "[terms.adapter]\nprotection = 'distributed-dp'\n[terms.encryption]\nbackend = 'plain'\n"
+        "[terms.adapter_privacy]\nsteps_per_round = 1\n"
+        "[terms.group_sums]\nminimum_contributors = 4\nnoise_multiplier = 1.0\n"
+    )
+    out = str(tmp_path / "federation")
+    assert cli.main(["keys", "init", str(config), "--out", out, "--for-demo"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "formed of 4 members or more" in told
+    assert "against the server with up to 1 of the others" in told
+    assert "one member that is away stops all sums" in told
+    assert "single adapter" not in told
+
+
 def test_keys_are_made_at_home_approved_by_fingerprint_and_installed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

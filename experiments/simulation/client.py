@@ -171,9 +171,14 @@ class SharedProbe:
     def of(self, examples: Sequence[Example], randomness: BitSource, unit: Unit = "example") -> ProfileSum:
         """What sums the profile over a data epoch's units; the randomness is of the Poisson sample."""
         probe = ProfileProbe(
-            lambda: self._loaded, self._map, examples, self._max_length, randomness, unit=unit,
+            lambda: self._loaded,
+            self._map,
+            examples,
+            self._max_length,
+            randomness,
+            unit=unit,
             setting=_LENGTH_SETTING,
-        )  # fmt: skip
+        )
 
         def summed() -> ClippedSum:
             with COMPUTE:

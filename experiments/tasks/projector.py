@@ -79,7 +79,15 @@ def train_projector(
         for t in (with_images, tokenizer_with_images(tokenizer, None))
     )
     record = ProjectorRecord(
-        identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, settings.steps, seconds,
-        report.first_loss, report.last_loss,
-    )  # fmt: skip
+        identity,
+        CHANNELS,
+        words.embedding_dim,
+        SIZE,
+        GRID,
+        public.name,
+        settings.steps,
+        seconds,
+        report.first_loss,
+        report.last_loss,
+    )
     return projector, record, (seen, blind)

@@ -67,7 +67,7 @@ def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(
     monkeypatch.setattr(membership, "time", passing)
     directory = _federation(tmp_path, rounds=4, rotate_key_every=2)
     settings = settings_from_kit(directory / "server")
-    lazy = Coordinator(settings.model_copy(update={"durable": False, "key_rotation_rounds": 1000}))
+    lazy = Coordinator(settings.model_copy(update={"durable": False, "rotate_key_every": 1000}))
     errors = fv.play(lazy, fv.clients_of(directory))
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():
