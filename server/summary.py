@@ -146,7 +146,7 @@ class Account:
 
 def receivers(settings: ServerSettings, result: Mapping[str, Any]) -> set[str]:
     """Who could begin a round with what this one made; what the last one made is for nobody."""
-    if result["round"] >= settings.rounds:
+    if result["round"] >= settings.terms.schedule.rounds:
         return set()
     by_label = result.get("weights", {})  # of an older program
     return set(result.get("received", [name for rows in by_label.values() for name in rows]))
@@ -218,16 +218,16 @@ def summarise(
         "protocol_version": PROTOCOL_VERSION,
         "run_id": run.get("id", ""),
         "started_at": run.get("started_at"),
-        "federation": settings.federation,
+        "federation": settings.roster.federation,
         "roster_hash": settings.roster_hash.hex(),
         "certificate_expires": _expiry(settings),
         "members": sorted(settings.members),
-        "backend": settings.encryption.backend,
-        "rounds": settings.rounds,
+        "backend": settings.terms.encryption.backend,
+        "rounds": settings.terms.schedule.rounds,
         "phase": state.phase.value,
         "open_round": state.number,
-        "relevance": {"similarity": settings.similarity, "temperature": settings.temperature},
-        "policy": settings.policy.model_dump(),
+        "relevance": settings.terms.relevance.model_dump(include={"similarity", "temperature"}),
+        "policy": settings.terms.policy.model_dump(),
         "received_rounds": {name: received.get(name, 0) for name in sorted(settings.members)},
         "traffic": store.traffic(settings.members),
         "statements": statements,
