@@ -46,7 +46,8 @@ from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.loss import example_losses, on_device_of
 from fedmosaic.client.profile.fit import BasisSettings, fit_mechanism
-from fedmosaic.client.profile.probe import clipped_profile, open_probe
+from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import Reduction, release

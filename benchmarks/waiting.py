@@ -28,7 +28,7 @@ from grpc import aio
 
 from benchmarks.scale_server import enrolment, random_upload
 from benchmarks.timing import in_own_process, resident_mib
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.round.protection import Identity, Protection
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit

@@ -14,9 +14,9 @@ from fedmosaic.client.learner import SAMPLER, ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.training import EpochSampler
-from fedmosaic.client.profile.probe import ProfileProbe, check_probe, load_probe, public_map
+from fedmosaic.client.profile.release import ProfileProbe, check_probe, load_probe, public_map
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import ProfileSum, Randomness, Releases
+from fedmosaic.client.round.releases import ProfileSum, Randomness, Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel

@@ -17,7 +17,7 @@ from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.planning import plan_adapter
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import STATEMENT

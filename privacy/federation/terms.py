@@ -63,7 +63,8 @@ class AdapterTerms(Frozen):
     """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
     family_dimensions: dict[Family, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Family sharing: model families that also share the LoRA of their other layers, and the length of that
-    vector."""
+    vector: rank × the sum of inputs and outputs of the target modules in layers without cores. A wrong length
+    is refused by `fedmosaic doctor`, which names the right one."""
     protection: Protection = "encrypted"
     """Who can read what is shared. `dp` and `none` also need `encryption.backend = "plain"` and
     `allow_plaintext = true`."""

@@ -12,8 +12,8 @@ import pytest
 
 import builders
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import membership
-from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.round import membership
+from fedmosaic.client.round.keyring import Keyring
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError

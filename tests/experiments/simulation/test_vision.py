@@ -23,7 +23,7 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision import features
-from fedmosaic.client.vision.features import EfficientNetLite0, _SameConv
+from fedmosaic.client.vision.encoder import EfficientNetLite0, _SameConv
 from fedmosaic.client.vision.inputs import (
     images_in,
     located,
