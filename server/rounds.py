@@ -82,8 +82,8 @@ class Rounds:
         run = self._run
         log.info("%s", run.state_line())
         try:
-            sampled = run.settings.sampled_clients is not None
-            recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
+            sampled = run.settings.terms.schedule.sampled_clients is not None
+            recipients = run.settings.roster.taking_part(run.run_id, number + 1) if sampled else None
             with run.traces.span("close", number):
                 closed = self._closer.close(number, recipients)
             if run.sums is not None:
