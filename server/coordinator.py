@@ -194,15 +194,26 @@ class Coordinator:
         self._admission.check_member(client_id)
         return self.describe()
 
-    def advance(self) -> bool:
+    def move(self) -> bool:
         """Let time pass: extend a deadline, or close and aggregate the round; whether clients should look.
+
+        `tidy` is what is to be called next, once those who wait have their answers.
 
         Raises:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
             StoreTakenError: another server has taken the database over; this one has to stop.
         """
-        moved = self._rounds.advance()
+        return self._rounds.advance()
+
+    def tidy(self) -> None:
+        """Write about the run what is due, and remove what nobody asks for any more."""
+        self._rounds.tidy()
         self._run.account.show(self._run.describe)
+
+    def advance(self) -> bool:
+        """Both, one after the other; see `move`."""
+        moved = self.move()
+        self.tidy()
         return moved
 
     def report(self, client_id: str, statement: bytes) -> None:
