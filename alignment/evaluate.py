@@ -59,7 +59,7 @@ from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.model.load import without_rename_notice
 from fedmosaic.client.model.loss import example_losses, on_device_of, training_mode
-from fedmosaic.client.model.scoring import choice_scores
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
@@ -144,7 +144,7 @@ class LoadedModel:
     def score(self, model: nn.Module, task: Task, max_length: int) -> tuple[float, float]:
         """Calibrated loss and accuracy on a task's test examples, with or without an adapter."""
         choices = task.test[0].choices
-        scores = choice_scores(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
+        scores = Examiner(model, self.tokenizer, _SCORED_AT_ONCE, max_length).choice_scores(task.test)
         answers = [choices.index(example.answer) for example in task.test]
         return loss_and_accuracy(torch.tensor(scores), answers)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.timing import measure
 from fedmosaic import __version__
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.round.protection import Identity, Protection
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.encryption.mask.aggregation import WordProduct

@@ -141,6 +141,8 @@ class Rounds:
             epoch = self._next_epoch(run.keys, state, now)
             metadata |= {**KeyRelay.record(epoch), "rotate": "0"}
         result = {**closed.result, "closed_at": time.time(), "extensions": run.round.extensions}
+        if run.sums is not None:
+            result["received"] = run.sums.receivers(number)
         run.store.close_round(number, result, made, metadata, key_epoch=epoch.epoch if epoch else 0)
         if run.sums is not None:
             run.sums.open_round(state.number, now)

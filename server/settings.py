@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
@@ -14,7 +14,7 @@ from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import RosterMark, Witness, taking_part
-from fedmosaic.privacy.federation.terms import GroupSumTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms, RelevanceTerms, ScheduleTerms
 from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
@@ -86,8 +86,8 @@ class OperatorSettings(Frozen):
     """After the last round, how long the server stays for members that have not handed over a statement."""
 
 
-class ServerSettings(OperatorSettings):
-    """One run of one federation.
+class ServerSettings(OperatorSettings, ScheduleTerms, RelevanceTerms):
+    """One run of one federation: what the operator decides, the terms of schedule and relevance, and these.
 
     Attributes:
         federation: id of the federation, as in the SPIFFE URIs of the certificates.
@@ -103,18 +103,9 @@ class ServerSettings(OperatorSettings):
         family_dimensions: length of the family's vector by family; families without an entry share none.
         profile_dimensions: length k of the task profile.
         profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
-        rounds: number of rounds.
-        quorum: least number of contributions with which a deadline closes a round.
-        sampled_clients: members that take part in a round, drawn anew for each; None for all of them.
-        round_deadline_seconds: from the opening of a round to its deadline.
         policy: limits on every weight row.
-        temperature: τ of the softmax over similarities.
-        similarity: "corrected" takes the noise out of the norms, "cosine" does not.
-        across_families: whether members receive from other families than their own.
         group_sums: terms of the groups' sums, where members share these in place of adapters.
         encryption: parameters of the back end; they fix the bits of the weights.
-        key_rotation_rounds: rounds after which a new group key is agreed on.
-        gathering_seconds: how long a step of the key agreement waits for a member.
         state_dir: folder of everything that must survive a restart; what is not named here is the operator's.
         tls: certificates; without them only in-process use is possible.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
@@ -134,18 +125,9 @@ class ServerSettings(OperatorSettings):
     family_dimensions: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     profile_dimensions: int = Field(ge=1, le=bounds.MAX_PROFILE_DIMENSIONS)
     profile_noise_variance: float = Field(ge=0.0, allow_inf_nan=False)
-    rounds: int = Field(ge=1, le=bounds.MAX_ROUNDS)
-    quorum: int = Field(ge=1)
-    sampled_clients: int | None = None
-    round_deadline_seconds: float = Field(gt=0.0, le=1e9)
     policy: AggregationPolicy = AggregationPolicy()
-    temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
-    similarity: Literal["corrected", "cosine"] = "corrected"
-    across_families: bool = False
     group_sums: GroupSumTerms | None = None
     encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
-    key_rotation_rounds: int = Field(default=50, ge=1)
-    gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
     state_dir: Path
     tls: TlsFiles | None = None
     durable: bool = True
@@ -225,12 +207,11 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "family_dimensions": terms.adapter.family_dimensions,
         "profile_dimensions": terms.profile.dimensions,
         "profile_noise_variance": terms.profile.noise_variance,
-        **terms.schedule.model_dump(exclude={"key_patience_seconds", "rotate_key_every"}),
+        **dict(terms.schedule),
+        **dict(terms.relevance),
         "policy": terms.policy,
-        **terms.relevance.model_dump(exclude={"average_decay"}),
         "group_sums": terms.group_sums if terms.adapter.in_group_sums else None,
         "encryption": terms.encryption,
-        "key_rotation_rounds": terms.schedule.rotate_key_every,
     }
     # The roster is signed, but it may be older than a rule of this program.
     return validate(content, ServerSettings, f"the roster of {kit.directory}")

@@ -145,8 +145,8 @@ class Account:
 
 
 def receivers(settings: ServerSettings, result: Mapping[str, Any]) -> set[str]:
-    """Who could begin a round with what this one made; what the last one made is for nobody."""
-    if result["round"] >= settings.rounds:
+    """Who could go on with what this round made; but for a sum, what the last one made is for nobody."""
+    if result["round"] >= settings.rounds and settings.group_sums is None:
         return set()
     by_label = result.get("weights", {})  # of an older program
     return set(result.get("received", [name for rows in by_label.values() for name in rows]))
@@ -199,9 +199,10 @@ def last_words(settings: ServerSettings, store: Store) -> tuple[list[str], bool]
         refusals = [
             why for result in results for told in result["refusals"].values() for why in told.values()
         ]
+        why = "One round is too few." if settings.rounds == 1 else "The log of every round says why."
         lines.append(
             "NOTHING WAS EXCHANGED: no member received anything from the others in any round, so all trained "
-            f"alone. {f'The last reason: {refusals[-1]}' if refusals else 'One round is too few.'}"
+            f"alone. {f'The last reason: {refusals[-1]}' if refusals else why}"
         )
     return lines, exchanged
 

@@ -88,6 +88,14 @@ class RunSums:
             return found[0].messages() if found else {}
         return self._round(round_number).read(member, step)
 
+    def receivers(self, number: int) -> list[str]:
+        """Members who take a step with what a closed round brought."""
+        totals = next((total for total in self._totals if total.round == number), None)
+        if self._partition is None or totals is None:
+            return []
+        formed = [index for index, vector in enumerate(totals.vectors) if vector]
+        return sorted(name for name, row in self._partition.mixing.items() if any(row[r] for r in formed))
+
     def advance(self, expected: Collection[str], now: float) -> bool:
         """See `RoundSums.advance`."""
         return self._current is not None and self._current.advance(expected, now)

@@ -11,7 +11,7 @@ import tyro
 
 from fedmosaic.client.data.records import Example, listed
 from fedmosaic.client.data.sources import rows_of
-from fedmosaic.client.model.scoring import answers
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result.saved import Opening
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
@@ -41,14 +41,12 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
     rows = read_questions(parsed.data)
     opened = parsed.open(needs=rows)
+    examiner = Examiner(opened.model, opened.tokenizer, parsed.batch_size, opened.saved.max_length)
     lines = []
     for start in range(0, len(rows), parsed.batch_size):
         batch = rows[start : start + parsed.batch_size]
-        given = answers(
-            opened.model, opened.tokenizer, batch, parsed.batch_size, max_length=opened.saved.max_length,
-            max_new_tokens=parsed.max_new_tokens,
-        )  # fmt: skip
-        told = ({"id": row.id, "answer": answer} for row, answer in zip(batch, given, strict=True))
+        given = zip(batch, examiner.answers(batch, parsed.max_new_tokens), strict=True)
+        told = ({"id": row.id, "answer": answer} for row, answer in given)
         lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in told]
         if sys.stderr.isatty():  # a log has no use for it
             done = start + len(batch)

@@ -117,13 +117,16 @@ def draw(report: AttackReport, path: Path) -> None:
 def _above_words(report: AttackReport) -> str:
     """How many intervals lie wholly above their ceiling, beside how many do so by chance alone."""
     bounded = [
-        (figure.low > figure.bound, f"{figure.name} of {result.statistic} on {result.release}: "
-         f"{_value(figure)}, ceiling {_number(figure.bound)}")
+        (
+            figure.low > figure.bound,
+            f"{figure.name} of {result.statistic} on {result.release}: "
+            f"{_value(figure)}, ceiling {_number(figure.bound)}",
+        )
         for result in report.results
         for figure in result.figures
         # Other low ends, such as those of a certified ε, are no ends of an interval.
         if figure.bound is not None and figure.name.startswith(("AUC", "TPR"))
-    ]  # fmt: skip
+    ]
     if not bounded:
         return ""
     above = [words for is_above, words in bounded if is_above]

@@ -36,7 +36,6 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.engine import only_shared_branch
-from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.model.examples import (
     IGNORED,
     EncodedExample,
@@ -47,7 +46,8 @@ from fedmosaic.client.model.examples import (
 )
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
-from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.client.model.scoring import Examiner
+from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.comparison.tables import percent
 from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
@@ -237,7 +237,7 @@ class _Bench:
                 y *= settings.clipping_norm / grid.steps
                 gradients.append(mixed_gradient([GroupSum(y, members * rate * settings.examples)], [1.0]))
             self._write(gradients)
-            accuracy = score_examples(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH).value
+            accuracy = Examiner(self._model, self._tokenizer, 64, _MAX_LENGTH).score(tests).value
             self._model.unmerge_adapter()
         return sigma, ratio, accuracy
 

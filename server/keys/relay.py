@@ -25,7 +25,7 @@ class KeyRelay:
         """Go on with the stored epoch, or begin the first; `now` is in the clock of all later calls."""
         self._store = store
         patience, fewest = settings.gathering_seconds, settings.minimum_epoch_members
-        self._rotation = settings.key_rotation_rounds
+        self._rotation = settings.rotate_key_every
         stored = store.get_json(_KEY)
         if stored is None:
             self._present = epochs.first_epoch(now, patience, fewest)

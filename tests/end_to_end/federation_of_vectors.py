@@ -17,8 +17,8 @@ from fedmosaic.client.client import Participant
 from fedmosaic.client.ledger import budgeted_channels
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Releases
-from fedmosaic.client.session import Session
+from fedmosaic.client.round.releases import Releases
+from fedmosaic.client.round.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import GrpcTransport, Transport
 from fedmosaic.experiments.simulation.transport import InProcessTransport

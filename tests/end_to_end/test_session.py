@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.records import read_upload
+from fedmosaic.client.round.records import read_upload
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError, StateError
 from fedmosaic.protos.messages import Upload

@@ -254,10 +254,12 @@ def test_a_vector_that_cannot_be_used_is_refused_and_the_others_finish(
 @pytest.mark.parametrize(
     ("label", "client", "number", "epoch"),
     [
-        ("family:x", "clinic-a", 1, 0), ("shared", "clinic-b", 1, 0), ("shared", "clinic-a", 2, 0),
+        ("family:x", "clinic-a", 1, 0),
+        ("shared", "clinic-b", 1, 0),
+        ("shared", "clinic-a", 2, 0),
         ("shared", "clinic-a", 1, 1),
     ],
-)  # fmt: skip
+)
 def test_a_record_made_for_another_place_is_refused(
     federation: Any, coordinator: Any, label: str, client: str, number: int, epoch: int
 ) -> None:

@@ -217,10 +217,15 @@ def spoil(key: str, value: str) -> Damage:
 @pytest.mark.parametrize(
     "damage",
     [
-        scramble, empty, Path.unlink, spoil("run", "{"), spoil("run", "[]"), spoil("round", "x"),
+        scramble,
+        empty,
+        Path.unlink,
+        spoil("run", "{"),
+        spoil("run", "[]"),
+        spoil("round", "x"),
         spoil("absent", "{"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_database_is_one_clear_error(
     federation: Any, begin: Any, tmp_path: Path, damage: Damage
 ) -> None:

@@ -23,7 +23,7 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision import features
-from fedmosaic.client.vision.features import EfficientNetLite0, _SameConv
+from fedmosaic.client.vision.encoder import EfficientNetLite0, _SameConv
 from fedmosaic.client.vision.inputs import (
     images_in,
     located,
@@ -381,8 +381,11 @@ def _last_scores(directory: Path) -> dict[str, float]:
 
 def test_images_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Path) -> None:
     training = {
-        "steps": 60, "per_device_train_batch_size": 8, "max_length": 16, "learning_rate": 0.005,
-    }  # fmt: skip
+        "steps": 60,
+        "per_device_train_batch_size": 8,
+        "max_length": 16,
+        "learning_rate": 0.005,
+    }
     seen = runner.run_here(
         seeing(method="local", training=training), tmp_path, tmp_path / "a", Console(quiet=True)
     )

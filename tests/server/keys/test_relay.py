@@ -18,8 +18,11 @@ def refused(reason: str) -> Any:
 
 
 ENCRYPTED = {
-    "encryption": MaskParameters(), "gathering_seconds": 30.0, "key_rotation_rounds": 2, "rounds": 4,
-}  # fmt: skip
+    "encryption": MaskParameters(),
+    "gathering_seconds": 30.0,
+    "rotate_key_every": 2,
+    "rounds": 4,
+}
 
 
 @pytest.fixture
