@@ -112,8 +112,8 @@ def most_bytes(settings: ClientSettings, rank: int, longest: int) -> int:
         width = config.num_hidden_layers * config.num_attention_heads * positions
         linear = (module for module in model.modules() if isinstance(module, nn.Linear))
         width += sum(module.in_features + module.out_features for module in linear)
-        total += sum(2 * tensor.nbytes for _, tensor in _tensors(model))
-        total += 4 * _HELD * (positions + 2 * rank) * width
+        weights = sum(tensor.nbytes for _, tensor in _tensors(model))
+        total += 2 * weights + 4 * _HELD * (positions + 2 * rank) * width
     return total
 
 

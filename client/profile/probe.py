@@ -138,7 +138,7 @@ def _weight(module: nn.Module) -> torch.Tensor:
 
 def _factors(probe: Probe, examples: Sequence[EncodedExample]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """δ (T, D) and x (T, F) of every example, each as it would be without the others."""
-    device = _weight(probe.norm).device
+    device, gamma_D = _weight(probe.norm).device, _weight(probe.norm).float()
     hiddens, inputs, targets = [], [], []
     for example in examples:
         targets_L = torch.full_like(example.labels, IGNORED)
@@ -150,20 +150,16 @@ def _factors(probe: Probe, examples: Sequence[EncodedExample]) -> list[tuple[tor
         hiddens.append(leaving[0][0, chosen_L].float())
         inputs.append(entering[0][0, chosen_L].float().cpu())
         targets.append(targets_L[chosen_L])
-    return [(d.cpu(), x) for d, x in zip(_deltas(probe, hiddens, targets), inputs, strict=True)]
-
-
-def _deltas(probe: Probe, hiddens: list[torch.Tensor], targets: list[torch.Tensor]) -> list[torch.Tensor]:
-    gamma_D = _weight(probe.norm).float()
     rhos = [(hidden_TD.square().mean(1) + probe.epsilon).rsqrt() for hidden_TD in hiddens]
     normed = [h_TD * rho_T[:, None] * gamma_D for h_TD, rho_T in zip(hiddens, rhos, strict=True)]
-    deltas = []
     errors = _through_head(probe.head, normed, targets)
-    for hidden_TD, rho_T, errors_TD in zip(hiddens, rhos, errors, strict=True):
+    factors = []
+    for hidden_TD, rho_T, errors_TD, inputs_TF in zip(hiddens, rhos, errors, inputs, strict=True):
         upstream_TD = errors_TD * (gamma_D / len(errors_TD))
         radial_T = (hidden_TD * upstream_TD).mean(1)
-        deltas.append(rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD)
-    return deltas
+        delta_TD = rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
+        factors.append((delta_TD.cpu(), inputs_TF))
+    return factors
 
 
 def _through_head(
