@@ -294,6 +294,10 @@ def _agreement(
         "writing": gradient_agreement(*(found[..., -rank:] for found in gradients))[1],
         "gradient": mean,
         "gradient per example": single,
+        "the same by layer": [
+            gradient_agreement(*parts)[1]
+            for parts in zip(*(found.chunk(len(left.layers), dim=1) for found in gradients), strict=True)
+        ],
         "gradient, random bases": gradient_agreement(gradients[0], random)[0],
     }
 
@@ -323,7 +327,13 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values.values())
+    return ", ".join(map(_shown, values.values()))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def find_model(manifest: Manifest, name: str) -> Finished:
@@ -386,7 +396,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     table = Table(*agreements[0], title="Agreement before training, on the tasks' examples")
     for row in agreements:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()))
+        table.add_row(*map(_shown, row.values()))
     console.print(table)
     title = "Calibrated scores (mean ± half of the 95 % interval over seeds)"
     console.print(_table(title, summary(scores), ("task", "bases", "variant")))
