@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import numpy as np
@@ -38,6 +38,9 @@ from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
+
+if TYPE_CHECKING:
+    from fedmosaic.protos.v1.federation_pb2_grpc import FederationAsyncStub
 
 _CALL_SECONDS: Final = 600.0
 _AT_ONCE: Final = 40
@@ -227,7 +230,7 @@ class _Member:
         """Be ready to wait at the bare server too."""
         self.bare = self._dialled(port)
 
-    def _dialled(self, port: int) -> FederationStub:
+    def _dialled(self, port: int) -> "FederationAsyncStub":
         options = (
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES),
