@@ -29,7 +29,7 @@ from grpc import aio
 
 from benchmarks.scale_server import enrolment, random_upload
 from benchmarks.timing import in_own_process, resident_mib
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.round.protection import Identity, Protection
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 _CALL_SECONDS: Final = 600.0
 _AT_ONCE: Final = 40
 _HEADS: Final = (
-    "members", "round", "push, s", "first, ms", "median, ms", "last, ms", "server's CPU, ms",
-    "clients' CPU, ms", "bare: last, ms", "server's CPU, ms", "clients' CPU, ms", "× bare",
-    "memory before, MB", "waiting, MB", "peak, MB", "run.json, kB", "state, MB", "load",
-)  # fmt: skip
+    "members; round; push, s; first, ms; median, ms; last, ms; server's CPU, ms; clients' CPU, ms; "
+    "bare: last, ms; server's CPU, ms; clients' CPU, ms; × bare; "
+    "memory before, MB; waiting, MB; peak, MB; run.json, kB; state, MB; load"
+).split("; ")
 """× bare is of the servers' CPU.
 
 Memory is the server's beside mapped files: before the uploads, after all have waited, at its peak.

@@ -88,8 +88,8 @@ class Rounds:
         run = self._run
         log.info("%s", run.state_line())
         try:
-            sampled = run.settings.sampled_clients is not None
-            recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
+            sampled = run.settings.terms.schedule.sampled_clients is not None
+            recipients = run.settings.roster.taking_part(run.run_id, number + 1) if sampled else None
             with run.traces.span("close", number):
                 closed = self._closer.close(number, recipients)
             if run.sums is not None:
@@ -147,6 +147,8 @@ class Rounds:
             epoch = self._next_epoch(run.keys, state, now)
             metadata |= {**KeyRelay.record(epoch), "rotate": "0"}
         result = {**closed.result, "closed_at": time.time(), "extensions": run.round.extensions}
+        if run.sums is not None:
+            result["received"] = run.sums.receivers(number)
         run.store.close_round(number, result, made, metadata, key_epoch=epoch.epoch if epoch else 0)
         if run.sums is not None:
             run.sums.open_round(state.number, now)

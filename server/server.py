@@ -126,7 +126,7 @@ class Server:
             if beside is not None:
                 await ending.enter_async_context(beside(service))
             yield listener.port
-        if coordinator.available_round <= settings.rounds:
+        if coordinator.available_round <= settings.terms.schedule.rounds:
             log.info("stopped; the run goes on when the server starts again with the same state_dir")
         else:
             log.info("stopped; all rounds are over")

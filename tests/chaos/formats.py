@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 
 from chaos.mutations import MEMBER, mutate, mutate_json, mutate_messages, where
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.records import ClippingRecord, read_average, read_profile, read_upload
+from fedmosaic.client.round.keyring import Keyring
+from fedmosaic.client.round.records import ClippingRecord, read_average, read_profile, read_upload
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, read_record
 from fedmosaic.client.witness import WitnessSettings
