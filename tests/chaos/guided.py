@@ -73,7 +73,7 @@ def main(seconds: int) -> int:
         os.waitpid(child, 0)
         said = log.read_text(errors="replace")
         marks = re.findall(r"^#(\d+)\s+(?:INITED|DONE)\s+(cov: \d+)", said, re.MULTILINE)
-        told = re.findall("^FAULT .*", said, re.MULTILINE) + ["FAULT: it ended early"] * (len(marks) < 2)
+        told = re.findall("^FAULT .*", said, re.MULTILINE) + ["FAULT: it ended early"] * ("DONE" not in said)
         faults += len(told)
         reached = "; ".join(f"{tried} tried, {edges}" for tried, edges in marks)
         print(f"{name:45s} {reached}", *told, sep="\n  ", flush=True)
