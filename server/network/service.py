@@ -300,7 +300,7 @@ async def _next(
     requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]"
 ) -> pb.PushRequest | None:
     """The next message of a push, None after the last, until a newer push of the client begins."""
-    message = None if newer.done() else await next_message(requests, newer)
+    message = None if newer.done() else await next_message(anext(requests, None), newer)
     if newer.done():
         raise _SupersededError
     return message
