@@ -88,7 +88,6 @@ def render(report: AttackReport) -> RenderableType:
 
 def draw(report: AttackReport, path: Path) -> None:
     """Draw the ROC curves of each attack on logarithmic axes, one panel per statistic."""
-    mpl.rcParams["svg.hashsalt"] = "fedmosaic"
     panels: dict[tuple[str, str], list[AttackResult]] = {}
     for result in report.results:
         if result.curve:
@@ -111,7 +110,8 @@ def draw(report: AttackReport, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=6)
     # Without a date, the same figures give the same bytes.
-    canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with mpl.rc_context({"svg.hashsalt": "fedmosaic"}):
+        canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _above_words(report: AttackReport) -> str:

@@ -111,7 +111,7 @@ class _Server:
     """The coordinator in an actor of its own; its state is on disk, for the next one if this one dies."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._coordinator = Coordinator(settings)
+        self._coordinator = Coordinator(settings, simulate.standing_clock)
 
     def call(self, name: str, arguments: Sequence[Any]) -> tuple[Any, tuple[Any, ...] | None]:
         """What a method or property gives, and what a refusal is made of."""

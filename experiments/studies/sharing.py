@@ -377,9 +377,9 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     found = gains(cells)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    for name, line in found.items():
+    for index, (name, line) in enumerate(found.items()):
         panel.errorbar(
-            [*line],
+            [m * 1.04 ** (index - 1) for m in line],  # beside each other, or intervals hide intervals
             [100 * gained.mean for gained in line.values()],
             yerr=[100 * (gained.half_width or 0.0) for gained in line.values()],
             marker="o",
@@ -393,7 +393,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     panel.set_xlabel("members of the group")
     panel.set_ylabel("points above a member alone")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
         figure.savefig(path, metadata={"Date": None})

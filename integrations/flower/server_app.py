@@ -100,7 +100,7 @@ async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
                 f"node-keys has {member!r} with {key!r}; write a member of the roster, '=' and the 64 "
                 "hexadecimal digits that this log shows for its SuperNode"
             )
-    members = {key: spiffe_id(server.settings.federation, member) for member, key in node_keys.items()}
+    members = {key: spiffe_id(server.settings.roster.federation, member) for member, key in node_keys.items()}
 
     @asynccontextmanager
     async def beside(service: FederationService) -> AsyncIterator[None]:

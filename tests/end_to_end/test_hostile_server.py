@@ -15,7 +15,6 @@ from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import settings_from_kit
 
 Change = Callable[[AggregateSection], AggregateSection]
 VICTIM = "ada"
@@ -213,8 +212,7 @@ def test_a_family_of_fewer_than_it_seems_is_refused(
 
 def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain", rounds=2))
-    settings = settings_from_kit(directory / "server")
-    greedy = Coordinator(settings.model_copy(update={"durable": False, "rounds": 7}))
+    greedy = fv.coordinator_of(directory, rounds=7)
     clients = fv.clients_of(directory)
     errors = fv.play(greedy, clients)
     assert set(errors) == set(fv.MEMBERS)

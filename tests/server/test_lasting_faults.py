@@ -60,7 +60,7 @@ def test_a_damaged_upload_is_left_out_named_and_asked_for_again(
 def test_a_damaged_upload_that_does_not_come_again_stops_nobody(
     federation: Any, begin: Any, tmp_path: Path, clock: Any, quorum: int
 ) -> None:
-    coordinator = begin(quorum=quorum)
+    coordinator = begin(schedule={"quorum": quorum})
     federation.push(coordinator, 1)
     cut(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
     coordinator.advance()

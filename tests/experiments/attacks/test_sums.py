@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.attacks import sums as attack_sums
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure

