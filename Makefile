@@ -41,10 +41,12 @@ $(FLOWER)/.installed: $(STAMP)
 	touch $@
 
 # Processes killed at random moments, and mutated messages and files: make chaos [HOURS=8] [SEED=…]
-# [MESSAGES=100000], of each call and of each format.
+# [KILLS=1000] [MESSAGES=100000], of each call and of each format; [GUIDED=30] seconds of each by atheris.
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONUTF8=1 PYTHONPATH=tests $(BIN)/python -m chaos \
-	  $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED)) $(if $(MESSAGES),--messages $(MESSAGES))
+	  $(if $(HOURS),--hours $(HOURS)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(MESSAGES),--messages $(MESSAGES))
+	$(if $(GUIDED),OMP_NUM_THREADS=1 PYTHONUTF8=1 PYTHONPATH=tests $(BIN)/python -m chaos.guided $(GUIDED))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

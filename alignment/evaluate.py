@@ -59,7 +59,7 @@ from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.model.load import without_rename_notice
 from fedmosaic.client.model.loss import example_losses, on_device_of, training_mode
-from fedmosaic.client.model.scoring import choice_scores
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
@@ -144,7 +144,7 @@ class LoadedModel:
     def score(self, model: nn.Module, task: Task, max_length: int) -> tuple[float, float]:
         """Calibrated loss and accuracy on a task's test examples, with or without an adapter."""
         choices = task.test[0].choices
-        scores = choice_scores(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
+        scores = Examiner(model, self.tokenizer, _SCORED_AT_ONCE, max_length).choice_scores(task.test)
         answers = [choices.index(example.answer) for example in task.test]
         return loss_and_accuracy(torch.tensor(scores), answers)
 
@@ -294,6 +294,10 @@ def _agreement(
         "writing": gradient_agreement(*(found[..., -rank:] for found in gradients))[1],
         "gradient": mean,
         "gradient per example": single,
+        "the same by layer": [
+            gradient_agreement(*parts)[1]
+            for parts in zip(*(found.chunk(len(left.layers), dim=1) for found in gradients), strict=True)
+        ],
         "gradient, random bases": gradient_agreement(gradients[0], random)[0],
     }
 
@@ -323,7 +327,13 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values.values())
+    return ", ".join(map(_shown, values.values()))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def find_model(manifest: Manifest, name: str) -> Finished:
@@ -386,7 +396,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     table = Table(*agreements[0], title="Agreement before training, on the tasks' examples")
     for row in agreements:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()))
+        table.add_row(*map(_shown, row.values()))
     console.print(table)
     title = "Calibrated scores (mean ± half of the 95 % interval over seeds)"
     console.print(_table(title, summary(scores), ("task", "bases", "variant")))

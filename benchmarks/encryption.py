@@ -96,13 +96,18 @@ def results(cells: Sequence[Cell]) -> list[str]:
     heads += ["download bytes (×)", "decrypt ms", "error"]
     rows = [
         [
-            f"{cell.system}{' *' if cell.note else ''}", str(cell.rank), str(cell.members), ms(cell.encrypt),
-            f"{cell.upload_bytes:,} ({cell.upload_bytes / (4 * cell.dimensions):.2f})", ms(cell.server),
+            f"{cell.system}{' *' if cell.note else ''}",
+            str(cell.rank),
+            str(cell.members),
+            ms(cell.encrypt),
+            f"{cell.upload_bytes:,} ({cell.upload_bytes / (4 * cell.dimensions):.2f})",
+            ms(cell.server),
             f"{cell.download_bytes:,} ({cell.download_bytes / (4 * cell.dimensions):.2f})",
-            ms(cell.decrypt), f"{cell.error:.1e}",
+            ms(cell.decrypt),
+            f"{cell.error:.1e}",
         ]
         for cell in cells
-    ]  # fmt: skip
+    ]
     notes = [f"* {c.system}, r {c.rank}, N {c.members}: {c.note}" for c in cells if c.note]
     return [*markdown_table(heads, rows), "", *notes]
 

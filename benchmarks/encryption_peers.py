@@ -177,12 +177,20 @@ PEERS: tuple[Callable[[Work], Cell], ...] = (
     # The precision that `mask` and `ckks` compute in.
     partial(plain_numpy, name="plain numpy (float64)", kind=np.dtype("<f8")),
     partial(
-        tenseal_vectors, name="TenSEAL 8192 [60,40,40] (NVFlare's)", degree=8192, moduli=[60, 40, 40],
-        scale=2.0**40, rescale=True,
+        tenseal_vectors,
+        name="TenSEAL 8192 [60,40,40] (NVFlare's)",
+        degree=8192,
+        moduli=[60, 40, 40],
+        scale=2.0**40,
+        rescale=True,
     ),
     # The smallest and fastest whose error stays near 1e-5.
     partial(
-        tenseal_vectors, name="TenSEAL 4096 [54,55], no rescaling", degree=4096, moduli=[54, 55],
-        scale=2.0**25, rescale=False,
+        tenseal_vectors,
+        name="TenSEAL 4096 [54,55], no rescaling",
+        degree=4096,
+        moduli=[54, 55],
+        scale=2.0**25,
+        rescale=False,
     ),
-)  # fmt: skip
+)

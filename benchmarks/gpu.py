@@ -59,10 +59,15 @@ def write_random_model(arguments: Arguments) -> Path:
         return folder
     heads = max(4, arguments.width // 64)
     config = LlamaConfig(
-        hidden_size=arguments.width, num_hidden_layers=arguments.layers, vocab_size=arguments.vocabulary,
-        intermediate_size=4 * arguments.width, num_attention_heads=heads, num_key_value_heads=heads // 4,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=arguments.width,
+        num_hidden_layers=arguments.layers,
+        vocab_size=arguments.vocabulary,
+        intermediate_size=4 * arguments.width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     with choose_device(arguments.device):
         model: Any = LlamaForCausalLM(config)
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -90,10 +95,14 @@ def measure(
     )
     # The probe on the processor: what is compared is the training step.
     client = ClientSettings(
-        kit=folder, server="localhost:1", state_dir=folder, model=settings,
-        probe=ModelSettings(path=str(folder), device="cpu"), data=DataSettings(train=folder),
+        kit=folder,
+        server="localhost:1",
+        state_dir=folder,
+        model=settings,
+        probe=ModelSettings(path=str(folder), device="cpu"),
+        data=DataSettings(train=folder),
         training=training,
-    )  # fmt: skip
+    )
     need = memory_need(client, AdapterTerms(), supervised=ANSWER)
     on_card = device.type == "cuda"
     at_first = torch.cuda.memory_allocated() / MIB if on_card else resident_mib("VmRSS")

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from benchmarks.timing import measure
 from fedmosaic import __version__
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.round.protection import Identity, Protection
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.encryption.mask.aggregation import WordProduct
-from fedmosaic.privacy.federation.kits import Kit, open_kit
+from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Upload
@@ -24,7 +24,6 @@ from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.round.relevance import corrected_cosine
 from fedmosaic.server.settings import settings_from_kit
 
-_NO_DEADLINE_SECONDS = 1e8
 _SUMS = 64
 """Distinct rows of weights, as many as clients are drawn for a round or groups share one."""
 
@@ -37,15 +36,9 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> float:
     mechanism = fit_profile(scenario, directory, console, own_process=False)
     found_federation(scenario, mechanism, directory, 7443)
     place = directory / "federation"
-    settings = settings_from_kit(place / "server").model_copy(
-        update={
-            "durable": False,
-            "round_deadline_seconds": _NO_DEADLINE_SECONDS,
-            "gathering_seconds": _NO_DEADLINE_SECONDS,
-        }
-    )
-    random = np.random.default_rng(0)
-    coordinator, roster = Coordinator(settings), open_kit(place / "server").roster
+    settings = settings_from_kit(place / "server").model_copy(update={"durable": False})
+    random, roster = np.random.default_rng(0), settings.roster
+    coordinator = Coordinator(settings, lambda: 0.0)  # where time stands still, no deadline passes
     closing: list[float] = []
     try:
         coordinator.advance()

@@ -46,7 +46,8 @@ from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.loss import example_losses, on_device_of
 from fedmosaic.client.profile.fit import BasisSettings, fit_mechanism
-from fedmosaic.client.profile.probe import clipped_profile, open_probe
+from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import Reduction, release
@@ -54,8 +55,10 @@ from fedmosaic.privacy.mechanism.projection import PublicMap
 
 Kind = Literal["colora", "private", "profile"]
 SHAPES: dict[Kind, tuple[int, int, int]] = {
-    "colora": (8, 48, 48), "private": (32, 64, 16), "profile": (64, 64, 24),
-}  # fmt: skip
+    "colora": (8, 48, 48),
+    "private": (32, 64, 16),
+    "profile": (64, 64, 24),
+}
 """Examples, their tokens, and how many of these are supervised."""
 PRIVATE = ("plain", "private", "opacus_hooks", "opacus_ghost")
 RANK, BLOCKS, CLIP, NOISE = 16, 4, 1.0, 1.0
@@ -105,14 +108,21 @@ def colora(path: Path, arguments: Arguments) -> dict[str, Summary]:
         if method == "lora":
             modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
             config: Any = LoraConfig(
-                r=RANK, lora_alpha=2 * RANK, target_modules=modules, layers_to_transform=layers,
+                r=RANK,
+                lora_alpha=2 * RANK,
+                target_modules=modules,
+                layers_to_transform=layers,
                 task_type=TaskType.CAUSAL_LM,
-            )  # fmt: skip
+            )
         else:
             config = CoLoraConfig(
-                r=RANK, blocks=BLOCKS, shared_layers=layers, other_layers="none",
-                personal_branch=method == "colora_personal", task_type=TaskType.CAUSAL_LM,
-            )  # fmt: skip
+                r=RANK,
+                blocks=BLOCKS,
+                shared_layers=layers,
+                other_layers="none",
+                personal_branch=method == "colora_personal",
+                task_type=TaskType.CAUSAL_LM,
+            )
         model = get_peft_model(base, config).train()
         examples = arguments.examples("colora", base.config.vocab_size)
         batch = on_device_of(model, collate(examples, 0))
@@ -230,8 +240,9 @@ def profile(path: Path, arguments: Arguments) -> dict[str, Summary]:
         release(clipped_profile(probe, examples, public_map, noise), public_map.mechanism, noise)
 
     variants: dict[str, Any] = {
-        "forward pass": partial(nullcontext, forward), "profile": partial(nullcontext, whole),
-    }  # fmt: skip
+        "forward pass": partial(nullcontext, forward),
+        "profile": partial(nullcontext, whole),
+    }
     return paired(variants, arguments.repetitions)
 
 

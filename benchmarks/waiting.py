@@ -28,7 +28,7 @@ from grpc import aio
 
 from benchmarks.scale_server import enrolment, random_upload
 from benchmarks.timing import in_own_process, resident_mib
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.round.protection import Identity, Protection
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
@@ -41,9 +41,9 @@ from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 _CALL_SECONDS: Final = 600.0
 _AT_ONCE: Final = 40
 _HEADS: Final = (
-    "members", "round", "push, s", "first, ms", "median, ms", "last, ms", "server's CPU, ms",
-    "clients' CPU, ms", "memory before, MB", "waiting, MB", "peak, MB", "run.json, kB", "state, MB", "load",
-)  # fmt: skip
+    "members; round; push, s; first, ms; median, ms; last, ms; server's CPU, ms; clients' CPU, ms; "
+    "memory before, MB; waiting, MB; peak, MB; run.json, kB; state, MB; load"
+).split("; ")
 """Memory is the server's beside mapped files: before the uploads, after all have waited, at its peak."""
 
 

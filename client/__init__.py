@@ -1,17 +1,15 @@
 """One client of a federation: adapter, training, task profile, and its life over the rounds.
 
-    client                                    the one place where a client is put together
-    preflight                                 what can be found out before enrolling
-    result                                    what a member has afterwards
-    learner, group_session, profile, dp       the model's side of a round
-    vision, model, colora                     models; they know no federation
-    session                                   a round, against a learner and a transport; it sees no model
-    membership                                enrolment, sampling, group key, a server that has lost something
-    statement, protection                     what is said afterwards; what stands before the wire
-    releases, keyring                         what may leave, and under which key
-    ledger, planning, records, witness        what is charged, planned, kept, and countersigned
-    transport, state, progress, data          gRPC, disk, a person, examples as they are read
-    settings, assets                          no model is imported to read them
+    client                              the one place where a client is put together
+    preflight                           what can be found out before enrolling
+    result                              what a member has afterwards
+    learner, profile, dp                the model's side of a round
+    vision, model, colora               models; they know no federation
+    statement                           what is said afterwards
+    round                               a session, against a learner and a transport; it sees no model
+    ledger, planning, witness           what is charged, planned, and countersigned
+    transport, state, progress, data    gRPC, disk, a person, examples as they are read
+    settings, assets                    no model is imported to read them
 
 Each line imports lines below it only. Never imports `server`.
 """

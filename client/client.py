@@ -20,22 +20,22 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client import statement as statements
-from fedmosaic.client.group_session import GroupSession
-from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
-from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
-from fedmosaic.client.profile.probe import client_probe
+from fedmosaic.client.profile.release import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress, Tracker
-from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
 from fedmosaic.client.result.ending import ResultFile
 from fedmosaic.client.result.saved import SavedModel
-from fedmosaic.client.session import Session
+from fedmosaic.client.round.group_session import GroupSession
+from fedmosaic.client.round.keyring import Keyring
+from fedmosaic.client.round.membership import Learner
+from fedmosaic.client.round.protection import Identity, Protection
+from fedmosaic.client.round.releases import Releases
+from fedmosaic.client.round.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.connection import open_channel

@@ -21,15 +21,15 @@ from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
 from fedmosaic.client.model.load import LoadedModel, save_adapter
-from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
+from fedmosaic.client.model.scoring import Examiner, Score
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.settings import ClientSettings, TrainingSettings
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
-from fedmosaic.protos.errors import StateError, TrainingError
+from fedmosaic.protos.errors import ConfigurationError, StateError, TrainingError
 
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
@@ -79,13 +79,24 @@ class ModelLearner:
         self._fresh = self._adapter_tensors() if settings.compare_alone else {}
         if terms.adapter.private:
             private_round.check_model(self._model, terms, settings.training)
-        if not self._shares_family:
+        if self._shares_family:
+            self._check_family_size()
+        else:
             # Nothing comes back for these layers, so their LoRA is the client's own, at full weight.
             self._own_family_layers()
 
     @property
     def _shares_family(self) -> bool:
         return self._family in self._terms.adapter.family_dimensions
+
+    def _check_family_size(self) -> None:
+        agreed, size = self._terms.adapter.family_dimensions[self._family], read_family(self._model).size
+        if size != agreed:
+            raise ConfigurationError(
+                f"by the terms' adapter.family_dimensions family {self._family!r} shares {agreed:,} values "
+                f"of its other layers, and this model has {size:,}: a family has one model and one rank. "
+                f"Give the family's model, or found the federation with {self._family!r} = {size}"
+            )
 
     def _own_family_layers(self) -> None:
         if self._terms.adapter.other_layers == "lora":
@@ -145,14 +156,11 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.membership.Learner.train`; TrainingError in round 1 without DP alone."""
+        """See `Learner.train` of a membership; TrainingError in round 1 without DP alone."""
         private = self._terms.adapter.private
         if private:
             self._blend_received()
-            private_round.train_shared(
-                self._model, self._encoded, self._terms, self._training_of(round_number),
-                releases=releases, round_number=round_number, progress=self._progress,
-            )  # fmt: skip
+            self._private_round(releases, self._training_of(round_number)).train(round_number)
         self._open_personal_parts()
         # What the server sees of a failure tells about the data, and about what was decrypted.
         may_fail = round_number == 1 and not private
@@ -178,11 +186,13 @@ class ModelLearner:
         copy_branch(self._model, "global", "local", layers="shared")
 
     def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
-        """See `fedmosaic.client.dp.training.group_share`."""
-        return private_round.group_share(
-            self._model, self._encoded, self._terms, self._settings.training, members=members,
-            releases=releases, round_number=round_number, progress=self._progress,
-        )  # fmt: skip
+        """See `fedmosaic.client.dp.training.PrivateRound.share`."""
+        return self._private_round(releases, self._settings.training).share(round_number, members)
+
+    def _private_round(self, releases: Releases, training: TrainingSettings) -> private_round.PrivateRound:
+        return private_round.PrivateRound(
+            self._model, self._encoded, self._terms, training, releases, self._progress
+        )
 
     def train_personal(self, round_number: int) -> None:
         """Train what never leaves, on top of the shared branch."""
@@ -216,20 +226,18 @@ class ModelLearner:
                     self._model, examples, left, pad_token_id=pad, sampler=order, progress=advance
                 )
                 # For this client's own people alone: a loss is a function of private examples.
-                log.info(
-                    "round %d: training loss %.3f → %.3f nats per token",
-                    round_number, report.first_loss, report.last_loss,
-                )  # fmt: skip
+                words = "round %d: training loss %.3f → %.3f nats per token"
+                log.info(words, round_number, report.first_loss, report.last_loss)
                 return
             except TrainingError as error:
                 if give_up is None:
                     raise
                 done += error.steps
-                log.error(
+                words = (
                     "round %d: %s. What was received is given up, and what was trained in this round; "
-                    "%d of %d steps are left",
-                    round_number, error, steps - done, steps,
-                )  # fmt: skip
+                    "%d of %d steps are left"
+                )
+                log.error(words, round_number, error, steps - done, steps)
                 with torch.no_grad():
                     for name, parameter in self._model.named_parameters():
                         if name in before:
@@ -256,10 +264,12 @@ class ModelLearner:
     def _score(self, name: str, examples: Sequence[Example]) -> Score:
         data = self._settings.data
         limit = (data.evaluation_examples if name == "self" else data.others_examples) or len(examples)
-        return score_examples(
-            self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
-            max_length=self._settings.training.max_length,
-        )  # fmt: skip
+        return self._examiner.score(examples[:limit])
+
+    @property
+    def _examiner(self) -> Examiner:
+        longest = self._settings.training.max_length
+        return Examiner(self._model, self._tokenizer, _EVALUATION_BATCH, longest)
 
     def score_alone(self, rounds: int) -> Score | None:
         """Train a second adapter without anything received, score it on the own test rows, and forget it.
@@ -295,10 +305,9 @@ class ModelLearner:
         return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}
 
     def check_tests(self) -> None:
-        """Refuse test sets that could not be scored after the last round; see `check_scorable`."""
-        length = self._settings.training.max_length
+        """Refuse test sets that could not be scored after the last round; see `Examiner.check`."""
         for name, found in self._data.tests.items():
-            check_scorable(self._model, self._tokenizer, found.examples, length, f"test set {name!r}")
+            self._examiner.check(found.examples, f"test set {name!r}")
 
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""

@@ -40,8 +40,11 @@ log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
 SUFFIX: Final = ".ledger"
 _AUDITED: Final = {
-    "RESERVED": "charged", "RELEASED": "released", "RESENT": "resent", "REFUSED": "budget-refused",
-}  # fmt: skip
+    "RESERVED": "charged",
+    "RELEASED": "released",
+    "RESENT": "resent",
+    "REFUSED": "budget-refused",
+}
 NO_LEDGER: Final = (
     "data.ledger: missing; data {} have no place beside them for their privacy ledger. Name a directory in "
     "[data] ledger, or Client(…, ledger=…), the same one for every run on these data: a fresh one would "

@@ -267,7 +267,7 @@ class ClientSettings(Located):
     """Everything one client decides for itself. Paths are relative to the file."""
 
     kit: Path
-    """The directory that the consortium handed over: keys, certificate, roster."""
+    """The directory of your keys, with the certificate and roster that the consortium signed."""
     server: Address
     """Host and port of the federation's server."""
     state_dir: Path

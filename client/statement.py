@@ -3,7 +3,7 @@
 import datetime as dt
 
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
-from fedmosaic.client.records import CLIPPING, ClippingRecord
+from fedmosaic.client.round.records import CLIPPING, ClippingRecord
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition

@@ -31,8 +31,8 @@ FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
     (
         "federation.toml",
         FederationConfig,
-        "The consortium decides, all members together, before founding; `fedmosaic keys init` signs it into "
-        "`roster.json`. Members are added and revoked with `fedmosaic keys`; the terms stay.",
+        "The consortium decides, all members together, before founding; `fedmosaic keys approve` signs it "
+        "into `roster.json`. Members are added and revoked with `fedmosaic keys`; the terms stay.",
     ),
     (
         "server.toml",

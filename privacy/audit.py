@@ -36,8 +36,11 @@ _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Word = Annotated[str, Field(pattern=_WORD)]
 _Number = Annotated[int, Field(strict=True, ge=0)]
 _ROW: Final = {
-    "channel": Literal["profile", "adapter", "family"], "round": _Number, "row": _Number, "row_hash": _Hex64,
-}  # fmt: skip
+    "channel": Literal["profile", "adapter", "family"],
+    "round": _Number,
+    "row": _Number,
+    "row_hash": _Hex64,
+}
 _PART: Final = {"round": _Number, "client": bounds.Identifier, "section": Literal["shared", "family"]}
 _JUDGED: Final = {"run": bounds.RunId, **_PART}
 FIELDS: Final[dict[str, dict[str, Any]]] = {

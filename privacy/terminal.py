@@ -41,11 +41,11 @@ _REMEDIES: Final = {
     errno.ENOMEM: "there is not enough memory; close other programs, or take a smaller model or batch",
 }
 _OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
-_ASCII: Final = {
-    "α": "alpha", "β": "beta", "δ": "delta", "ε": "epsilon", "μ": "mu", "σ": "sigma", "τ": "tau", "Σ": "sum",
-    "∞": "infinity", "→": "->", "≤": "<=", "≥": ">=", "≠": "!=", "−": "-", "–": "-", "—": "-", "·": "*",
-    "×": "x", "±": "+-", "²": "^2", "…": "...", "√": "sqrt", "’": "'", "‘": "'", "“": '"', "”": '"', "─": "-",
-}  # fmt: skip
+_SIGNS: Final = (
+    "α alpha  β beta  δ delta  ε epsilon  μ mu  σ sigma  τ tau  Σ sum  ∞ infinity  √ sqrt  … ...  · *  × x  "
+    "→ ->  ≤ <=  ≥ >=  ≠ !=  ± +-  ² ^2  − -  – -  — -  ─ -  ’ '  ‘ '  “ \"  ” \""
+).split()
+_ASCII: Final = dict(zip(_SIGNS[::2], _SIGNS[1::2], strict=True))
 """Signs of the reports, for terminals that have ASCII only: a statement in question marks says nothing."""
 
 

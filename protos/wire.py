@@ -5,6 +5,7 @@ of `messages` hold every field to its bounds when they are made; here is only wh
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -16,7 +17,7 @@ from google.protobuf.message import Message as Buffer
 from fedmosaic.protos import bounds
 from fedmosaic.protos.bounds import Message
 from fedmosaic.protos.errors import WireError
-from fedmosaic.protos.messages import SECTION_NAMES, Aggregate, LedgerHead, UploadHeader
+from fedmosaic.protos.messages import SECTION_NAMES, Aggregate, LedgerHead, UploadHeader, WeightRow
 from fedmosaic.protos.v1 import federation_pb2 as pb
 
 CHUNK_BYTES: Final = 1 << 18
@@ -92,14 +93,32 @@ def decode_upload_header(buffer: pb.PushHeader) -> UploadHeader:
     return UploadHeader(**content, ledger=LedgerHead(head, follows) if head or follows else None)
 
 
+@functools.lru_cache(maxsize=1024)
+def _row(row: WeightRow) -> bytes:
+    """A weight row as bytes; the same ones are sent in every round that brings no new profile."""
+    return encode(row, pb.WeightRow).SerializeToString()
+
+
 def encode_aggregate_header(
-    aggregate: Aggregate, sizes: Sequence[int], sha256: bytes, resume_offset: int
+    aggregate: Aggregate,
+    sizes: Sequence[int],
+    sha256: bytes,
+    resume_offset: int,
+    buffer: pb.AggregateHeader | None = None,
 ) -> pb.AggregateHeader:
-    """Everything of an aggregate but its payloads, of which only sizes and SHA-256 are told."""
-    buffer = encode(aggregate, pb.AggregateHeader)
-    buffer.sha256, buffer.resume_offset = sha256, resume_offset
-    for section, size in zip(buffer.sections, sizes, strict=True):
-        section.size = size
+    """Everything of an aggregate but its payloads, of which only sizes and SHA-256 are told.
+
+    It is put into the `buffer`, where one is given: rows of a thousand names take long to copy.
+    """
+    content = {**vars(aggregate), "sections": ()}
+    buffer = pb.AggregateHeader() if buffer is None else buffer
+    told = pb.AggregateHeader(**content, sha256=sha256, resume_offset=resume_offset)
+    buffer.CopyFrom(told)
+    for section, size in zip(aggregate.sections, sizes, strict=True):
+        content = {key: value for key, value in vars(section).items() if key not in ("row", "payload")}
+        added = buffer.sections.add(**content, size=size)
+        if section.row is not None:
+            added.row.MergeFromString(_row(section.row))
     return buffer
 
 

@@ -40,17 +40,18 @@ class Admission:
             raise Refusal(
                 RefusalKind.NOT_PERMITTED,
                 "NOT_ON_ROSTER",
-                f"{client!r} is not on the roster of federation {self._settings.federation!r}",
+                f"{client!r} is not on the roster of federation {self._settings.roster.federation!r}",
                 "the consortium can add a member with `fedmosaic keys approve`",
             )
 
     def check_round(self, round_number: int) -> None:
         """Refuse a round that the run does not have; one above the last stands for its end."""
-        if not 1 <= round_number <= self._settings.rounds + 1:
+        rounds = self._settings.terms.schedule.rounds
+        if not 1 <= round_number <= rounds + 1:
             raise Refusal(
                 RefusalKind.TOO_LARGE,
                 "ROUND_OUT_OF_RANGE",
-                f"round {round_number} was asked for, the run has rounds 1 … {self._settings.rounds}",
+                f"round {round_number} was asked for, the run has rounds 1 … {rounds}",
                 "enrol again to learn where the run is",
             )
 
@@ -83,7 +84,7 @@ class Admission:
     def check_enrolment(self, client: str, enrolment: Enrolment) -> None:
         """Refuse a client whose protocol, federation, roster, adapter or family differs."""
         self.check_member(client)
-        settings = self._settings
+        settings, federation = self._settings, self._settings.roster.federation
         if enrolment.protocol_version != PROTOCOL_VERSION:
             older = "client" if enrolment.protocol_version < PROTOCOL_VERSION else "server"
             raise _differs(
@@ -91,10 +92,10 @@ class Admission:
                 f"the client speaks protocol {enrolment.protocol_version}, the server {PROTOCOL_VERSION}",
                 f"update the {older}",
             )
-        if enrolment.federation != settings.federation:
+        if enrolment.federation != federation:
             raise _differs(
                 "FEDERATION_DIFFERS",
-                f"the client is of federation {enrolment.federation!r}, this is {settings.federation!r}",
+                f"the client is of federation {enrolment.federation!r}, this is {federation!r}",
                 "check the server's address and the kit in use",
             )
         if enrolment.roster_hash != settings.roster_hash:
@@ -104,14 +105,15 @@ class Admission:
                 f"{settings.roster_hash.hex()[:16]}",
                 _NEWEST_ROSTER,
             )
-        if enrolment.adapter_spec_hash != settings.adapter_spec_hash:
+        spec_hash = settings.terms.adapter.spec_hash
+        if enrolment.adapter_spec_hash != spec_hash:
             raise _differs(
                 "ADAPTER_DIFFERS",
                 f"the client's adapter spec is {enrolment.adapter_spec_hash.hex()[:16]}, expected "
-                f"{settings.adapter_spec_hash.hex()[:16]}",
+                f"{spec_hash.hex()[:16]}",
                 "build the adapter from the roster's rank, blocks and modules",
             )
-        family = settings.families.get(client, "")
+        family = settings.members[client].family
         if enrolment.family != family:
             raise _differs(
                 "FAMILY_DIFFERS",
@@ -119,9 +121,7 @@ class Admission:
                 "use the model the roster names, or have the roster changed",
             )
         if enrolment.ledger_head:
-            signed = ledger_digest(
-                federation=settings.federation, client_id=client, head=enrolment.ledger_head
-            )
+            signed = ledger_digest(federation=federation, client_id=client, head=enrolment.ledger_head)
             self._check_signature(client, signed, enrolment.ledger_signature)
 
     def check_ledger(self, header: UploadHeader, kept: bytes) -> None:
@@ -144,7 +144,7 @@ class Admission:
         if header.profile is not None:
             self._check_profile(header.profile)
         content_hash = upload_digest(
-            federation=self._settings.federation,
+            federation=self._settings.roster.federation,
             run_id=self._run_id,
             round_number=header.round,
             client_id=client,
@@ -158,7 +158,8 @@ class Admission:
 
     def _check_signature(self, client: str, digest: bytes, signature: bytes) -> None:
         try:
-            verify_digest(self._settings.members[client], digest, signature, client)
+            key = bytes.fromhex(self._settings.members[client].identity_key)
+            verify_digest(key, digest, signature, client)
         except IdentityError as error:
             raise Refusal(RefusalKind.NOT_PERMITTED, "SIGNATURE_INVALID", str(error), "") from None
 
@@ -180,17 +181,17 @@ class Admission:
                     "the roster's family_dimensions say which families share more than P and Q",
                 )
             length = dimensions[section.name]
-            expected = HEADER_BYTES + upload_payload_bytes(self._settings.encryption, length)
+            expected = HEADER_BYTES + upload_payload_bytes(self._settings.terms.encryption, length)
             if section.size != expected:
                 raise _invalid(
                     "WRONG_SIZE",
                     f"section {section.name!r} has {section.size} bytes, expected {expected} for {length} "
-                    f"values with back end {self._settings.encryption.backend!r}",
+                    f"values with back end {self._settings.terms.encryption.backend!r}",
                     "compare the adapter and encryption terms with the roster",
                 )
 
     def _check_profile(self, profile: Profile) -> None:
-        expected = self._settings.profile_dimensions
+        expected = self._settings.terms.profile.dimensions
         if profile.vector.size != expected:
             raise _invalid(
                 "PROFILE_DIMENSIONS",
@@ -198,7 +199,7 @@ class Admission:
                 "use the roster's profile mechanism",
             )
         # An average with weights that sum to 1 has at most the variance of one release, at least 1/n of it.
-        fresh = self._settings.profile_noise_variance
+        fresh = self._settings.terms.profile.noise_variance
         low, high = fresh / profile.releases * (1 - _NOISE_TOLERANCE), fresh * (1 + _NOISE_TOLERANCE)
         if not low <= profile.noise_variance <= high:
             raise _invalid(
@@ -224,7 +225,7 @@ class Admission:
             dimensions = self._settings.dimensions(client)[section.name]
             label = section_label(section.name, self._settings.family(client))
             context = RoundContext(
-                self._settings.federation, header.key_epoch, header.round, label, dimensions
+                self._settings.roster.federation, header.key_epoch, header.round, label, dimensions
             )
             try:
                 # Back ends read through the buffer protocol only; a mapped file is not copied.

@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
 _STATUS_LINE_SECONDS: Final = 30.0
+_BREATH_SECONDS: Final = 0.001
+"""For each member: those who wait are answered before anything is written about the round."""
 
 
 class Clockwork:
@@ -35,7 +37,10 @@ class Clockwork:
         while not self._changes.stopping:
             seen = self._changes.work
             try:
-                moved = await asyncio.to_thread(self._coordinator.advance)
+                moved = await asyncio.to_thread(self._coordinator.move)
+                if moved:
+                    await asyncio.sleep(_BREATH_SECONDS * len(self._coordinator.settings.members))
+                await asyncio.to_thread(self._coordinator.tidy)
                 silent = await asyncio.to_thread(self._coordinator.silent_members)
             except StoreTakenError as error:
                 self._end(error)

@@ -24,7 +24,6 @@ from fedmosaic.protos.messages import (
 )
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.keys.relay import required
-from fedmosaic.server.rosters import under_roster
 from fedmosaic.server.round.aggregates import Download
 from fedmosaic.server.rounds import Rounds
 from fedmosaic.server.run import Run, Topic
@@ -75,7 +74,7 @@ class Coordinator:
 
     def taking_part(self, number: int) -> frozenset[str]:
         """Members that take part in a round."""
-        return self.settings.taking_part(self.run_id, number)
+        return self.settings.roster.taking_part(self.run_id, number)
 
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.
@@ -91,7 +90,8 @@ class Coordinator:
         with run.lock:
             if run.round.phase is not Phase.OPEN:
                 return run.round.phase is Phase.FINISHED
-            before, settings = self.settings.roster_hash.hex(), under_roster(self.settings, settings)
+            before = self.settings.roster_hash.hex()
+            settings = self.settings.model_copy(update={"roster": settings.roster})
             if run.renew(settings):
                 self.audit.add("roster", before=before, after=settings.roster_hash.hex())
                 self._take_up(settings)
@@ -120,7 +120,8 @@ class Coordinator:
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
                 self.audit.add("enrolled", client=client_id, run=self.run_id, round=run.round.number)
             members, kept = tuple(sorted(self.settings.members)), run.store.ledger_head(client_id)
-            here, last, epoch = run.round.number, self.settings.rounds, run.keys.epoch if run.keys else 0
+            here, last = run.round.number, self.settings.terms.schedule.rounds
+            epoch = run.keys.epoch if run.keys else 0
             return Enrolled(self.run_id, here, last, epoch, members, run.position.head, kept)
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
@@ -193,15 +194,26 @@ class Coordinator:
         self._admission.check_member(client_id)
         return self.describe()
 
-    def advance(self) -> bool:
+    def move(self) -> bool:
         """Let time pass: extend a deadline, or close and aggregate the round; whether clients should look.
+
+        `tidy` is what is to be called next, once those who wait have their answers.
 
         Raises:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
             StoreTakenError: another server has taken the database over; this one has to stop.
         """
-        moved = self._rounds.advance()
+        return self._rounds.advance()
+
+    def tidy(self) -> None:
+        """Write about the run what is due, and remove what nobody asks for any more."""
+        self._rounds.tidy()
         self._run.account.show(self._run.describe)
+
+    def advance(self) -> bool:
+        """Both, one after the other; see `move`."""
+        moved = self.move()
+        self.tidy()
         return moved
 
     def report(self, client_id: str, statement: bytes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
-from fedmosaic.privacy.federation.kits import ROSTER, keep_signed, open_kit
+from fedmosaic.privacy.federation.kits import ROSTER, keep_signed
 from fedmosaic.protos.errors import FedMosaicError, IdentityError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
@@ -59,9 +59,7 @@ class Renewal:
         """Have the roster of the run in the state directory, for whoever reads the statements there."""
         settings = self._coordinator.settings
         if self._roster is not None:
-            kit = open_kit(self._roster.parent)
-            if kit.roster.hash == settings.roster_hash:
-                keep_signed(kit.directory, kit.roster, settings.state_dir)
+            keep_signed(self._roster.parent, settings.roster, settings.state_dir)
 
     def _announce(self) -> None:
         tls = self._coordinator.settings.tls

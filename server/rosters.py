@@ -7,7 +7,6 @@ that nobody agrees on a key with members that are not the same for all.
 
 import json
 import logging
-from typing import Final
 
 from fedmosaic.privacy.federation.roster import RosterMark
 from fedmosaic.protos.errors import StateError
@@ -16,13 +15,6 @@ from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.store import Store
 
 log = logging.getLogger(__name__)
-_OF_ROSTER: Final = ("members", "tls_key_sha256", "roster_hash", "roster_mark", "families", "witness")
-"""Settings that another roster changes; all others are terms, or the operator's."""
-
-
-def under_roster(settings: ServerSettings, new: ServerSettings) -> ServerSettings:
-    """Settings of a run with another roster."""
-    return settings.model_copy(update={name: getattr(new, name) for name in _OF_ROSTER})
 
 
 class Rosters:
@@ -45,8 +37,8 @@ class Rosters:
         before, new = self._store.get("roster"), settings.roster_hash.hex()
         if before == new:
             return False
-        known = self._store.get_json("roster_mark")
-        if known is not None and settings.roster_mark is not None:
+        known, following = self._store.get_json("roster_mark"), RosterMark.of(settings.roster)
+        if known is not None:
             try:
                 mark = RosterMark.model_validate(known)
             except ValueError:
@@ -54,7 +46,7 @@ class Rosters:
                     "the server's database is damaged: the roster before cannot be read; restore a backup of "
                     "state_dir and database together"
                 ) from None
-            mark.check_mark(settings.roster_mark, settings.federation)
+            mark.check_mark(following, settings.roster.federation)
         if before is not None and fixed:
             raise StateError(
                 "the groups of this run are formed, and each sum is bound to its roster: a run of group sums "
@@ -63,8 +55,7 @@ class Rosters:
         self._check_families(settings)
         self._outdated = set(self._store.enrolled())
         changes = {"roster": new, "rosters": json.dumps(sorted({*self.known, new}))}
-        if settings.roster_mark is not None:
-            changes["roster_mark"] = settings.roster_mark.model_dump_json()
+        changes["roster_mark"] = following.model_dump_json()
         if before is not None:
             log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
             changes |= {"rotate": "1", "outdated": json.dumps(sorted(self._outdated))}
@@ -73,10 +64,12 @@ class Rosters:
 
     def _check_families(self, settings: ServerSettings) -> None:
         """Refuse another family of a member that would share other vectors, or receive from others."""
+        apart = not settings.terms.relevance.across_families
+        sharing = settings.terms.adapter.family_dimensions.keys()
         for client, before in sorted(self._store.families().items()):
-            after = settings.families.get(client, "")
-            matters = not settings.across_families or {before, after} & settings.family_dimensions.keys()
-            if client in settings.members and before != after and matters:
+            member = settings.members.get(client)
+            after = member.family if member else before
+            if before != after and (apart or {before, after} & sharing):
                 raise StateError(
                     f"{client!r} is of family {after!r} on the new roster, and of {before!r} in this run; a "
                     "member's model stays for a run: have the consortium sign a roster that says so, or "

@@ -24,6 +24,7 @@ class Rounds:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._tidied = 0
         self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator, run.traces)
 
     def go_on(self) -> None:
@@ -61,14 +62,22 @@ class Rounds:
             self._finish(*witnessed)
             closing = True
         if closing:
-            # Whoever waits for the round is told before anything is written about it.
             run.changed("round")
         if keys_changed or due:
             run.changed("keys")
-        if closing:
-            self._remove_old()
-        run.account.keep_up(run.round)
         return keys_changed or bool(due) or closing or extended
+
+    def tidy(self) -> None:
+        """Remove payloads that nobody asks for any more, and write what is due about the run.
+
+        Uploads of the last closed round may be needed.
+        """
+        number = self._run.round.number
+        if number != self._tidied:
+            self._run.blobs.remove_before("aggregates", number)
+            self._run.blobs.remove_before("uploads", number - 1)
+            self._tidied = number
+        self._run.account.keep_up(self._run.round)
 
     def repair(self, client: str) -> None:
         """Make a client's damaged aggregate of the open round anew."""
@@ -82,8 +91,8 @@ class Rounds:
         run = self._run
         log.info("%s", run.state_line())
         try:
-            sampled = run.settings.sampled_clients is not None
-            recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
+            sampled = run.settings.terms.schedule.sampled_clients is not None
+            recipients = run.settings.roster.taking_part(run.run_id, number + 1) if sampled else None
             with run.traces.span("close", number):
                 closed = self._closer.close(number, recipients)
             if run.sums is not None:
@@ -109,7 +118,7 @@ class Rounds:
         with run.lock:
             self._open_next(number, closed)
         run.audit.add("closed", round=number, head=run.position.head.hex())
-        for recipient in closed.offer.stored:
+        for recipient in closed.offer.stored if closed.refusals else ():  # each of which has its line
             for section, _ in closed.offer.sections(run.settings, recipient):
                 if section.row is None:
                     run.audit.add("withheld", client=recipient, round=number, section=section.name)
@@ -141,6 +150,8 @@ class Rounds:
             epoch = self._next_epoch(run.keys, state, now)
             metadata |= {**KeyRelay.record(epoch), "rotate": "0"}
         result = {**closed.result, "closed_at": time.time(), "extensions": run.round.extensions}
+        if run.sums is not None:
+            result["received"] = run.sums.receivers(number)
         run.store.close_round(number, result, made, metadata, key_epoch=epoch.epoch if epoch else 0)
         if run.sums is not None:
             run.sums.open_round(state.number, now)
@@ -157,9 +168,3 @@ class Rounds:
         without_key = (store.enrolled() & opened.members) - opened.absent - keys.holders
         renew = bool(without_key) or store.get("rotate") == "1"
         return keys.for_round(opened.number, renew=renew, now=now)
-
-    def _remove_old(self) -> None:
-        """Remove payloads that nobody asks for any more; uploads of the last closed round may be needed."""
-        number = self._run.round.number
-        self._run.blobs.remove_before("aggregates", number)
-        self._run.blobs.remove_before("uploads", number - 1)

@@ -71,15 +71,16 @@ class Run:
 
     def _open(self) -> None:
         settings = self.settings
-        self.traces = Traces(settings.federation, exporter_to(settings.traces_url))
+        self.traces = Traces(settings.roster.federation, exporter_to(settings.traces_url))
         self.store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
         self.store.hold(self.blobs.mark(MARK) if settings.store_url else None)
         self.account = Account(settings, self.store)
         plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
-        self.aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
+        terms = settings.terms
+        self.aggregator = create_aggregator(terms.encryption, terms.policy, allow_plaintext=plaintext)
         self.run_id = self._stored_id()
         self.audit = AuditLog(settings.state_dir)
-        about = {"federation": settings.federation, "roster": settings.roster_hash.hex()}
+        about = {"federation": settings.roster.federation, "roster": settings.roster_hash.hex()}
         self.audit.add("started", role="server", name="server", **about)
         self.witnessing = Witnessing(settings, self.run_id, self.blobs, lambda: self.changed("upload"))
         self.rosters = Rosters(self.store)
@@ -90,7 +91,7 @@ class Run:
             state, self._stored_head(), stored_offer(self.store, self.blobs, state.number)
         )
         self.sums: RunSums | None = None
-        if settings.group_sums is not None:
+        if settings.terms.adapter.in_group_sums:
             self.sums = RunSums(settings, self.store, self.blobs, self.run_id, state.number)
 
     @property
@@ -158,10 +159,10 @@ class Run:
         """Id of the stored run, or of a new one; StateError if it has other terms, or is missing."""
         settings = self.settings
         terms = {
-            "federation": settings.federation,
-            "adapter": [settings.adapter_spec_hash.hex()],
-            "profile": settings.profile_dimensions,
-            "encryption": settings.encryption.digest().hex(),
+            "federation": settings.roster.federation,
+            "adapter": [settings.terms.adapter.spec_hash.hex()],
+            "profile": settings.terms.profile.dimensions,
+            "encryption": settings.terms.encryption.digest().hex(),
         }
         run = self.store.get_json("run")
         if run is None and not self.blobs.empty:
@@ -174,7 +175,7 @@ class Run:
             begun = json.dumps({"id": run_id, "started_at": time.time(), "terms": terms})
             head = _first_head(run_id).hex()
             self.store.put({"run": begun, "round": "1", "absent": "[]", "head": head})
-            log.info("run %s of federation %s begins", run_id, settings.federation)
+            log.info("run %s of federation %s begins", run_id, settings.roster.federation)
             return run_id
         try:
             run_id, agreed = str(run["id"]), dict(run["terms"])
@@ -202,9 +203,10 @@ class Run:
     def _resumed(self) -> rounds.Round:
         """The round that the stored run is in, with a full deadline ahead."""
         settings, keys, now = self.settings, self.keys, self.clock()
-        draw = None if settings.sampled_clients is None else partial(settings.taking_part, self.run_id)
-        terms = settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds
-        number = min(int(self.store.get_json("round") or 1), settings.rounds + 1)
+        agreed = settings.terms.schedule
+        draw = partial(settings.roster.taking_part, self.run_id) if agreed.sampled_clients else None
+        terms = settings.members, agreed.quorum, agreed.rounds, agreed.round_deadline_seconds
+        number = min(int(self.store.get_json("round") or 1), agreed.rounds + 1)
         stored = {c: u for c, u in self.store.uploads(number).items() if c in settings.members}
         state = rounds.first_round(*terms, now, draw).resumed(
             number,

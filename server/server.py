@@ -112,20 +112,21 @@ class Server:
             coordinator.subscribe(changes.notify)
             service = FederationService(coordinator, changes)
             review = WitnessService(service, coordinator, changes)
+            renewal = Renewal(coordinator, self._kit)
             listener = Listener(service, review, settings.listen, credentials, len(settings.members))
             await listener.open()
             ending.push_async_callback(listener.close)
             self._say_hello(listener.port)
-            clockwork = asyncio.create_task(Clockwork(coordinator, changes, over).run())
-            ending.push_async_callback(lambda: clockwork)
-            renewal = asyncio.create_task(Renewal(coordinator, self._kit).run())
-            ending.callback(renewal.cancel)
-            ending.callback(changes.stop)
+            beat = asyncio.create_task(Clockwork(coordinator, changes, over).run())
+            ending.push_async_callback(lambda: beat)
+            ending.callback(changes.stop)  # without which the beat goes on until the run is over
+            looking = asyncio.create_task(renewal.run())
+            ending.callback(looking.cancel)
             ending.push_async_callback(listener.take_leave)
             if beside is not None:
                 await ending.enter_async_context(beside(service))
             yield listener.port
-        if coordinator.available_round <= settings.rounds:
+        if coordinator.available_round <= settings.terms.schedule.rounds:
             log.info("stopped; the run goes on when the server starts again with the same state_dir")
         else:
             log.info("stopped; all rounds are over")

@@ -1,39 +1,25 @@
 """Everything the server has to know, fixed when it starts: from a file, or a kit and its roster."""
 
 import logging
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from fedmosaic.privacy.configuration import Frozen, Hex32, read_configuration, validate
-from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
-from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
-from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import RosterMark, Witness, taking_part
-from fedmosaic.privacy.federation.terms import GroupSumTerms
+from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
+from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, too_few, unaligned
+from fedmosaic.privacy.federation.names import ListenAddress
+from fedmosaic.privacy.federation.roster import Member, Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
-from fedmosaic.privacy.policy import AggregationPolicy
-from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
 
 log = logging.getLogger(__name__)
-
-
-def _from_hex(value: Any) -> Any:
-    return bytes.fromhex(value) if isinstance(value, str) else value
-
-
-Bytes32 = Annotated[
-    bytes,
-    Field(min_length=32, max_length=32),
-    BeforeValidator(_from_hex),
-    PlainSerializer(bytes.hex, return_type=str),
-]
-"""32 bytes; 64 hexadecimal digits in files."""
 
 
 def _store_url(text: str) -> str:
@@ -87,34 +73,10 @@ class OperatorSettings(Frozen):
 
 
 class ServerSettings(OperatorSettings):
-    """One run of one federation.
+    """One run of one federation: the roster, which all sides hold, and what the operator decides.
 
     Attributes:
-        federation: id of the federation, as in the SPIFFE URIs of the certificates.
-        members: Ed25519 public key (32 bytes) of every member, by id.
-        tls_key_sha256: pinned SHA-256 of the SubjectPublicKeyInfo of each member's certificate; members
-            without an entry need a valid certificate only.
-        roster_hash: hash of the roster that all sides must hold.
-        roster_mark: what a later roster is judged by; None lets any follow.
-        adapter_spec_hash: of the adapter that clients enrol with.
-        witness: who countersigns every aggregate, if somebody does.
-        families: architecture name by member; members without an entry belong to no family.
-        shared_dimensions: length d of the shared adapter vector.
-        family_dimensions: length of the family's vector by family; families without an entry share none.
-        profile_dimensions: length k of the task profile.
-        profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
-        rounds: number of rounds.
-        quorum: least number of contributions with which a deadline closes a round.
-        sampled_clients: members that take part in a round, drawn anew for each; None for all of them.
-        round_deadline_seconds: from the opening of a round to its deadline.
-        policy: limits on every weight row.
-        temperature: τ of the softmax over similarities.
-        similarity: "corrected" takes the noise out of the norms, "cosine" does not.
-        across_families: whether members receive from other families than their own.
-        group_sums: terms of the groups' sums, where members share these in place of adapters.
-        encryption: parameters of the back end; they fix the bits of the weights.
-        key_rotation_rounds: rounds after which a new group key is agreed on.
-        gathering_seconds: how long a step of the key agreement waits for a member.
+        roster: members, terms and witness.
         state_dir: folder of everything that must survive a restart; what is not named here is the operator's.
         tls: certificates; without them only in-process use is possible.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
@@ -122,79 +84,61 @@ class ServerSettings(OperatorSettings):
             random by default.
     """
 
-    federation: MemberId
-    members: dict[MemberId, Bytes32] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
-    tls_key_sha256: dict[MemberId, Hex32] = Field(default_factory=dict)
-    roster_hash: Bytes32
-    roster_mark: RosterMark | None = None
-    adapter_spec_hash: Bytes32
-    witness: Witness | None = None
-    families: dict[MemberId, str] = Field(default_factory=dict)
-    shared_dimensions: int = Field(ge=1)
-    family_dimensions: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    profile_dimensions: int = Field(ge=1, le=bounds.MAX_PROFILE_DIMENSIONS)
-    profile_noise_variance: float = Field(ge=0.0, allow_inf_nan=False)
-    rounds: int = Field(ge=1, le=bounds.MAX_ROUNDS)
-    quorum: int = Field(ge=1)
-    sampled_clients: int | None = None
-    round_deadline_seconds: float = Field(gt=0.0, le=1e9)
-    policy: AggregationPolicy = AggregationPolicy()
-    temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
-    similarity: Literal["corrected", "cosine"] = "corrected"
-    across_families: bool = False
-    group_sums: GroupSumTerms | None = None
-    encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
-    key_rotation_rounds: int = Field(default=50, ge=1)
-    gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
+    roster: Roster
     state_dir: Path
     tls: TlsFiles | None = None
     durable: bool = True
     run_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ServerSettings":
-        if self.quorum > len(self.members):
-            raise ValueError(f"quorum is {self.quorum} with {len(self.members)} members")
-        for what, named in (("families", self.families), ("tls_key_sha256", self.tls_key_sha256)):
-            foreign = sorted(set(named) - set(self.members))
-            if foreign:
-                raise ValueError(f"{what} names {foreign[0]!r}, who is not a member")
-        if self.minimum_epoch_members > len(self.members):
-            raise ValueError(
-                f"{len(self.members)} members cannot receive anything under a policy of "
-                f"{self.policy.fewest_contributors} contributors other than the recipient and back end "
-                f"{self.encryption.backend!r}: {self.minimum_epoch_members} are the fewest"
-            )
+    def _enough_members(self) -> Self:
+        # The roster is signed, but it may be older than a rule of this program.
+        if problem := too_few(len(self.roster.members), self.terms):
+            raise ValueError(problem)
         return self
+
+    def __copy__(self) -> Self:
+        """Without what follows from the roster: the copy may be given another."""
+        copied = super().__copy__()
+        for name in ("members", "roster_hash"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    @cached_property
+    def members(self) -> Mapping[str, Member]:
+        """The roster's members by id."""
+        return {member.id: member for member in self.roster.members}
+
+    @cached_property
+    def roster_hash(self) -> bytes:
+        """Hash of the roster, that all sides must hold."""
+        return self.roster.hash
+
+    @property
+    def terms(self) -> Terms:
+        """What all members have agreed on."""
+        return self.roster.terms
 
     @property
     def encrypted(self) -> bool:
         """Whether uploads are encrypted, so that members must agree on a group key first."""
-        return self.encryption.backend != "plain"
+        return self.terms.encryption.backend != "plain"
 
     @property
     def minimum_epoch_members(self) -> int:
         """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
-        return max(self.policy.fewest_contributors + 1, MINIMUM_MEMBERS if self.encrypted else 0)
-
-    def taking_part(self, run_id: str, number: int) -> frozenset[str]:
-        """Members that take part in a round; see `fedmosaic.privacy.federation.roster`."""
-        return taking_part(tuple(self.members), self.sampled_clients, run_id, number)
+        return max(self.terms.policy.fewest_contributors + 1, MINIMUM_MEMBERS if self.encrypted else 0)
 
     def family(self, client: str) -> str:
         """Family in which a member shares the LoRA of its other layers; empty if it shares none."""
-        family = self.families.get(client, "")
-        return family if family in self.family_dimensions else ""
-
-    def receives_from(self, client: str) -> str:
-        """Family whose members alone a member receives from; empty for all where families share."""
-        return "" if self.across_families else self.families.get(client, "")
+        member = self.members.get(client)
+        return member.family if member and member.family in self.terms.adapter.family_dimensions else ""
 
     def dimensions(self, client: str) -> dict[SectionName, int]:
         """Length of the vector of every section that a member may upload."""
-        sections: dict[SectionName, int] = {"shared": self.shared_dimensions}
-        family = self.family(client)
-        return {**sections, "family": self.family_dimensions[family]} if family else sections
+        adapter, family = self.terms.adapter, self.family(client)
+        sections: dict[SectionName, int] = {"shared": adapter.shared_dimensions}
+        return {**sections, "family": adapter.family_dimensions[family]} if family else sections
 
 
 def settings_from_kit(directory: Path) -> ServerSettings:
@@ -208,29 +152,10 @@ def settings_from_kit(directory: Path) -> ServerSettings:
     if warning := unaligned(kit.roster):
         log.warning("%s", warning)
     operator = read_configuration(directory / SERVER_SETTINGS, OperatorSettings)
-    roster, terms = kit.roster, kit.roster.terms
     content = {
         **dict(operator),
         "state_dir": kit.directory / operator.state_dir,
         "tls": TlsFiles(certificate=kit.tls_certificate, private_key=kit.tls_key, authority=kit.authority),
-        "federation": roster.federation,
-        "members": roster.identity_keys(),
-        "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
-        "roster_hash": roster.hash,
-        "roster_mark": RosterMark.of(roster),
-        "adapter_spec_hash": terms.adapter.spec_hash,
-        "witness": roster.witness,
-        "families": {member.id: member.family for member in roster.members if member.family},
-        "shared_dimensions": terms.adapter.shared_dimensions,
-        "family_dimensions": terms.adapter.family_dimensions,
-        "profile_dimensions": terms.profile.dimensions,
-        "profile_noise_variance": terms.profile.noise_variance,
-        **terms.schedule.model_dump(exclude={"key_patience_seconds", "rotate_key_every"}),
-        "policy": terms.policy,
-        **terms.relevance.model_dump(exclude={"average_decay"}),
-        "group_sums": terms.group_sums if terms.adapter.in_group_sums else None,
-        "encryption": terms.encryption,
-        "key_rotation_rounds": terms.schedule.rotate_key_every,
+        "roster": kit.roster,
     }
-    # The roster is signed, but it may be older than a rule of this program.
     return validate(content, ServerSettings, f"the roster of {kit.directory}")

@@ -145,8 +145,9 @@ class Account:
 
 
 def receivers(settings: ServerSettings, result: Mapping[str, Any]) -> set[str]:
-    """Who could begin a round with what this one made; what the last one made is for nobody."""
-    if result["round"] >= settings.rounds:
+    """Who could go on with what this round made; but for a sum, what the last one made is for nobody."""
+    last = settings.terms.schedule.rounds
+    if result["round"] >= last and not settings.terms.adapter.in_group_sums:
         return set()
     by_label = result.get("weights", {})  # of an older program
     return set(result.get("received", [name for rows in by_label.values() for name in rows]))
@@ -199,9 +200,11 @@ def last_words(settings: ServerSettings, store: Store) -> tuple[list[str], bool]
         refusals = [
             why for result in results for told in result["refusals"].values() for why in told.values()
         ]
+        alone = settings.terms.schedule.rounds == 1
+        why = "One round is too few." if alone else "The log of every round says why."
         lines.append(
             "NOTHING WAS EXCHANGED: no member received anything from the others in any round, so all trained "
-            f"alone. {f'The last reason: {refusals[-1]}' if refusals else 'One round is too few.'}"
+            f"alone. {f'The last reason: {refusals[-1]}' if refusals else why}"
         )
     return lines, exchanged
 
@@ -218,16 +221,16 @@ def summarise(
         "protocol_version": PROTOCOL_VERSION,
         "run_id": run.get("id", ""),
         "started_at": run.get("started_at"),
-        "federation": settings.federation,
+        "federation": settings.roster.federation,
         "roster_hash": settings.roster_hash.hex(),
         "certificate_expires": _expiry(settings),
         "members": sorted(settings.members),
-        "backend": settings.encryption.backend,
-        "rounds": settings.rounds,
+        "backend": settings.terms.encryption.backend,
+        "rounds": settings.terms.schedule.rounds,
         "phase": state.phase.value,
         "open_round": state.number,
-        "relevance": {"similarity": settings.similarity, "temperature": settings.temperature},
-        "policy": settings.policy.model_dump(),
+        "relevance": settings.terms.relevance.model_dump(include={"similarity", "temperature"}),
+        "policy": settings.terms.policy.model_dump(),
         "received_rounds": {name: received.get(name, 0) for name in sorted(settings.members)},
         "traffic": store.traffic(settings.members),
         "statements": statements,

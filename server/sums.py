@@ -45,14 +45,17 @@ class RunSums:
 
     def open_round(self, number: int, now: float) -> None:
         """Let members open the sums of a round."""
-        if self._partition is None or number > self._settings.rounds or number == self._cut_short:
+        last = self._settings.terms.schedule.rounds
+        if self._partition is None or number > last or number == self._cut_short:
             self._current = None
             return
         settings, terms = self._settings, self._terms
-        about = settings.federation, self._run_id, number, settings.roster_hash
+        about = settings.roster.federation, self._run_id, number, settings.roster_hash
         context = sum_context(*about, self._partition, chain_of(self._totals))
-        sums = self._partition.terms(context, settings.members, terms, settings.shared_dimensions)
-        seconds = {step: share * settings.round_deadline_seconds for step, share in _SHARE_OF_ROUND.items()}
+        size, keys = settings.terms.adapter.shared_dimensions, settings.roster.identity_keys()
+        sums = self._partition.terms(context, keys, terms, size)
+        deadline = settings.terms.schedule.round_deadline_seconds
+        seconds = {step: share * deadline for step, share in _SHARE_OF_ROUND.items()}
         self._current = RoundSums(number, sums, seconds, now, self._left_out())
 
     def close_round(self, number: int) -> None:
@@ -88,6 +91,14 @@ class RunSums:
             return found[0].messages() if found else {}
         return self._round(round_number).read(member, step)
 
+    def receivers(self, number: int) -> list[str]:
+        """Members who take a step with what a closed round brought."""
+        totals = next((total for total in self._totals if total.round == number), None)
+        if self._partition is None or totals is None:
+            return []
+        formed = [index for index, vector in enumerate(totals.vectors) if vector]
+        return sorted(name for name, row in self._partition.mixing.items() if any(row[r] for r in formed))
+
     def advance(self, expected: Collection[str], now: float) -> bool:
         """See `RoundSums.advance`."""
         return self._current is not None and self._current.advance(expected, now)
@@ -113,18 +124,16 @@ class RunSums:
 
     @property
     def _terms(self) -> GroupSumTerms:
-        terms = self._settings.group_sums
-        if terms is None:
-            raise AssertionError("only a run with group sums has them")
-        return terms
+        return self._settings.terms.group_sums
 
     def _divide(self) -> None:
         clients = sorted(self._settings.members)
         profiles = self._store.profiles()
-        related = relevance([profiles.get(client) for client in clients], self._settings.similarity)
-        families = {client: self._settings.receives_from(client) for client in clients}
+        asked, apart = self._settings.terms.relevance, self._settings.roster.sharing_families()
+        related = relevance([profiles.get(client) for client in clients], asked.similarity)
+        families = {client: apart[client] for client in clients}
         limits = self._terms.groups, self._terms.minimum_contributors
-        made = divide(families, related, *limits, self._settings.temperature)
+        made = divide(families, related, *limits, asked.temperature)
         self._store.put({PARTITION_FORMED: made.encoded().decode()})
         self._partition = made
         log.info("groups: %s", "; ".join(", ".join(group) for group in made.groups))

@@ -1,6 +1,7 @@
 """What many tests need: a public mechanism, a federation to found, certificates, a charge to a ledger."""
 
 import datetime as dt
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ def founding(*ids: str, name: str = "clinics", **changes: Any) -> FederationConf
     return FederationConfig(federation=name, members=members, terms=terms)
 
 
+def with_schedule(roster: Roster, **changes: Any) -> Roster:
+    """The roster with another schedule, that nobody has signed."""
+    schedule = roster.terms.schedule.model_copy(update=changes)
+    return roster.model_copy(update={"terms": roster.terms.model_copy(update={"schedule": schedule})})
+
+
 def enrol_member(directory: Path, member: str, family: str = "", *, replace: bool = False) -> Roster:
     """Have a member, new or known, make keys in its kit here, and take in what the consortium answers."""
     kit = directory / "clients" / member
@@ -65,11 +72,17 @@ def issue_server(
     return TlsIdentity(certificate, identity.private_pem(key))
 
 
+@functools.cache
+def tls_key(client: str) -> ec.EllipticCurvePrivateKey:
+    """The key of this client's certificates, in all tests."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
 def issue_client(
     authority: identity.Authority, federation: str, client: str, now: dt.datetime | None = None
 ) -> TlsIdentity:
-    """A new key of a client, and a certificate for it."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    """A certificate for a client's key."""
+    key = tls_key(client)
     certificate = identity.certify_client(authority, key.public_key(), federation, client, now)
     return TlsIdentity(certificate, identity.private_pem(key))
 

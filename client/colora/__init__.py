@@ -15,10 +15,8 @@ from peft import mapping as _mapping
 
 from fedmosaic.client.colora.aligned import aligned_config, load_basis
 from fedmosaic.client.colora.config import PEFT_TYPE, SPOKEN_TYPE, CoLoraConfig
-from fedmosaic.client.colora.layer import CoLoraLayer
-from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
 from fedmosaic.client.colora.model import CoLoraModel
-from fedmosaic.client.colora.placement import Placement, find_decoder_layers, target_layers
+from fedmosaic.client.colora.placement import find_decoder_layers, target_layers
 from fedmosaic.client.colora.state import (
     adapted_layers,
     fix_gate,
@@ -43,11 +41,7 @@ for _name in (PEFT_TYPE, SPOKEN_TYPE):
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = CoLoraModel  # type: ignore[index]  # keyed by the closed enum
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = CoLoraModel.prefix  # type: ignore[index]  # keyed by the closed enum
 __all__ = [
-    "BranchedLoraLinear",
     "CoLoraConfig",
-    "CoLoraLayer",
-    "CoLoraLinear",
-    "Placement",
     "adapted_layers",
     "aligned_config",
     "copy_branch",

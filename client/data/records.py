@@ -184,6 +184,27 @@ def read_set(
     return ExampleSet(label_of(source), tuple(examples) if named else _named(examples), listed, named)
 
 
+def read_questions(path: Path) -> list[Example]:
+    """Read rows to be answered; what they have besides prompt, choices and id is left alone.
+
+    The answer of one with choices stands for none. ConfigurationError if a row has no prompt, or choices that
+    are none, or there is no row. The row is named, not its content.
+    """
+    found: list[Example] = []
+    for where, row in rows_of(path):
+        record = _record(row, {part: part for part in _PARTS}, where, others=True)
+        _check_text(record.get("prompt"), "prompt", where)
+        choices: Any = listed(record.get("choices"))
+        texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+        if not texts or len(set(choices)) != len(choices) or len(choices) == 1:
+            raise ConfigurationError(f"{where}: 'choices' must be a list of two or more different texts")
+        name = str(record.get("id", f"row-{len(found) + 1}"))
+        found.append(Example(name, record["prompt"], next(iter(choices), ""), tuple(choices)))
+    if not found:
+        raise ConfigurationError(f"{path} holds no row; give at least one with a prompt")
+    return found
+
+
 def _record(row: object, part_of: Mapping[str, str], where: str, *, others: bool) -> dict[str, Any]:
     """The parts that a row has, by part."""
     if not isinstance(row, Mapping):

@@ -24,7 +24,8 @@ Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,8 +49,8 @@ from fedmosaic.client.model.loss import ExampleLosses, example_losses, in_bfloat
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.records import digest_of
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.records import digest_of
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
@@ -192,99 +193,99 @@ def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> N
         check_engine(model, cores, clip=terms.encryption.clip, losses=losses)
 
 
-def train_shared(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    terms: Terms,
-    training: TrainingSettings,
-    *,
-    releases: Releases,
-    round_number: int,
-    progress: Progress,
-) -> None:
-    """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow it."""
-    plan, privacy = releases.adapter_plan, terms.adapter_privacy
-    settings = PrivateTrainingSettings(
-        learning_rate=training.private_learning_rate,
-        steps=privacy.steps_per_round,
-        sampling_rate=plan.sampling_rate,
-        expected_batch_size=privacy.expected_batch_size,
-        max_grad_norm=privacy.clipping_norm,
-        noise_multiplier=plan.noise_multiplier,
-        bf16=training.bf16,
-    )
-    progress.stage(round_number, "private training", settings.steps)
-    with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
-        counts = releases.release_adapter(
-            round_number,
-            settings.event,
-            lambda: private_steps(
-                model,
-                cores,
-                examples,
-                settings,
-                private_parameters=private_parameters(model),
-                randomness=releases.randomness,
-                progress=lambda step, _total: progress.advance(step),
-            ),
-            lambda steps: steps(),
-        )
-    if counts is None:
-        return
-    releases.clipping.add("adapter", counts.clipped, counts.rows)
-    if counts.rows:
-        share = 100 * counts.clipped / counts.rows
-        log.info("round %d: %.0f %% of the gradients were clipped", round_number, share)
+@dataclass(frozen=True)
+class PrivateRound:
+    """What a client's private training of P and Q works on, in a round of any kind.
 
-
-def group_share(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    terms: Terms,
-    training: TrainingSettings,
-    *,
-    members: int,
-    releases: Releases,
-    round_number: int,
-    progress: Progress,
-) -> IntArray | None:
-    """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
-
-    Gives (D,) integers for the secure sum alone; None where the budget allows no more. MechanismError if the
-    group is too large for the bits of the terms; PrivacyError if the plan charges another noise than they
-    add.
+    The settings are the client's own; all that costs privacy is in the terms and in the plan of `releases`.
     """
-    plan, grid = releases.adapter_plan, group_grid(terms, members)
-    if plan.noise_multiplier != terms.group_sums.noise_multiplier:
-        raise PrivacyError(
-            f"the ledger would be charged for σ = {plan.noise_multiplier}, the roster's sums have "
-            f"{terms.group_sums.noise_multiplier}: plan from the roster's terms"
-        )
-    losses = in_bfloat16() if training.bf16 else example_losses
-    units = by_unit(examples, terms.unit)
 
-    def clipped() -> ClippedSum:
+    model: nn.Module
+    examples: Sequence[EncodedExample]
+    terms: Terms
+    training: TrainingSettings
+    releases: Releases
+    progress: Progress
+
+    def train(self, round_number: int) -> None:
+        """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow."""
+        model, releases, privacy = self.model, self.releases, self.terms.adapter_privacy
+        settings = PrivateTrainingSettings(
+            learning_rate=self.training.private_learning_rate,
+            steps=privacy.steps_per_round,
+            sampling_rate=releases.adapter_plan.sampling_rate,
+            expected_batch_size=privacy.expected_batch_size,
+            max_grad_norm=privacy.clipping_norm,
+            noise_multiplier=releases.adapter_plan.noise_multiplier,
+            bf16=self.training.bf16,
+        )
+        self.progress.stage(round_number, "private training", settings.steps)
+        with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+            counts = releases.release_adapter(
+                round_number,
+                settings.event,
+                lambda: private_steps(
+                    model,
+                    cores,
+                    self.examples,
+                    settings,
+                    private_parameters=private_parameters(model),
+                    randomness=releases.randomness,
+                    progress=lambda step, _total: self.progress.advance(step),
+                ),
+                lambda steps: steps(),
+            )
+        if counts is None:
+            return
+        releases.clipping.add("adapter", counts.clipped, counts.rows)
+        if counts.rows:
+            share = 100 * counts.clipped / counts.rows
+            log.info("round %d: %.0f %% of the gradients were clipped", round_number, share)
+
+    def share(self, round_number: int, members: int) -> IntArray | None:
+        """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
+
+        Gives (D,) integers for the secure sum alone; None where the budget allows no more. MechanismError if
+        the group is too large for the bits of the terms; PrivacyError if the plan charges another noise than
+        they add.
+        """
+        releases, grid = self.releases, group_grid(self.terms, members)
+        plan = releases.adapter_plan
+        if plan.noise_multiplier != self.terms.group_sums.noise_multiplier:
+            raise PrivacyError(
+                f"the ledger would be charged for σ = {plan.noise_multiplier}, the roster's sums have "
+                f"{self.terms.group_sums.noise_multiplier}: plan from the roster's terms"
+            )
+        units = by_unit(self.examples, self.terms.unit)
+
+        def noisy(total: ClippedSum) -> IntArray:
+            releases.clipping.add("adapter", total.clipped, total.rows)
+            return noisy_share(total, grid, releases.randomness)
+
+        event = GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1)
+        summed = partial(self._clipped_sum, round_number, units, grid.steps)
+        return releases.release_adapter(round_number, event, summed, noisy, digest_of)
+
+    def _clipped_sum(
+        self, round_number: int, units: Sequence[tuple[EncodedExample, ...]], grid: int
+    ) -> ClippedSum:
+        """The clipped gradients of one Poisson sample of the units, added up on the grid; checked before."""
+        model, releases = self.model, self.releases
+        losses = in_bfloat16() if self.training.bf16 else example_losses
         with only_shared_branch(model) as cores, training_mode(model, False):
             check_cores(cores)
             assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
-            chosen = poisson_sample(len(units), plan.sampling_rate, releases.randomness)
-            progress.stage(round_number, "private gradients", len(chosen))
+            chosen = poisson_sample(len(units), releases.adapter_plan.sampling_rate, releases.randomness)
+            self.progress.stage(round_number, "private gradients", len(chosen))
             total = ClippedSum.empty(dimensions_of(cores))
             for done, index in enumerate(chosen, start=1):
                 # What one person's examples add up to is clipped as one: that bounds what it contributes,
                 # however many they are.
                 own = [example_gradient(model, cores, example, losses) for example in units[index]]
                 row = torch.stack(own).sum(dim=0)
-                total = total + clip_and_sum(row[None], terms.adapter_privacy.clipping_norm, grid.steps)
-                progress.advance(done)
+                total = total + clip_and_sum(row[None], self.terms.adapter_privacy.clipping_norm, grid)
+                self.progress.advance(done)
         return total
-
-    def noisy(total: ClippedSum) -> IntArray:
-        releases.clipping.add("adapter", total.clipped, total.rows)
-        return noisy_share(total, grid, releases.randomness)
-
-    event = GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1)
-    return releases.release_adapter(round_number, event, clipped, noisy, digest_of)
 
 
 def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:

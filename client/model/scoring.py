@@ -60,83 +60,153 @@ class Score:
         return sum(self.right) / len(self.right)
 
 
-def score_examples(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-) -> Score:
-    """Score each example by its choices, or by what the model writes if it has none.
+@dataclass(frozen=True)
+class Examiner:
+    """Asks a model for answers, `batch_size` examples at once.
 
-    A prompt and its answer have at most `max_length` tokens, prompts cut from the left. ConfigurationError if
-    there is no example, or one cannot be scored; ModelError if a score is not finite, or the model cannot
-    write.
+    A prompt and its answer have at most `max_length` tokens, prompts cut from the left.
     """
-    if not examples:
-        raise ConfigurationError("there is no example to score; give at least one")
-    opened = [example for example in examples if not example.choices]
-    spare = _longest_answer(tokenizer, opened) + _SPARE_TOKENS
-    given = answers(model, tokenizer, examples, batch_size, max_length=max_length, max_new_tokens=spare)
-    right = tuple(
-        answer == e.answer if e.choices else same_words(answer, e.answer)
-        for answer, e in zip(given, examples, strict=True)
-    )
-    closed = len(examples) - len(opened)
-    measure = BY_CHOICE if not opened else BY_WRITING
-    if closed and opened:
-        measure = f"{BY_CHOICE} for {closed} examples, {BY_WRITING} for {len(opened)}"
-    count = Counter(example.answer for example in examples).most_common(1)[0][1]
-    return Score(right, measure, None if opened else count / len(examples))
 
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    max_length: int
 
-def answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """The most likely choice of every example that has some, and what the model writes for the others."""
-    closed = [example for example in examples if example.choices]
-    opened = [example for example in examples if not example.choices]
-    chosen = most_likely_choices(model, tokenizer, closed, batch_size, max_length=max_length)
-    written = written_answers(
-        model, tokenizer, opened, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
-    )
-    choice, text = iter(chosen), iter(written)
-    return [e.choices[next(choice)] if e.choices else next(text) for e in examples]
+    def score(self, examples: Sequence[Example]) -> Score:
+        """Score each example by its choices, or by what the model writes if it has none.
 
+        ConfigurationError if there is no example, or one cannot be scored; ModelError if a score is not
+        finite, or the model cannot write.
+        """
+        if not examples:
+            raise ConfigurationError("there is no example to score; give at least one")
+        opened = [example for example in examples if not example.choices]
+        given = self.answers(examples, _longest_answer(self.tokenizer, opened) + _SPARE_TOKENS)
+        right = tuple(
+            answer == e.answer if e.choices else same_words(answer, e.answer)
+            for answer, e in zip(given, examples, strict=True)
+        )
+        closed = len(examples) - len(opened)
+        measure = BY_CHOICE if not opened else BY_WRITING
+        if closed and opened:
+            measure = f"{BY_CHOICE} for {closed} examples, {BY_WRITING} for {len(opened)}"
+        count = Counter(example.answer for example in examples).most_common(1)[0][1]
+        return Score(right, measure, None if opened else count / len(examples))
 
-def check_scorable(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    max_length: int,
-    what: str,
-) -> None:
-    """Refuse what `score_examples` could not score, without scoring it; `what` names it in messages.
+    def answers(self, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+        """The most likely choice of every example that has some, and what the model writes for the others."""
+        chosen = iter(self.most_likely_choices([example for example in examples if example.choices]))
+        written = iter(self.written([e for e in examples if not e.choices], max_new_tokens))
+        return [e.choices[next(chosen)] if e.choices else next(written) for e in examples]
 
-    Raises:
-        ConfigurationError: An answer is too long for the model's positions.
-        ModelError: A token has no row in the embedding, or the model cannot write and would have to.
-    """
-    texts = (
-        [*question_tokens(tokenizer, e), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
-        for e in examples
-    )
-    check_ids(model, texts, what, "model.path")
-    opened = [example for example in examples if not example.choices]
-    if not opened:
-        return
-    longest = _longest_answer(tokenizer, opened) + _SPARE_TOKENS
-    _room_to_write(model, max_length, longest)
-    # Three tokens, since the second and third are the first to read what the model has kept.
-    public = [Example("public", "Does the parcel weigh nine grams?", "no")]
-    written_answers(model, tokenizer, public, 1, max_length=max_length, max_new_tokens=min(3, longest))
+    def check(self, examples: Sequence[Example], what: str) -> None:
+        """Refuse what `score` could not score, without scoring it; `what` names it in messages.
+
+        Raises:
+            ConfigurationError: An answer is too long for the model's positions.
+            ModelError: A token has no row in the embedding, or the model cannot write and would have to.
+        """
+        texts = (
+            [
+                *question_tokens(self.tokenizer, e),
+                *(token for choice in e.choices for token in answer_tokens(self.tokenizer, choice)),
+            ]
+            for e in examples
+        )
+        check_ids(self.model, texts, what, "model.path")
+        opened = [example for example in examples if not example.choices]
+        if not opened:
+            return
+        longest = _longest_answer(self.tokenizer, opened) + _SPARE_TOKENS
+        self._room_to_write(longest)
+        # Three tokens, since the second and third are the first to read what the model has kept.
+        self.written([Example("public", "Does the parcel weigh nine grams?", "no")], min(3, longest))
+
+    def most_likely_choices(self, examples: Sequence[Example]) -> list[int]:
+        """Index of the most likely choice of every example, the first of several; see `choice_scores`."""
+        return [max(range(len(row)), key=row.__getitem__) for row in self.choice_scores(examples)]
+
+    def choice_scores(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Scores of every example's choices: log-likelihoods up to a constant of the example.
+
+        Raises:
+            ConfigurationError: An example cannot be scored: fewer than two choices, or its answer not among
+                them.
+            ModelError: A score is not finite.
+        """
+        model, pad = self.model, padding_token(self.tokenizer)
+        questions = [
+            _question(self.tokenizer, e, n, self.max_length) for n, e in enumerate(examples, start=1)
+        ]
+        tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
+        check_ids(model, tokens, "the examples to score", "model.path")
+        first_decides = [len({choice[0] for choice in q.choices}) == len(q.choices) for q in questions]
+        scores: dict[int, list[float]] = {}
+        # Not inference mode: buffers that a model caches there could never be trained through again.
+        with training_mode(model, False), torch.no_grad():
+            for fast, score in ((True, _first_token_scores), (False, _likelihood_scores)):
+                chosen = [index for index, is_fast in enumerate(first_decides) if is_fast is fast]
+                values = score(model, pad, [questions[i] for i in chosen], self.batch_size)
+                scores.update(zip(chosen, values, strict=True))
+        if not all(math.isfinite(score) for row in scores.values() for score in row):
+            raise ModelError(
+                "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
+            )
+        return [row for _, row in sorted(scores.items())]
+
+    def written(
+        self, examples: Sequence[Example], max_new_tokens: int = 16, streamer: Any = None
+    ) -> list[str]:
+        """Let the model answer, greedily, with at most `max_new_tokens`, without regard to choices.
+
+        Prompts are cut further where the model's positions end before the answer would. A `streamer` of
+        transformers is told of every token, in batches of one prompt. ConfigurationError if the positions
+        leave no room for a prompt; ModelError if a token has no row, or the model cannot write.
+        """
+        if not examples:
+            return []
+        tokenizer, room = self.tokenizer, self._room_to_write(max_new_tokens)
+        pad = padding_token(tokenizer)
+        prompts = [cut_prompt(tokenizer, question_tokens(tokenizer, e), room) for e in examples]
+        check_ids(self.model, prompts, "the examples to answer", "model.path")
+        device = next(self.model.parameters()).device
+        generator: Any = self.model
+        found: list[str] = []
+        with training_mode(self.model, False), torch.no_grad():
+            for start in range(0, len(prompts), self.batch_size):
+                batch = prompts[start : start + self.batch_size]
+                longest = max(map(len, batch))
+                # Left padding, so that every answer begins right after its prompt.
+                ids = torch.tensor([[pad] * (longest - len(p)) + p for p in batch], device=device)
+                mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
+                try:
+                    out: torch.Tensor = generator.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
+                        pad_token_id=pad,
+                        eos_token_id=tokenizer.eos_token_id,
+                        streamer=streamer,
+                    )
+                except (ValueError, TypeError, AttributeError, LookupError) as error:
+                    raise ModelError(
+                        f"{type(self.model).__name__} cannot write answers: {type(error).__name__}: {error}; "
+                        "give the test set's examples choices, or choose a model that generates text"
+                    ) from error
+                found += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        return found
+
+    def _room_to_write(self, max_new_tokens: int) -> int:
+        """Most tokens of a prompt that leave room for an answer."""
+        most = context_length(self.model)
+        room = self.max_length if most is None else min(self.max_length, most - max_new_tokens)
+        if room < 1:
+            raise ConfigurationError(
+                f"an answer of {max_new_tokens} tokens leaves no room for a prompt within the model's {most} "
+                "positions; shorten the longest answer, or choose a model with more positions"
+            )
+        return room
 
 
 def _longest_answer(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
@@ -148,53 +218,6 @@ class _Question(NamedTuple):
 
     prompt: list[int]
     choices: list[list[int]]
-
-
-def most_likely_choices(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-) -> list[int]:
-    """Index of the most likely choice of every example, the first of several; see `choice_scores`."""
-    rows = choice_scores(model, tokenizer, examples, batch_size, max_length=max_length)
-    return [max(range(len(row)), key=row.__getitem__) for row in rows]
-
-
-def choice_scores(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-) -> list[list[float]]:
-    """Scores of every example's choices: log-likelihoods up to a constant of the example.
-
-    A prompt and a choice have at most `max_length` tokens, the prompt cut from the left.
-
-    Raises:
-        ConfigurationError: An example cannot be scored: fewer than two choices, or its answer not among them.
-        ModelError: A score is not finite.
-    """
-    questions = [_question(tokenizer, example, n, max_length) for n, example in enumerate(examples, start=1)]
-    tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
-    check_ids(model, tokens, "the examples to score", "model.path")
-    first_decides = [len({choice[0] for choice in q.choices}) == len(q.choices) for q in questions]
-    scores: dict[int, list[float]] = {}
-    # Not inference mode: buffers that a model caches there could never be trained through again.
-    with training_mode(model, False), torch.no_grad():
-        for fast, score in ((True, _first_token_scores), (False, _likelihood_scores)):
-            chosen = [index for index, is_fast in enumerate(first_decides) if is_fast is fast]
-            values = score(model, padding_token(tokenizer), [questions[i] for i in chosen], batch_size)
-            scores.update(zip(chosen, values, strict=True))
-    if not all(math.isfinite(score) for row in scores.values() for score in row):
-        raise ModelError(
-            "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
-        )
-    return [row for _, row in sorted(scores.items())]
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, room: int) -> _Question:
@@ -273,67 +296,3 @@ def same_words(written: str, answer: str) -> bool:
     if not words(answer):
         return written.strip() == answer.strip()
     return words(written) == words(answer)
-
-
-def written_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-    max_new_tokens: int = 16,
-    streamer: Any = None,
-) -> list[str]:
-    """Let the model answer, greedily, with at most `max_new_tokens`, without regard to choices.
-
-    Prompts are cut from the left to `max_length` tokens, or fewer where the model's positions end before the
-    answer would. A `streamer` of transformers is told of every token, in batches of one prompt.
-    ConfigurationError if the positions leave no room for a prompt; ModelError if a token has no row, or the
-    model cannot write.
-    """
-    if not examples:
-        return []
-    room = _room_to_write(model, max_length, max_new_tokens)
-    pad = padding_token(tokenizer)
-    prompts = [cut_prompt(tokenizer, question_tokens(tokenizer, e), room) for e in examples]
-    check_ids(model, prompts, "the examples to answer", "model.path")
-    device = next(model.parameters()).device
-    generator: Any = model
-    found: list[str] = []
-    with training_mode(model, False), torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            longest = max(map(len, batch))
-            # Left padding, so that every answer begins right after its prompt.
-            ids = torch.tensor([[pad] * (longest - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
-            try:
-                out: torch.Tensor = generator.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=pad,
-                    eos_token_id=tokenizer.eos_token_id,
-                    streamer=streamer,
-                )
-            except (ValueError, TypeError, AttributeError, LookupError) as error:
-                raise ModelError(
-                    f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the "
-                    "test set's examples choices, or choose a model that generates text"
-                ) from error
-            found += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return found
-
-
-def _room_to_write(model: nn.Module, max_length: int, max_new_tokens: int) -> int:
-    """Most tokens of a prompt that leave room for an answer."""
-    most = context_length(model)
-    room = max_length if most is None else min(max_length, most - max_new_tokens)
-    if room < 1:
-        raise ConfigurationError(
-            f"an answer of {max_new_tokens} tokens leaves no room for a prompt within the model's {most} "
-            "positions; shorten the longest answer, or choose a model with more positions"
-        )
-    return room

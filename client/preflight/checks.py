@@ -16,15 +16,15 @@ from typing import Any, Final
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_parameters
-from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenizer
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
-from fedmosaic.client.profile.probe import client_probe, public_map, read_as_text
+from fedmosaic.client.profile.release import client_probe, public_map, read_as_text
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.protection import Identity
-from fedmosaic.client.records import profile_path
+from fedmosaic.client.round.membership import ask_to_enrol
+from fedmosaic.client.round.protection import Identity
+from fedmosaic.client.round.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, check_server, read_record
 from fedmosaic.client.transport.connection import open_channel
@@ -86,16 +86,11 @@ class Preflight:
         traffic: Traffic | None = None,
         given: Given | None = None,
     ) -> None:
-        """Prepare; nothing is read yet. ConfigurationError as of `ClientSettings.check_complete`.
+        """Prepare; nothing is read yet. The settings passed `ClientSettings.check_complete`.
 
         `scratch` is where the model's side may write instead of the state directory.
         """
         self._given = given or Given()
-        settings.check_complete(
-            model=self._given.model is not None,
-            train=self._given.train is not None,
-            test=self._given.test is not None,
-        )
         self.settings = settings
         self.progress = progress
         self.warnings: list[str] = []

@@ -1,5 +1,8 @@
-"""The task profile: probe, public map, and its release.
+"""The task profile.
 
-Stands on `client.model`. Of `client.dp` it takes one check: that no layer keeps anything
-of earlier examples.
+    probe       exact gradients of single examples
+    release     the private sum that a client's profile is released from
+    fit         the public map, fitted once per federation
+
+Stands on `client.model`. Of `client.dp` it takes one check: that no layer keeps anything of earlier examples.
 """

@@ -8,7 +8,7 @@ import tyro
 from transformers import TextStreamer
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.model.scoring import written_answers
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result.saved import Opening
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -31,12 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     if terminal:
         print(f"{saved.client} of {saved.federation}, after round {opened.round}. An empty line ends.")
     streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    examiner = Examiner(opened.model, opened.tokenizer, 1, saved.max_length)
     while True:
         print("> " if terminal else "", end="", flush=True)
         prompt = sys.stdin.readline().strip()
         if not prompt:
             return 0
-        written_answers(
-            opened.model, opened.tokenizer, [Example("chat", prompt, "")], 1, max_length=saved.max_length,
-            max_new_tokens=parsed.max_new_tokens, streamer=streamer,
-        )  # fmt: skip
+        examiner.written([Example("chat", prompt, "")], parsed.max_new_tokens, streamer)

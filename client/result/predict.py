@@ -2,16 +2,14 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from fedmosaic.client.data.records import Example, listed
-from fedmosaic.client.data.sources import rows_of
-from fedmosaic.client.model.scoring import answers
+from fedmosaic.client.data.records import read_questions
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result.saved import Opening
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
@@ -41,14 +39,12 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
     rows = read_questions(parsed.data)
     opened = parsed.open(needs=rows)
+    examiner = Examiner(opened.model, opened.tokenizer, parsed.batch_size, opened.saved.max_length)
     lines = []
     for start in range(0, len(rows), parsed.batch_size):
         batch = rows[start : start + parsed.batch_size]
-        given = answers(
-            opened.model, opened.tokenizer, batch, parsed.batch_size, max_length=opened.saved.max_length,
-            max_new_tokens=parsed.max_new_tokens,
-        )  # fmt: skip
-        told = ({"id": row.id, "answer": answer} for row, answer in zip(batch, given, strict=True))
+        given = zip(batch, examiner.answers(batch, parsed.max_new_tokens), strict=True)
+        told = ({"id": row.id, "answer": answer} for row, answer in given)
         lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in told]
         if sys.stderr.isatty():  # a log has no use for it
             done = start + len(batch)
@@ -57,33 +53,3 @@ def main(arguments: Sequence[str]) -> int:
     write_atomically(parsed.out, "".join(lines).encode())
     print(f"{len(rows):,} answers in {parsed.out}")
     return 0
-
-
-def read_questions(path: Path) -> list[Example]:
-    """Read rows to be answered; what they have besides prompt, choices and id is left alone.
-
-    ConfigurationError if a row has no prompt, or choices that are none. The row is named, not its content.
-    """
-    rows = []
-    for number, (where, row) in enumerate(rows_of(path), 1):
-        if not isinstance(row, Mapping):
-            raise ConfigurationError(f"{where} is a {type(row).__name__}; write an object, columns by name")
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigurationError(f"{where}: 'prompt' must be a text that is not empty")
-        name = str(row.get("id", f"row-{number}"))
-        rows.append(Example(name, prompt, *_choices(row.get("choices"), where)))
-    if not rows:
-        raise ConfigurationError(f"{path} holds no row; give at least one with a prompt")
-    return rows
-
-
-def _choices(given: Any, where: str) -> tuple[str, tuple[str, ...]]:
-    """An answer that stands for none, and the choices."""
-    choices: Any = listed(given)
-    if choices == []:
-        return "", ()
-    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
-    if not texts or len(set(choices)) != len(choices) or len(choices) < 2:
-        raise ConfigurationError(f"{where}: 'choices' must be a list of two or more different texts")
-    return choices[0], tuple(choices)

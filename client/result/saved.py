@@ -129,49 +129,35 @@ class Opening:
     """The client's client.toml, for state directories of versions before."""
 
     def open(self, needs: Sequence[Example] = ()) -> OpenedModel:
-        """See `open_model`."""
-        return open_model(self.state, device=self.device, base=self.base, config=self.config, needs=needs)
+        """Load the member's own model; `needs` are examples whose images it will read.
 
-
-def open_model(
-    state: Path,
-    *,
-    device: str | None = None,
-    base: str | None = None,
-    config: Path | None = None,
-    needs: Sequence[Example] = (),
-) -> OpenedModel:
-    """Load the member's own model from its state directory.
-
-    `base` is a folder or hub id, where the base model is not where it was; `needs` are examples whose images
-    it will read.
-
-    Raises:
-        StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
-        ModelError: the base model cannot be loaded, or is another one.
-        ConfigurationError: there is no such device, or no place of the base model.
-    """
-    saved = read_saved(state, config)
-    newest = newest_adapter(state)
-    if newest is None:
-        raise StateError(f"{state} holds no adapter yet; it is there after the client's first round")
-    settings = _settings(saved.model, device, base)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    loaded, tokenizer = load_model(settings)
-    try:
-        with without_rename_notice():
-            model = PeftModel.from_pretrained(loaded, newest[1])
-    except FedMosaicError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise StateError(
-            f"{newest[1]}: the adapter cannot be read ({str(error)[:200]}); restore the folder from a backup"
-        ) from None
-    model.train(False)
-    if needs:
-        inputs = VisionInputs(settings.path, saved.pictures, saved.projector)
-        tokenizer = open_images(inputs, model, tokenizer, needs, saved.max_length)
-    return OpenedModel(saved, settings, newest[0], model, tokenizer)
+        Raises:
+            StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
+            ModelError: the base model cannot be loaded, or is another one.
+            ConfigurationError: there is no such device, or no place of the base model.
+        """
+        saved = read_saved(self.state, self.config)
+        newest = newest_adapter(self.state)
+        if newest is None:
+            raise StateError(f"{self.state} holds no adapter yet; it is there after the client's first round")
+        settings = _settings(saved.model, self.device, self.base)
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        loaded, tokenizer = load_model(settings)
+        try:
+            with without_rename_notice():
+                model = PeftModel.from_pretrained(loaded, newest[1])
+        except FedMosaicError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise StateError(
+                f"{newest[1]}: the adapter cannot be read ({str(error)[:200]}); restore the folder from a "
+                "backup"
+            ) from None
+        model.train(False)
+        if needs:
+            inputs = VisionInputs(settings.path, saved.pictures, saved.projector)
+            tokenizer = open_images(inputs, model, tokenizer, needs, saved.max_length)
+        return OpenedModel(saved, settings, newest[0], model, tokenizer)
 
 
 def _settings(model: ModelSettings, device: str | None, base: str | None) -> ModelSettings:

@@ -28,9 +28,17 @@ from fedmosaic.experiments.attacks.target import read_target
 from fedmosaic.protos.errors import ConfigurationError
 
 Part = Literal[
-    "profile", "tasks", "audit", "federation", "malicious", "sums", "text", "adapter", "inversion",
+    "profile",
+    "tasks",
+    "audit",
+    "federation",
+    "malicious",
+    "sums",
+    "text",
+    "adapter",
+    "inversion",
     "received",
-]  # fmt: skip
+]
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
 Found = Iterable[AttackResult | RefusalResult]
 Runner = Callable[[list[str]], Found]

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.round.keyring import Keyring
 from fedmosaic.experiments.attacks.federation import COLLUSION
 from fedmosaic.experiments.attacks.refusals.stand_in import MEMBERS, ROUNDS, founded, run_sessions
 from fedmosaic.experiments.attacks.statistics.collusion import recovery_error

@@ -164,10 +164,9 @@ def _of_mechanism(
     sums = [ClippedSum(units[chosen].sum(axis=0), 0, 0, int(chosen.sum())) for chosen in members]
     released = np.stack([release(total, mechanism, noise) for total in sums]).astype(np.float64)
     words = f"{mechanism.reduction.kind}, {mechanism.dimensions} numbers, σ = {sigma:.3g}"
-    yield from _attacks(
-        released @ values.T, values @ values.T, members, mechanism.noise_standard_deviation, rate, words,
-        setting, empirical.epsilon_of_noise(sigma), sigma,
-    )  # fmt: skip
+    inner, gram, deviation = released @ values.T, values @ values.T, mechanism.noise_standard_deviation
+    epsilon = empirical.epsilon_of_noise(sigma)
+    yield from _attacks(inner, gram, members, deviation, rate, words, setting, epsilon, sigma)
 
 
 def _attacks(

@@ -20,7 +20,7 @@ from fedmosaic.client.colora import read_shared, set_active_branches, write_shar
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token
 from fedmosaic.client.model.loss import example_losses, training_mode
-from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling, membership_figures
 from fedmosaic.experiments.attacks.target import Target, Victim
@@ -76,7 +76,7 @@ class _Loaded:
 
     def accuracy(self, name: str, tests: Sequence[Example], vector: np.ndarray) -> Figure:
         write_shared(self.model, vector.astype(np.float32), "global")
-        value = score_examples(self.model, self.tokenizer, tests, _BATCH, max_length=self.length).value
+        value = Examiner(self.model, self.tokenizer, _BATCH, self.length).score(tests).value
         return Figure.share(name, value * len(tests), len(tests))
 
     def losses(self, examples: Sequence[Example]) -> np.ndarray:

@@ -88,7 +88,6 @@ def render(report: AttackReport) -> RenderableType:
 
 def draw(report: AttackReport, path: Path) -> None:
     """Draw the ROC curves of each attack on logarithmic axes, one panel per statistic."""
-    mpl.rcParams["svg.hashsalt"] = "fedmosaic"
     panels: dict[tuple[str, str], list[AttackResult]] = {}
     for result in report.results:
         if result.curve:
@@ -111,19 +110,23 @@ def draw(report: AttackReport, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=6)
     # Without a date, the same figures give the same bytes.
-    canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with mpl.rc_context({"svg.hashsalt": "fedmosaic"}):
+        canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _above_words(report: AttackReport) -> str:
     """How many intervals lie wholly above their ceiling, beside how many do so by chance alone."""
     bounded = [
-        (figure.low > figure.bound, f"{figure.name} of {result.statistic} on {result.release}: "
-         f"{_value(figure)}, ceiling {_number(figure.bound)}")
+        (
+            figure.low > figure.bound,
+            f"{figure.name} of {result.statistic} on {result.release}: "
+            f"{_value(figure)}, ceiling {_number(figure.bound)}",
+        )
         for result in report.results
         for figure in result.figures
         # Other low ends, such as those of a certified ε, are no ends of an interval.
         if figure.bound is not None and figure.name.startswith(("AUC", "TPR"))
-    ]  # fmt: skip
+    ]
     if not bounded:
         return ""
     above = [words for is_above, words in bounded if is_above]

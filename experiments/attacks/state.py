@@ -19,12 +19,11 @@ from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_k
 from fedmosaic.experiments.attacks.federation import COLLUSION, collusion_results, spoofing_results
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure
 from fedmosaic.experiments.attacks.target import RUN, ServerRun, read_server_run
-from fedmosaic.privacy.configuration import parse_json, read_configuration
+from fedmosaic.privacy.configuration import parse_json, read_configuration, read_own
 from fedmosaic.privacy.ledger.ledger import LEDGER, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.rows import charges
 from fedmosaic.privacy.ledger.rules import bound_of
 from fedmosaic.privacy.statement.models import PrivacyStatement
-from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.storage.store import Store, default_url
 
 CLAIM: Final = "The statement's claim against the client's own ledger"
@@ -126,8 +125,12 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
 
 
 def _rows(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[AttackResult]:
-    """What coalitions hold at most by the rows that were accepted, against what the statement says."""
-    counts = _accepted(path / "rows.json")
+    """What coalitions hold at most by the rows that were accepted, against what the statement says.
+
+    StateError if the record of them is damaged.
+    """
+    accepted = path / "rows.json"
+    counts = read_own(accepted, lambda kept: {k: int(n) for k, (_, n) in kept.items()}, "restore a backup")
     if not counts or not statement.coalition_rows:
         skipped.append("federation: collusion needs an accepted row, and this client received none")
         return []
@@ -153,15 +156,3 @@ def _rows(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[A
             "rows' numbers, so errors are told by the server's state or by a run only",
         )
     ]
-
-
-def _accepted(path: Path) -> dict[str, int]:
-    """Contributors of every accepted row, by round and section."""
-    if not path.is_file():
-        return {}
-    try:
-        return {str(label): int(count) for label, (_, count) in parse_json(path.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{path} is no record of accepted rows ({error}); restore a backup"
-        ) from None

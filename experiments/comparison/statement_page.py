@@ -27,8 +27,11 @@ from fedmosaic.protos.errors import FedMosaicError
 PACKAGES: Final = ("torch", "opacus", "dp-accounting", "cryptography", "numpy", "scipy")
 _EXPLAINED: Final = (8.0, 4.0, 3.0, 1.0, 0.5)
 TERMS: Final = (
-    ("ε (epsilon)", "how much the odds of any outcome can differ between data with and without one example: "
-     "by a factor of at most e^ε. Smaller is safer; 0 tells nothing"),
+    (
+        "ε (epsilon)",
+        "how much the odds of any outcome can differ between data with and without one example: "
+        "by a factor of at most e^ε. Smaller is safer; 0 tells nothing",
+    ),
     ("δ (delta)", "the small part of all outcomes for which ε promises nothing"),
     ("recipient", "another member, who receives a weighted sum of others' adapters"),
     ("colluding", "working together, and sharing all that they have received and all their keys"),
@@ -40,12 +43,18 @@ TERMS: Final = (
     ("noise σ", "standard deviation of the noise, as a multiple of the clipping norm C"),
     ("clipping norm C", "what one example moves a sum by at most; most gradients are longer and cut to it"),
     ("sampled q", "share of the examples that one step uses, drawn at random"),
-    ("PRV, RDP, PLD", "three ways to compute ε from all releases. PRV is reported and never below PLD, the "
-     "most exact; RDP is coarser and stands in where PRV does not work"),
-    ("found by an attacker", "of 100 used examples, how many any attacker finds at most who wrongly accuses "
-     "1 of 100 unused ones. Guessing finds 1"),
+    (
+        "PRV, RDP, PLD",
+        "three ways to compute ε from all releases. PRV is reported and never below PLD, the "
+        "most exact; RDP is coarser and stands in where PRV does not work",
+    ),
+    (
+        "found by an attacker",
+        "of 100 used examples, how many any attacker finds at most who wrongly accuses "
+        "1 of 100 unused ones. Guessing finds 1",
+    ),
     ("anchor", "a keyed hash of the ledger's last row: it shows whether rows were cut off, and nothing else"),
-)  # fmt: skip
+)
 PYRAMID: Final = (
     ("top", "privacy parameters: ε, δ", "Verdict; What ε and δ mean"),
     ("top", "unit of privacy", "Verdict: one example, and a person with 2, 5 and 10"),
@@ -178,9 +187,9 @@ def evidence(statement: PrivacyStatement, directory: Path) -> list[tuple[str, st
         check_anchor(rows, who, bytes.fromhex(noted["anchor"]), "the state directory")
     except (FedMosaicError, OSError, ValueError, KeyError, TypeError) as error:
         return [*found, ("privacy ledger", f"NOT CHECKED: {error}")]
-    since = "nothing was charged since" if anchor_of(rows, who).hex() == noted["anchor"] else (
-        "MORE WAS CHARGED SINCE, by another run on the same data: its own statement counts both"
-    )  # fmt: skip
+    since = "nothing was charged since"
+    if anchor_of(rows, who).hex() != noted["anchor"]:
+        since = "MORE WAS CHARGED SINCE, by another run on the same data: its own statement counts both"
     return [
         *found,
         ("privacy ledger", f"{len(rows)} rows, chain of hashes whole, {since}"),

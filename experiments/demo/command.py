@@ -50,8 +50,13 @@ ROUNDS: Final = 10
 STEPS: Final = 6
 _MAX_LENGTH: Final = 64
 _LAYERS: Final = {
-    "home-east": 8, "home-north": 8, "home-south": 8, "home-west": 8, "news-east": 10, "news-west": 10,
-}  # fmt: skip
+    "home-east": 8,
+    "home-north": 8,
+    "home-south": 8,
+    "home-west": 8,
+    "news-east": 10,
+    "news-west": 10,
+}
 _FAMILY: Final = "smollm2-135m-cut{}"
 _FAMILY_SIZE: Final = 4 * 16 * sum((576 + 576, 576 + 192, 576 + 192, 576 + 576, 3 * (576 + 1536)))
 """Values of the LoRA that the makers share: 4 layers of 8, rank 16, inputs and outputs of 7 modules."""

@@ -121,12 +121,20 @@ class _Owner:
 
 
 _OWNERS: Final = (
-    _Owner({"home-east": ("climate", "light"), "home-north": ("light", "media"),
-            "home-south": ("media", "timer"), "home-west": ("timer", "climate")},
-           commands.DEVICE, COMMAND_GRAMMAR),
-    _Owner({"news-east": ("business", "politics"), "news-west": ("sport", "technology")},
-           news.TOPIC, NEWS_CORPUS),
-)  # fmt: skip
+    _Owner(
+        {
+            "home-east": ("climate", "light"),
+            "home-north": ("light", "media"),
+            "home-south": ("media", "timer"),
+            "home-west": ("timer", "climate"),
+        },
+        commands.DEVICE,
+        COMMAND_GRAMMAR,
+    ),
+    _Owner(
+        {"news-east": ("business", "politics"), "news-west": ("sport", "technology")}, news.TOPIC, NEWS_CORPUS
+    ),
+)
 _FILES: Final = frozenset({"public.jsonl"}) | {
     f"{client}.{part}.jsonl" for owner in _OWNERS for client in owner.clients for part in ("train", "test")
 }

@@ -83,9 +83,11 @@ def shallow_demo_models(
             for depth in missing:
                 built = staging / folders[depth].name
                 write_model_folder(
-                    cut_model(model, depth, readouts[depth]), tokenizer, built,
+                    cut_model(model, depth, readouts[depth]),
+                    tokenizer,
+                    built,
                     note=f"cut to its first {depth} layers, with an output head refitted on public text",
-                )  # fmt: skip
+                )
                 move_into_place(built, folders[depth], MODEL_FILES)
     return folders
 

@@ -5,7 +5,7 @@ baselines stand on `strategy`, `loop` and `lora`. Those that learn from what mod
 `vocabulary` and `distillation`; those whose ranks differ share `matrices`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +32,7 @@ from fedmosaic.experiments.simulation.cluster import Cluster, simulate_on
 from fedmosaic.experiments.simulation.simulate import simulate
 from fedmosaic.protos.errors import ConfigurationError
 
-BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
+BASELINES: Final[dict[str, tuple[str, type[Strategy]]]] = {
     "local": ("LoRA, every client alone", LocalOnly),
     "fedavg": ("FedIT: LoRA averaged within an architecture", FedAvg),
     "ditto": ("a shared adapter, and a personal one near it", Ditto),
@@ -64,11 +64,11 @@ def simulate_method(
     if strategy is not None and cluster is not None:
         raise ConfigurationError(f"method {method!r} runs in one process; leave --engine ray out")
     ranked = [client.id for client in scenario.clients if client.rank]
-    may_differ = strategy is not None and (not strategy.shares or isinstance(strategy, HetLora | FlexLora))
-    if ranked and not may_differ:
+    if ranked and (strategy is None or (strategy.shares and not strategy.ranks_differ)):
+        able = " or ".join(name for name, (_, made) in BASELINES.items() if made.ranks_differ)
         raise ConfigurationError(
-            f"client {ranked[0]} names a rank of its own, which {method} cannot share; use hetlora or "
-            "flexlora, or leave it out"
+            f"client {ranked[0]} names a rank of its own, which {method} cannot share; use {able}, or leave "
+            "it out"
         )
     if strategy is not None:
         run_baseline(strategy, scenario, directory, console)

@@ -13,6 +13,8 @@ from fedmosaic.experiments.methods.strategy import ServerSide
 class FlexLora(FedAvg):
     """Products B·A are averaged; all get the best of their rank (Bai et al. 2024, arXiv 2402.11505)."""
 
+    ranks_differ = True
+
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """Truncated singular value decomposition of the uniform mean, its root on either side."""
         names = sorted(uploads)

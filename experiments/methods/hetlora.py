@@ -17,6 +17,8 @@ class HetLora(FedAvg):
     without its pruning of ranks while training.
     """
 
+    ranks_differ = True
+
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """Weights are ‖BA‖ over all modules, normalised over the clients; uniform while all are zero."""
         names = sorted(uploads)

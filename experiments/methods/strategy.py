@@ -105,6 +105,8 @@ class Strategy:
 
     Attributes:
         adapters: LoRA adapters on every client's model.
+        shares: whether anything leaves a client.
+        ranks_differ: whether adapters of different ranks can be combined.
         passes: optimizer steps of a client for every step of the settings.
         alike: whether all adapters start with the same A; not where both are trained on one loss, which would
             keep them equal.
@@ -113,6 +115,7 @@ class Strategy:
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED,)
     shares: ClassVar[bool] = False
+    ranks_differ: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     alike: ClassVar[bool] = True
     scored_with: ClassVar[tuple[str, ...]] = (SHARED,)

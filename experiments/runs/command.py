@@ -282,9 +282,13 @@ class _Shown:
     def __init__(self, console: Console, rounds: int, clients: Sequence[str]) -> None:
         self._console, self._rounds = console, rounds
         self.bars = Progress(
-            TextColumn("{task.fields[name]:<16}"), BarColumn(24), TextColumn("{task.description}"),
-            TimeElapsedColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.fields[name]:<16}"),
+            BarColumn(24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._tasks = {name: self.bars.add_task("starting", name=name, total=1.0) for name in clients}
         self._lines: dict[str, str] = {}
 

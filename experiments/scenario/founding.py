@@ -95,21 +95,13 @@ def found_federation(
     adapter: AdapterTerms | None = None,
 ) -> None:
     """Make identities, certificates and the roster in a run's directory, whose `profile/` holds the basis."""
+    terms = {name: getattr(scenario, name) for name in Terms.model_fields}
+    terms |= {"adapter": adapter or agreed_adapter(scenario), "profile": profile}
     config = federation.FederationConfig(
         federation=scenario.name,
         members=tuple(federation.MemberEntry(id=c.id, family=c.family) for c in scenario.clients),
         server=federation.ServerEntry(port=port),
-        terms=Terms(
-            adapter=adapter or agreed_adapter(scenario),
-            adapter_privacy=scenario.adapter_privacy,
-            group_sums=scenario.group_sums,
-            profile=profile,
-            policy=scenario.policy,
-            relevance=scenario.relevance,
-            schedule=scenario.schedule,
-            encryption=scenario.encryption,
-            allow_plaintext=scenario.allow_plaintext,
-        ),
+        terms=Terms.model_validate(terms),
     )
     config = config.model_copy(update={"terms": settled(config.terms, config.members)})
     basis = directory / "profile" / federation.BASIS

@@ -123,10 +123,10 @@ class Evaluation:
 
     def score_set(self, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", test: TestSet) -> float:
         """Share of right answers on one test set; by choices, or by what is written where there are none."""
-        from fedmosaic.client.model.scoring import score_examples
+        from fedmosaic.client.model.scoring import Examiner
 
         longest = self._scenario.training.max_length
-        return score_examples(model, tokenizer, test.examples, _BATCH, max_length=longest).value
+        return Examiner(model, tokenizer, _BATCH, longest).score(test.examples).value
 
     def score_untrained(
         self, client: str, state: Path, alike: Hashable, score: Callable[[TestSet], float]

@@ -5,16 +5,14 @@ Paths in a scenario file are relative to the file; `$NAME` in them is taken from
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
 from fedmosaic.client.settings import ModelSettings, ProbeModelSettings, TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
-from fedmosaic.privacy.federation import terms
 from fedmosaic.privacy.federation.names import Family, MemberId
-from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.federation.terms import CommonTerms
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 
 
@@ -90,21 +88,13 @@ class ScenarioClient(Frozen):
         return f"{self.model.model_dump_json()} {self.projector or ''}"
 
 
-class Scenario(Frozen):
-    """Everything `fedmosaic run` needs to run a federation on one machine."""
+class Scenario(CommonTerms):
+    """Everything `fedmosaic run` needs to run a federation on one machine, beside its terms."""
 
     name: MemberId
     description: str = ""
     probe: ProbeModelSettings
     profile: ScenarioProfile
-    adapter: terms.AdapterTerms = terms.AdapterTerms()
-    adapter_privacy: terms.AdapterPrivacyTerms = terms.AdapterPrivacyTerms()
-    group_sums: terms.GroupSumTerms = terms.GroupSumTerms()
-    policy: AggregationPolicy = AggregationPolicy()
-    relevance: terms.RelevanceTerms = terms.RelevanceTerms()
-    schedule: terms.ScheduleTerms = terms.ScheduleTerms()
-    encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
-    allow_plaintext: bool = False
     training: TrainingSettings = TrainingSettings()
     clients: tuple[ScenarioClient, ...] = Field(min_length=1)
     evaluation_examples: int = Field(default=0, ge=0)

@@ -14,9 +14,9 @@ from fedmosaic.client.learner import SAMPLER, ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.training import EpochSampler
-from fedmosaic.client.profile.probe import ProfileProbe, check_probe, load_probe, public_map
+from fedmosaic.client.profile.release import ProfileProbe, check_probe, load_probe, public_map
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import ProfileSum, Randomness, Releases
+from fedmosaic.client.round.releases import ProfileSum, Randomness, Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
@@ -171,9 +171,14 @@ class SharedProbe:
     def of(self, examples: Sequence[Example], randomness: BitSource, unit: Unit = "example") -> ProfileSum:
         """What sums the profile over a data epoch's units; the randomness is of the Poisson sample."""
         probe = ProfileProbe(
-            lambda: self._loaded, self._map, examples, self._max_length, randomness, unit=unit,
+            lambda: self._loaded,
+            self._map,
+            examples,
+            self._max_length,
+            randomness,
+            unit=unit,
             setting=_LENGTH_SETTING,
-        )  # fmt: skip
+        )
 
         def summed() -> ClippedSum:
             with COMPUTE:

@@ -27,8 +27,8 @@ from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.run import Topic
 from fedmosaic.server.settings import ServerSettings
 
-_RESTARTS: Final = 20
-"""How often Ray starts an actor anew."""
+_LASTING: Final = {"max_restarts": 20, "max_task_retries": -1}
+"""Options of an actor that Ray starts anew, so often, and whose turns are taken again."""
 _TICK_SECONDS: Final = 1.0
 _QUIET: Final = Console(quiet=True)
 
@@ -87,14 +87,10 @@ def _simulate(
         scenario, settings, flops = ray.get(ready.remote(scenario, directory, reference))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    placed = {"name": f"server of {directory.name}", "scheduling_strategy": here}
     server = (
-        ray.remote(_Server)
-        .options(
-            name=f"server of {directory.name}", scheduling_strategy=here, num_cpus=0, max_concurrency=32,
-            max_restarts=_RESTARTS, max_task_retries=-1,
-        )
-        .remote(settings)
-    )  # fmt: skip
+        ray.remote(_Server).options(num_cpus=0, max_concurrency=32, **placed, **_LASTING).remote(settings)
+    )
     coordinator = cast(Coordinator, RemoteCoordinator(ray, server))
     progress = simulate.run_progress(scenario, directory, console)
     with progress.bar:
@@ -115,7 +111,7 @@ class _Server:
     """The coordinator in an actor of its own; its state is on disk, for the next one if this one dies."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._coordinator = Coordinator(settings)
+        self._coordinator = Coordinator(settings, simulate.standing_clock)
 
     def call(self, name: str, arguments: Sequence[Any]) -> tuple[Any, tuple[Any, ...] | None]:
         """What a method or property gives, and what a refusal is made of."""
@@ -203,10 +199,7 @@ class _Actors:
         self.count = sum(counts)
         self._limit = simulate.turns_at_once(scenario, len(scenario.clients))
         gpus = {"num_gpus": 1 / cluster.actors_per_gpu} if cluster.actors_per_gpu else {}
-        options = {
-            "max_restarts": _RESTARTS, "max_task_retries": -1,
-            "max_concurrency": self._limit, **gpus,
-        }  # fmt: skip
+        options = {"max_concurrency": self._limit, **gpus, **_LASTING}
         # Held for as long as the actors: one that is started anew is given it again.
         self._whole, made = ray.put(scenario), ray.remote(_ClientActor)
         self._actor_of: dict[int, int] = {}

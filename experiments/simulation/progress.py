@@ -19,9 +19,13 @@ class RunProgress:
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(30),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self.bar.add_task("starting", total=max(1, total_steps))
         (self._all,) = self.bar.tasks
         self._lines = -1

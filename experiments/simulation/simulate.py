@@ -1,6 +1,6 @@
 """A federation on this machine or a cluster: real sessions, server and privacy, client by client.
 
-A round is a turn of every client that takes part in it. Deadlines are lifted: nobody is late here.
+A round is a turn of every client that takes part in it. The server's clock stands: nobody is late here.
 """
 
 import hashlib
@@ -31,7 +31,6 @@ from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import ServerSettings, settings_from_kit
 
-_NO_DEADLINE_SECONDS: Final = 1e8
 _AT_ONCE: Final = 2
 """Turns in a process at once: one computes while the other waits for the disk."""
 
@@ -50,7 +49,7 @@ def simulate(
     """
     evaluation = Evaluation(scenario)
     scenario, settings, flops, models = prepare(scenario, directory, reference or {}, console)
-    coordinator = Coordinator(settings)
+    coordinator = Coordinator(settings, standing_clock)
     try:
         progress = run_progress(scenario, directory, console)
         with progress.bar:
@@ -61,6 +60,11 @@ def simulate(
                 worker.close()
     finally:
         coordinator.close()
+
+
+def standing_clock() -> float:
+    """No second passes, and so no deadline."""
+    return 0.0
 
 
 def prepare(
@@ -78,13 +82,9 @@ def prepare(
     place = directory / "federation"
     if not (place / "roster.json").exists():
         found_federation(scenario, mechanism, directory, 7443, adapter)
-    changes = {
-        "durable": False,
-        "round_deadline_seconds": _NO_DEADLINE_SECONDS,
-        "gathering_seconds": _NO_DEADLINE_SECONDS,
-        # The same seed draws the same clients.
-        "run_id": hashlib.sha256(f"{scenario.name}/{scenario.seed}".encode()).hexdigest()[:32],
-    }
+    # The same seed draws the same clients.
+    run_id = hashlib.sha256(f"{scenario.name}/{scenario.seed}".encode()).hexdigest()[:32]
+    changes = {"durable": False, "run_id": run_id}
     settings = settings_from_kit(place / "server").model_copy(update=changes)
     return scenario, settings, flops, models
 

@@ -17,7 +17,7 @@ from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.planning import plan_adapter
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import STATEMENT
@@ -143,22 +143,32 @@ class _Client:
         self._score_untrained()
         progress = ClientProgress(worker.progress, self.entry.id, worker.stopped)
         self.learner = StreamLearner(
-            self._settings(), self.terms, self.entry.family, progress, self.shared, self.stream, self._score,
+            self._settings(),
+            self.terms,
+            self.entry.family,
+            progress,
+            self.shared,
+            self.stream,
+            self._score,
             discard=scenario.discard_received,
-        )  # fmt: skip
+        )
         count, target = self.learner.example_count, self.terms.adapter_privacy.target_epsilon
         self.ledger = open_ledger(self.state.ledger_path, self.entry.id, self.terms, count, target)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
             self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
         self.transport = InProcessTransport(
-            worker.coordinator, self.entry.id, patience_seconds=0.0, stopped=worker.stopped,
-            tick_seconds=worker.tick_seconds, traffic=Traffic(self.state.directory / TRAFFIC),
-        )  # fmt: skip
+            worker.coordinator,
+            self.entry.id,
+            patience_seconds=0.0,
+            stopped=worker.stopped,
+            tick_seconds=worker.tick_seconds,
+            traffic=Traffic(self.state.directory / TRAFFIC),
+        )
+        releases = self._releases()
         self.member = Participant(
-            self.kit, self.transport, self.learner, self.state, self.ledger, self.plan, self._releases(),
-            progress,
-        )  # fmt: skip
+            self.kit, self.transport, self.learner, self.state, self.ledger, self.plan, releases, progress
+        )
 
     def _settings(self) -> ClientSettings:
         scenario, train = self.worker.scenario, self.kit.directory / TRAIN
@@ -186,10 +196,9 @@ class _Client:
             randomness = SecureNoise() if number is None else SeededTestNoise(number)
             make = self.worker.probe.of(examples, randomness, self.terms.unit)
             ids = unit_ids(examples, self.terms.unit)
-            return Releases(
-                self.ledger, self.terms, self.state, ids, make, randomness, self.plan,
-                disjoint_epochs=self.stream is not None,
-            )  # fmt: skip
+            ledger, terms, state, plan = self.ledger, self.terms, self.state, self.plan
+            disjoint = self.stream is not None
+            return Releases(ledger, terms, state, ids, make, randomness, plan, disjoint_epochs=disjoint)
 
         stream = self.stream
         if stream is None:

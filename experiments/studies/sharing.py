@@ -36,7 +36,6 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.engine import only_shared_branch
-from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.model.examples import (
     IGNORED,
     EncodedExample,
@@ -47,7 +46,8 @@ from fedmosaic.client.model.examples import (
 )
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
-from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.client.model.scoring import Examiner
+from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.comparison.tables import percent
 from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
@@ -237,7 +237,7 @@ class _Bench:
                 y *= settings.clipping_norm / grid.steps
                 gradients.append(mixed_gradient([GroupSum(y, members * rate * settings.examples)], [1.0]))
             self._write(gradients)
-            accuracy = score_examples(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH).value
+            accuracy = Examiner(self._model, self._tokenizer, 64, _MAX_LENGTH).score(tests).value
             self._model.unmerge_adapter()
         return sigma, ratio, accuracy
 
@@ -377,9 +377,9 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     found = gains(cells)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    for name, line in found.items():
+    for index, (name, line) in enumerate(found.items()):
         panel.errorbar(
-            [*line],
+            [m * 1.04 ** (index - 1) for m in line],  # beside each other, or intervals hide intervals
             [100 * gained.mean for gained in line.values()],
             yerr=[100 * (gained.half_width or 0.0) for gained in line.values()],
             marker="o",
@@ -393,7 +393,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     panel.set_xlabel("members of the group")
     panel.set_ylabel("points above a member alone")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
         figure.savefig(path, metadata={"Date": None})

@@ -20,9 +20,7 @@ from fedmosaic.experiments.tasks.labelled import stable_hash
 from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, part_of
 from fedmosaic.protos.errors import ConfigurationError
 
-CLOTHES: Final = (
-    "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
-)  # fmt: skip
+CLOTHES: Final = tuple("top trousers pullover dress coat sandal shirt sneaker bag boot".split())
 """Names of Fashion-MNIST's classes in the order of its labels, one short word each."""
 
 

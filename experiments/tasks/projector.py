@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, encode_examples, padding_token
 from fedmosaic.client.model.fingerprint import fingerprint
-from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.client.vision.features import CHANNELS, GRID, SIZE, image_features
+from fedmosaic.client.vision.encoder import CHANNELS
+from fedmosaic.client.vision.features import GRID, SIZE, image_features
 from fedmosaic.client.vision.inputs import located, number_images, put_images, tokenizer_with_images
 from fedmosaic.client.vision.projector import ProjectedFeatures, Projector, ProjectorRecord
 from fedmosaic.protos.errors import ModelError
@@ -74,11 +75,19 @@ def train_projector(
     seconds = time.monotonic() - started
     projector.requires_grad_(False)
     seen, blind = (
-        score_examples(model, t, public.test, 32, max_length=settings.max_length).value
+        Examiner(model, t, 32, settings.max_length).score(public.test).value
         for t in (with_images, tokenizer_with_images(tokenizer, None))
     )
     record = ProjectorRecord(
-        identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, settings.steps, seconds,
-        report.first_loss, report.last_loss,
-    )  # fmt: skip
+        identity,
+        CHANNELS,
+        words.embedding_dim,
+        SIZE,
+        GRID,
+        public.name,
+        settings.steps,
+        seconds,
+        report.first_loss,
+        report.last_loss,
+    )
     return projector, record, (seen, blind)

@@ -95,7 +95,7 @@ async def serve(grid: Any, config: Mapping[str, Any]) -> int:
                 f"node-keys has {pair!r}; write a member of the roster, '=' and the 64 hexadecimal digits "
                 "that this log shows for its SuperNode and for no other"
             )
-        members[key] = spiffe_id(server.settings.federation, member)
+        members[key] = spiffe_id(server.settings.roster.federation, member)
 
     @asynccontextmanager
     async def beside(service: FederationService) -> AsyncIterator[None]:

@@ -40,6 +40,7 @@ class Aggregator(ABC, Generic[P]):
     def __init__(self, parameters: P, policy: AggregationPolicy) -> None:
         self.parameters: P = parameters
         self.policy = policy
+        self._last: tuple[object, Sequence[str], NDArray[np.int64]] = (None, (), np.zeros((0, 0), np.int64))
 
     def check_upload(self, upload: bytes | memoryview, context: RoundContext, client: str) -> None:
         """Refuse a signed upload that is not what this client must send in this round."""
@@ -54,21 +55,32 @@ class Aggregator(ABC, Generic[P]):
         There may be more uploads, by contributor, than the rows use. PolicyError if a row breaks the policy,
         CiphertextError if an upload in use is malformed.
         """
-        contributors, bits = frozenset(uploads), self.parameters.weight_bits
-        headers = []
-        for recipient, row in rows.items():
-            check_row(recipient, row, self.policy, members=contributors, bits=bits)
-            header = aggregate_header(self.parameters, context, row, recipient)
-            headers.append(header.encode(row_digest(row, recipient, context.round)))
         if not rows:
             return []
-        ordered = tuple(rows.values())
-        names = sorted(frozenset().union(*(row.contributors for row in ordered)))
+        names, weights = self._checked(rows, frozenset(uploads))
+        headers = []
+        for recipient, row in rows.items():
+            header = aggregate_header(self.parameters, context, row, recipient)
+            headers.append(header.encode(row_digest(row, recipient, context.round)))
         contributions = [
             Contribution(name, *read_upload(self.parameters, context, name, uploads[name])) for name in names
         ]
-        work = Combination(contributions, _weight_matrix(ordered, names), ordered, headers, context)
-        return self._combine(work)
+        return self._combine(Combination(contributions, weights, tuple(rows.values()), headers, context))
+
+    def _checked(
+        self, rows: Mapping[str, WeightRow], contributors: frozenset[str]
+    ) -> tuple[Sequence[str], NDArray[np.int64]]:
+        """Who is in rows that keep the policy, and their (R, M) weights; those of the last call are kept."""
+        asked = tuple(rows.items()), contributors
+        known, names, weights = self._last
+        if known != asked:
+            for recipient, row in rows.items():
+                check_row(recipient, row, self.policy, members=contributors, bits=self.parameters.weight_bits)
+            names = sorted(frozenset().union(*(row.contributors for row in rows.values())))
+            weights = _weight_matrix(tuple(rows.values()), names)
+            weights.flags.writeable = False
+            self._last = asked, names, weights
+        return names, weights
 
     @abstractmethod
     def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:

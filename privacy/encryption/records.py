@@ -110,9 +110,9 @@ def _difference(record: bytes | memoryview, wanted: bytes, what: str) -> Ciphert
 
 
 _FIELDS = (
-    "magic", "format version", "kind", "back end", "parameters hash", "federation", "section", "client",
-    "epoch", "round", "nonce", "number of dimensions", "count",
-)  # fmt: skip
+    "magic, format version, kind, back end, parameters hash, federation, section, client, epoch, round, "
+    "nonce, number of dimensions, count"
+).split(", ")
 
 
 def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:

@@ -293,8 +293,15 @@ def _ask(words: str, *, twice: bool = False) -> str:
 
 
 def _promise(roster: Roster) -> str:
-    """What these terms promise, and do not, of recipients who put their aggregates together."""
+    """What these terms promise, and do not, of recipients who put together what they receive."""
     policy, members = roster.terms.policy, len(roster.members)
+    if roster.terms.adapter.in_group_sums:
+        sums = roster.terms.group_sums
+        return _filled(
+            f"a sum is formed of {sums.minimum_contributors} members or more, and its noise protects each "
+            f"against the server with up to {sums.colluders} of the others; against more of them, only a "
+            "member's own noise is left"
+        )
     words = (
         f"the aggregates of one round give no single adapter away to {policy.withstands} of the {members} "
         f"members, and may to {policy.withstands + 1} together"

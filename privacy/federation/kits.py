@@ -169,9 +169,17 @@ def fragile(entries: Sequence[Member | MemberEntry], terms: Terms) -> str:
                 "who then receive nothing. With terms.schedule.sampled_clients = "
                 f"{others + needed} there are always enough"
             )
+    where = f" in family {family!r}" if apart > 1 else ""
+    if terms.adapter.in_group_sums:
+        fewest = terms.group_sums.minimum_contributors
+        return (
+            f"with {members} members{where} and sums of at least {fewest}, one member that is away stops all "
+            "sums: name more, or lower terms.group_sums.minimum_contributors"
+            if members <= fewest
+            else ""
+        )
     if members > least + 1:
         return ""
-    where = f" in family {family!r}" if apart > 1 else ""
     return (
         f"with {members} members{where} and a policy of {least} contributors other than the recipient, one "
         "member that is away stops all exchange: the others train alone while it is. Name at least "

@@ -1,7 +1,7 @@
 """The terms of a federation: what all members agree on, and the consortium signs with the roster."""
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -63,7 +63,8 @@ class AdapterTerms(Frozen):
     """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
     family_dimensions: dict[Family, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Family sharing: model families that also share the LoRA of their other layers, and the length of that
-    vector."""
+    vector: rank × the sum of inputs and outputs of the target modules in layers without cores. A wrong length
+    is refused by `fedmosaic doctor`, which names the right one."""
     protection: Protection = "encrypted"
     """Who can read what is shared. `dp` and `none` also need `encryption.backend = "plain"` and
     `allow_plaintext = true`."""
@@ -202,13 +203,12 @@ class ScheduleTerms(Frozen):
     is planned as if every member took part in every round. Only with `adapter.protection` `none` or `dp`."""
 
 
-class Terms(Frozen):
-    """Everything the members agree on before the first round."""
+class CommonTerms(Frozen):
+    """What a roster and a scenario both say: all terms but the task profile, which is fitted in between."""
 
     adapter: AdapterTerms = AdapterTerms()
     adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
     group_sums: GroupSumTerms = GroupSumTerms()
-    profile: ProfileMechanism
     policy: AggregationPolicy = AggregationPolicy()
     relevance: RelevanceTerms = RelevanceTerms()
     schedule: ScheduleTerms = ScheduleTerms()
@@ -216,13 +216,8 @@ class Terms(Frozen):
     allow_plaintext: bool = False
     """Must be `true` if nothing is encrypted (`encryption.backend = "plain"`)."""
 
-    @property
-    def unit(self) -> Unit:
-        """What one unit of the privacy guarantee is, for task profile and adapter alike."""
-        return self.group_sums.unit if self.adapter.in_group_sums else "example"
-
     @model_validator(mode="after")
-    def _consistent(self) -> "Terms":
+    def _agree(self) -> Self:
         plain = self.encryption.backend == "plain"
         if self.adapter.encrypted and plain:
             raise ValueError(
@@ -250,11 +245,6 @@ class Terms(Frozen):
             raise ValueError(
                 f"adapter_privacy.target_epsilon is {epsilon:g}; noise is planned for at most "
                 f"{_LARGEST_PLANNED_EPSILON:g}, and more protects nothing"
-            )
-        if self.profile.dimensions > bounds.MAX_PROFILE_DIMENSIONS:
-            raise ValueError(
-                f"the task profile has {self.profile.dimensions} values, at most "
-                f"{bounds.MAX_PROFILE_DIMENSIONS} can be sent; reduce it to fewer"
             )
         return self
 
@@ -288,6 +278,26 @@ class Terms(Frozen):
                 f"a sum has {size:,} bytes, at most {bounds.MAX_CHUNK_BYTES:,} can be sent; lower "
                 "adapter.rank"
             )
+
+
+class Terms(CommonTerms):
+    """Everything the members agree on before the first round."""
+
+    profile: ProfileMechanism
+
+    @property
+    def unit(self) -> Unit:
+        """What one unit of the privacy guarantee is, for task profile and adapter alike."""
+        return self.group_sums.unit if self.adapter.in_group_sums else "example"
+
+    @model_validator(mode="after")
+    def _profile_fits(self) -> Self:
+        if self.profile.dimensions > bounds.MAX_PROFILE_DIMENSIONS:
+            raise ValueError(
+                f"the task profile has {self.profile.dimensions} values, at most "
+                f"{bounds.MAX_PROFILE_DIMENSIONS} can be sent; reduce it to fewer"
+            )
+        return self
 
 
 def check_witnessed(terms: Terms) -> None:

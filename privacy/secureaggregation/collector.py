@@ -72,11 +72,9 @@ class SumCollector:
 
     def envelopes_for(self, member: str) -> dict[str, bytes]:
         """Sender → envelope for a member."""
-        return {sender: self._envelope(sender, member) for sender in self._envelopes}
-
-    def _envelope(self, sender: str, recipient: str) -> bytes:
-        start = messages.ENVELOPE_BYTES * self._place[recipient]
-        return self._envelopes[sender][start : start + messages.ENVELOPE_BYTES]
+        start = messages.ENVELOPE_BYTES * self._place[member]
+        end = start + messages.ENVELOPE_BYTES
+        return {sender: sealed[start:end] for sender, sealed in self._envelopes.items()}
 
     def add_vector(self, member: str, masked: bytes) -> None:
         """Step 3. Added at once, so memory does not grow with the group."""
@@ -93,17 +91,24 @@ class SumCollector:
         return tuple(sorted(self._survivors))
 
     def add_signature(self, member: str, signature: bytes) -> None:
-        """Step 4; EncryptionError if it is not the member's for this list."""
-        messages.check_survivor_signatures(self._terms, self._listed, self._survivors, {member: signature}, 1)
-        self._signatures[member] = signature
+        """Step 4; EncryptionError if it is not the member's for this list.
+
+        Once k are here, as many as a member asks for, another is not looked at and not passed on: every
+        member would check it too.
+        """
+        if len(self._signatures) < self._terms.threshold(len(self._openings)):
+            messages.check_survivor_signatures(
+                self._terms, self._listed, self._survivors, {member: signature}, 1
+            )
+            self._signatures[member] = signature
 
     def signatures(self) -> dict[str, bytes]:
-        """Member → signature on the list of contributors."""
+        """Member → signature on the list of contributors, of the first k who signed it."""
         return dict(self._signatures)
 
     def add_unmasking(self, member: str, unmasking: messages.Unmasking) -> None:
         """Step 5."""
-        if set(unmasking.shares) != set(self._envelopes):
+        if unmasking.shares.keys() != self._envelopes.keys():
             raise EncryptionError(f"{member!r} sent shares of other members than those that are asked for")
         if member not in self._survivors or member in self._unmasked:
             raise EncryptionError(f"shares of {member!r}, who sent no vector or has sent its shares")
@@ -184,9 +189,9 @@ class SumCollector:
     def _was_sealed(self, member: str, holder: str) -> bool:
         """Whether a share has the hash that its sender published, and its recipient did not dispute."""
         kind, share = int(member not in self._survivors), self._shares[member][holder]
-        told = messages.split(
-            self._envelope(member, holder)[-2 * messages.CHECK_BYTES :], messages.CHECK_BYTES, 2
-        )[kind]
+        end = messages.ENVELOPE_BYTES * (self._place[holder] + 1)
+        checks = self._envelopes[member][end - 2 * messages.CHECK_BYTES : end]
+        told = messages.split(checks, messages.CHECK_BYTES, 2)[kind]
         return messages.share_check(self._transcript, member, holder, kind, share) == told
 
     def _blame(self) -> str:

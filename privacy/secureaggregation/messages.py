@@ -159,8 +159,9 @@ def open_shares(
     """What `seal_shares` was given; None if it was altered, or sealed otherwise, or for another sum."""
     plain = _xor(envelope[: 2 * SHARE_BYTES], _pad(agreed, transcript, sender, recipient))
     shares = (
-        int.from_bytes(plain[:SHARE_BYTES], "little"), int.from_bytes(plain[SHARE_BYTES:], "little"),
-    )  # fmt: skip
+        int.from_bytes(plain[:SHARE_BYTES], "little"),
+        int.from_bytes(plain[SHARE_BYTES:], "little"),
+    )
     told = envelope[2 * SHARE_BYTES :]
     fits = max(shares) < PRIME and told == _checks(transcript, sender, recipient, shares)
     return shares if fits else None

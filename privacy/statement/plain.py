@@ -155,13 +155,19 @@ def keys(statement: PrivacyStatement) -> tuple[tuple[str, str, str], ...]:
 
 
 RETENTION: Final = (
-    ("the member", "adapters, the released profile, scores and this statement in the state directory, until "
-     "the member deletes them; uploads of closed rounds are deleted at once"),
+    (
+        "the member",
+        "adapters, the released profile, scores and this statement in the state directory, until "
+        "the member deletes them; uploads of closed rounds are deleted at once",
+    ),
     ("the member", "the ledger beside the data: keep it as long as the data, or what was spent is forgotten"),
-    ("the server", "profiles, weights, statements and what was sent of the last round, until the operator "
-     "deletes its state directory and database; uploads of earlier rounds are deleted when the next opens"),
+    (
+        "the server",
+        "profiles, weights, statements and what was sent of the last round, until the operator "
+        "deletes its state directory and database; uploads of earlier rounds are deleted when the next opens",
+    ),
     ("the other members", "what they received, as part of their own models. It cannot be called back"),
-)  # fmt: skip
+)
 """Who keeps what, and for how long."""
 
 

@@ -56,7 +56,7 @@ def _samples(seen: Snapshot) -> dict[str, list[tuple[dict[str, str], float]]]:
 
     add("members", len(seen.settings.members))
     add("enrolled", len(seen.enrolled))
-    add("rounds", seen.settings.rounds)
+    add("rounds", seen.settings.terms.schedule.rounds)
     add("certificate_expiry_timestamp_seconds", seen.expires)
     if (status := seen.status) is not None:
         add("round", status.round)

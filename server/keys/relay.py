@@ -24,8 +24,8 @@ class KeyRelay:
     def __init__(self, settings: ServerSettings, store: Store, now: float) -> None:
         """Go on with the stored epoch, or begin the first; `now` is in the clock of all later calls."""
         self._store = store
-        patience, fewest = settings.gathering_seconds, settings.minimum_epoch_members
-        self._rotation = settings.key_rotation_rounds
+        patience, fewest = settings.terms.schedule.gathering_seconds, settings.minimum_epoch_members
+        self._rotation = settings.terms.schedule.rotate_key_every
         stored = store.get_json(_KEY)
         if stored is None:
             self._present = epochs.first_epoch(now, patience, fewest)
@@ -214,7 +214,7 @@ def required(keys: KeyRelay | None, settings: ServerSettings) -> KeyRelay:
     if keys is None:
         raise _not_now(
             "NOTHING_ENCRYPTED",
-            f"back end {settings.encryption.backend!r} needs no group key",
+            f"back end {settings.terms.encryption.backend!r} needs no group key",
             "compare the roster's encryption terms on both sides",
         )
     return keys

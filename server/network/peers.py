@@ -199,27 +199,27 @@ def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, w
         federation, client = parse_spiffe_id(names[0])
     except IdentityError as error:
         raise _unauthenticated(str(error)) from None
-    if federation != settings.federation:
+    roster = settings.roster
+    if federation != roster.federation:
         raise _unauthenticated(
-            f"the certificate is for federation {federation!r}, this is {settings.federation!r}"
+            f"the certificate is for federation {federation!r}, this is {roster.federation!r}"
         )
-    if witness and (settings.witness is None or client != settings.witness.id):
+    party = roster.witness if witness else settings.members.get(client)
+    if witness and (party is None or client != party.id):
         raise Refusal(
             RefusalKind.NOT_PERMITTED,
             "NOT_THE_WITNESS",
             f"{client!r} is not the witness of federation {federation!r}",
             "start it with the witness's kit, and the server with the newest roster",
         )
-    if not witness and client not in settings.members:
+    if party is None:
         raise Refusal(
             RefusalKind.NOT_PERMITTED,
             "NOT_ON_ROSTER",
             f"{client!r} has a valid certificate but is not on the roster of federation {federation!r}",
             "it was revoked, or the server has an old roster: ask the consortium",
         )
-    named = settings.witness.tls_key_sha256 if witness and settings.witness else None
-    pinned = named or settings.tls_key_sha256.get(client)
-    if pinned is not None and public_key_sha256(x509.load_pem_x509_certificate(pem)) != pinned:
+    if public_key_sha256(x509.load_pem_x509_certificate(pem)) != party.tls_key_sha256:
         raise _unauthenticated(f"the certificate of {client!r} has another key than the roster pins")
     return client
 

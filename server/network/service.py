@@ -317,8 +317,8 @@ def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[
     resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= size
     offset = int(request.resume_offset) if resumed else 0
     sizes = [len(payload) for payload in download.payloads] or [0] * len(download.aggregate.sections)
-    yield pb.PullResponse(
-        header=wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset)
-    )
+    head = pb.PullResponse()
+    wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset, head.header)
+    yield head
     for chunk in wire.chunks(download.payloads, offset):
         yield pb.PullResponse(chunk=chunk)

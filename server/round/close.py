@@ -135,23 +135,24 @@ class Closer:
         recipients: Collection[str] | None,
     ) -> _Planned:
         """Relevance and rows; computed, and written, only where something that they follow from is new."""
-        settings = self._settings
+        settings, adapter = self._settings, self._settings.terms.adapter
         found = []
-        if settings.group_sums is None:  # else members share sums of groups, which are not formed here
+        if not adapter.in_group_sums:  # else members share sums of groups, which are not formed here
             found = groups(
                 {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
                 self._store.enrolled() & settings.members.keys() if recipients is None else recipients,
                 {client: family for client in settings.members if (family := settings.family(client))},
-                settings.shared_dimensions,
-                settings.family_dimensions,
+                adapter.shared_dimensions,
+                adapter.family_dimensions,
             )
         basis = (clients, self._store.newest_profiles(), found)
         if self._planned is None or self._planned.basis != basis:
-            bits, present = settings.encryption.weight_bits, frozenset(clients)
+            bits, asked = settings.terms.encryption.weight_bits, settings.terms.relevance
+            present, apart = frozenset(clients), settings.roster.sharing_families()
             profiles = {c: p for c, p in self._store.profiles().items() if c in present}
-            related = relevance([profiles.get(client) for client in clients], settings.similarity)
-            families = [settings.receives_from(client) for client in clients]
-            terms = settings.temperature, settings.policy, bits, families
+            related = relevance([profiles.get(client) for client in clients], asked.similarity)
+            families = [apart.get(client, "") for client in clients]
+            terms = asked.temperature, settings.terms.policy, bits, families
             plans = [plan(group, clients, related, *terms) for group in found]
             rows = {p.group.label: p.rows for p in plans}
             content = pack(clients, related.similarity, rows, bits)
@@ -188,7 +189,7 @@ class Closer:
         for p in plans:
             name, group = p.group.section, p.group
             context = RoundContext(
-                self._settings.federation, epoch, round_number, group.label, group.dimensions
+                self._settings.roster.federation, epoch, round_number, group.label, group.dimensions
             )
             records = {c: payloads[c][name] for c in group.contributors}
             recipients = sorted(p.rows)
@@ -221,7 +222,7 @@ class Closer:
                 if section.row is not None:
                     label = section_label(section.name, settings.family(recipient))
                     size = settings.dimensions(recipient)[section.name]
-                    context = RoundContext(settings.federation, stored.key_epoch, closed, label, size)
+                    context = RoundContext(settings.roster.federation, stored.key_epoch, closed, label, size)
                     records = {client: payloads[client][section.name] for client in section.row.contributors}
                     (payload,) = self._aggregator.aggregate(records, {recipient: section.row}, context)
                     place = Place(f"{recipient}.{section.name}", 0, len(payload))

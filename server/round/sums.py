@@ -130,15 +130,16 @@ class _GroupSum:
         self._deadline = now + seconds[OPEN]
         self._answered: dict[str, set[str]] = {step: set() for step in STEPS}
         self._openings: dict[str, bytes] = {}
+        self._shared: list[str] = []
 
     def post(self, member: str, step: str, payload: bytes) -> None:
         if member in self._answered.get(step, ()):
             # A retry. Another vector than the first is not looked at.
             return
-        if step != self.step and (step, self.step) != (UNMASK, _OVER):
-            raise EncryptionError(f"step {step!r} of {member!r} came while {self.step!r} is open")
         if member in self._left_out:
             raise EncryptionError(f"{member!r} is left out of this run's sums: {self._left_out[member]}")
+        if step != self.step and (step, self.step) != (UNMASK, _OVER):
+            raise EncryptionError(f"step {step!r} of {member!r} came while {self.step!r} is open")
         if step == OPEN:
             self.collector.add_opening(member, Opening.decoded(payload))
         elif step == SHARE:
@@ -148,7 +149,7 @@ class _GroupSum:
         elif step == AGREE:
             self.collector.add_signature(member, payload)
         else:
-            self._add_unmasking(member, Unmasking.decoded(payload, self._answered[SHARE]))
+            self._add_unmasking(member, Unmasking.decoded(payload, self._shared))
         self._answered[step].add(member)
 
     @property
@@ -189,7 +190,7 @@ class _GroupSum:
         if self.step == UNMASK:
             complete = self.collector.can_finish
         else:
-            complete = self._awaited(expected) <= self._answered[self.step]
+            complete = self._all_answered(expected)
         if not complete and now < self._deadline:
             return False
         if self.step == UNMASK:
@@ -221,13 +222,15 @@ class _GroupSum:
         log.warning("%s", self.failure)
         self.step = _OVER
 
-    def _awaited(self, expected: Collection[str]) -> set[str]:
+    def _all_answered(self, expected: Collection[str]) -> bool:
         if self.step == OPEN:
             # Nobody expected is no reason to close at once: members may still be on their way.
             awaited = (set(self.terms.members) & set(expected)) or set(self.terms.members)
         else:
             awaited = self._answered[STEPS[STEPS.index(self.step) - 1]]
-        return awaited - self.refused
+        answered = self._answered[self.step]
+        # Asked after every message: numbers first, sets of many names only where it may be true.
+        return len(awaited) <= len(answered) + len(self.refused) and awaited <= answered | self.refused
 
     def _close(self) -> None:
         if self.step == OPEN:
@@ -235,6 +238,7 @@ class _GroupSum:
             self._openings = {name: opening.encoded() for name, opening in opened.items()}
         elif self.step == SHARE:
             self.collector.close_envelopes()
+            self._shared = sorted(self._answered[SHARE])
         elif self.step == VECTOR:
             self.contributors = self.collector.close_vectors()
         self.step = STEPS[STEPS.index(self.step) + 1]

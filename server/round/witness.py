@@ -34,7 +34,7 @@ class Witnessing:
         self, settings: ServerSettings, run_id: str, blobs: Blobs, answered: Callable[[], None]
     ) -> None:
         """Prepare; `answered` is called, from any thread, when the witness has said something."""
-        self._witness = settings.witness
+        self._witness = settings.roster.witness
         self._settings = settings
         self._run_id = run_id
         self._blobs = blobs
@@ -60,7 +60,7 @@ class Witnessing:
 
     def due(self, number: int) -> bool:
         """Whether a round waits for a witness; what the last one makes is handed to nobody."""
-        return self._witness is not None and number < self._settings.rounds
+        return self._witness is not None and number < self._settings.terms.schedule.rounds
 
     def begin(self, number: int, closed: ClosedRound, uploaded: Collection[str], now: float) -> None:
         """Begin to wait for the witness of a round that is `due`, in which `uploaded` shared something.

@@ -121,7 +121,7 @@ class Blobs:
         self, area: Area, round_number: int, name: str, start: int = 0, size: int | None = None
     ) -> memoryview:
         """Content of a blob, or of a part; a large one is mapped. MissingBlobError if there is no file."""
-        path = self.path(area, round_number, name)
+        path = _place(self._root, area, round_number, name)
         try:
             return map_file(path, start, size)
         except FileNotFoundError:
@@ -147,12 +147,18 @@ class Blobs:
 
 def blob_path(root: Path, area: Area, round_number: int, name: str) -> Path:
     """Where a blob stands below a state folder."""
-    return root / area / f"{round_number:06d}" / f"{name}.bin"
+    return Path(_place(root, area, round_number, name))
 
 
-def map_file(path: Path, start: int = 0, size: int | None = None) -> memoryview:
+def _place(root: Path, area: Area, round_number: int, name: str) -> str:
+    return (
+        f"{root}/{area}/{round_number:06d}/{name}.bin"  # no `Path`: a round reads as many as it has members
+    )
+
+
+def map_file(path: Path | str, start: int = 0, size: int | None = None) -> memoryview:
     """Content of a file, or at most `size` bytes from `start`; if that is much, mapped and not copied."""
-    with path.open("rb") as file:
+    with open(path, "rb", buffering=0) as file:
         length = max(0, os.fstat(file.fileno()).st_size - start)
         length = length if size is None else min(size, length)
         if length < _MAP_ABOVE:

@@ -238,7 +238,7 @@ class Store:
         `key_epoch`, that of the next round, are forgotten.
         """
         told = {"round": round_number, "result": json.dumps(result, allow_nan=False)}
-        rows = [{"round": round_number + 1, "client": c, **asdict(a)} for c, a in aggregates.items()]
+        rows = [{"round": round_number + 1, "client": c, **vars(a)} for c, a in aggregates.items()]
         with self._transaction() as connection:
             connection.execute(sa.insert(tables.rounds).values(told))
             if rows:

@@ -396,6 +396,8 @@ def test_a_core_moved_to_a_twin_does_what_it_did_at_home(place: Path, tmp_path: 
     assert [row["variant"] for row in kept["ratios"]] == [MOVED, RANDOM_CORE, RANDOM_BASES, FEW, TUNED]
     assert kept["agreements"] == [agreement]
     assert min(agreement[name] for name in ("reading", "writing", "gradient", "gradient per example")) > 0.9
+    assert len(agreement["the same by layer"]) == settings.blocks
+    assert fmean(agreement["the same by layer"]) == pytest.approx(agreement["gradient per example"])
     assert agreement["size"] == pytest.approx(1.0, abs=0.05)
     assert abs(agreement["gradient, random bases"]) < 0.6
 

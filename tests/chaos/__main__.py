@@ -3,6 +3,7 @@
 import argparse
 import logging
 import random
+import resource
 import sys
 import tempfile
 from collections import Counter
@@ -16,6 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--hours", type=float, default=0.1, help="time for the runs; default: 6 minutes")
+    parser.add_argument("--kills", type=int, default=0, help="so many, in place of a time")
     parser.add_argument("--messages", type=int, default=3000, help="mutations of each request and each file")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     chosen = parser.parse_args()
@@ -23,7 +25,9 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="fedmosaic-chaos-"))
     print(f"SEED={chosen.seed}, in {place}", flush=True)
     # The kills first: processes are forked, and that only goes well before gRPC has begun.
-    runs = campaign(chosen.seed, chosen.hours * 3600, place, chosen.modes) if chosen.modes else []
+    terms = chosen.seed, chosen.hours * 3600, chosen.kills, place, chosen.modes
+    runs = campaign(*terms) if chosen.modes else []
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     faults = [f"run {number}: {fault}" for number, run in enumerate(runs) for fault in run.faults]
     mutated = 0
     if chosen.messages:
@@ -32,6 +36,8 @@ def main() -> int:
         mutated, found = mutate_everything(place / "mutations", chosen.seed, chosen.messages)
         faults += found
     befallen = dict(sum((run.killed for run in runs), Counter()))
+    kills, seconds = sum(run.ended for run in runs), used.ru_utime + used.ru_stime
+    print(f"{kills} killed with SIGKILL; the processes took {seconds:.0f} s of the processor")
     print(f"{len(runs)} runs: {befallen}; {mutated} mutated messages and files; {len(faults)} faults")
     for fault in faults:
         print(f"  {fault}")

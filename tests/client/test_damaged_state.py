@@ -13,9 +13,9 @@ import pytest
 
 from builders import tiny_mechanism
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.records import ClippingRecord, read_average, read_profile
-from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.ending import ResultFile
+from fedmosaic.client.round.records import ClippingRecord, read_average, read_profile
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.state import ClientState, read_record
 from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.privacy import files

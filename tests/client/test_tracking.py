@@ -13,9 +13,8 @@ from fedmosaic.client.progress import Tracker
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.protos.errors import ConfigurationError
 
-SETTINGS = {
-    "kit": "kit", "server": "here:1", "state_dir": "state", "model": {"path": "m"}, "probe": {"path": "m"},
-}  # fmt: skip
+MODEL = {"path": "m"}
+SETTINGS = {"kit": "kit", "server": "here:1", "state_dir": "state", "model": MODEL, "probe": MODEL}
 
 
 def test_nothing_is_tracked_unless_asked_for(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import tiny_mechanism
+from builders import tiny_mechanism, with_schedule
 from fedmosaic.client.client import Participant
 from fedmosaic.client.ledger import budgeted_channels
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Releases
-from fedmosaic.client.session import Session
+from fedmosaic.client.round.releases import Releases
+from fedmosaic.client.round.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import GrpcTransport, Transport
 from fedmosaic.experiments.simulation.transport import InProcessTransport
@@ -113,8 +113,12 @@ def make_federation(
     return directory
 
 
-def coordinator_of(directory: Path) -> Coordinator:
-    return Coordinator(settings_from_kit(directory / "server").model_copy(update={"durable": False}))
+def coordinator_of(directory: Path, **schedule: Any) -> Coordinator:
+    """The federation's server, by another schedule than the members have signed if one is given."""
+    settings = settings_from_kit(directory / "server")
+    changes = {"durable": False, "roster_hash": settings.roster_hash}
+    changes |= {"roster": with_schedule(settings.roster, **schedule)} if schedule else {}
+    return Coordinator(settings.model_copy(update=changes))
 
 
 @dataclass

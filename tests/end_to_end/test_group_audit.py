@@ -9,8 +9,8 @@ import torch
 from end_to_end import federation_of_vectors as fv
 from end_to_end.federation_of_vectors import PROFILE, SeededClient, VectorLearner, in_process, run_all
 from fedmosaic.client.colora import write_shared
-from fedmosaic.client.dp import training as private_round
 from fedmosaic.client.dp.engine import example_gradient, only_shared_branch
+from fedmosaic.client.dp.training import PrivateRound
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import AdapterPlan, group_grid
@@ -64,10 +64,8 @@ class TinyLearner(VectorLearner):
 
     def group_share(self, round_number, members, releases):
         self.branches[round_number] = self.local
-        self.shares[round_number] = private_round.group_share(
-            self.model, self.examples, TERMS, TrainingSettings(), members=members, releases=releases,
-            round_number=round_number, progress=Progress(),
-        )  # fmt: skip
+        private = PrivateRound(self.model, self.examples, TERMS, TrainingSettings(), releases, Progress())
+        self.shares[round_number] = private.share(round_number, members)
         return self.shares[round_number]
 
     def train_personal(self, round_number):
@@ -136,7 +134,7 @@ def test_the_audit_sees_members_that_hardly_add_noise(tmp_path, monkeypatch):
         share = noisy_share(total, grid, noise)
         return total.units + (share - total.units) // 50
 
-    monkeypatch.setattr(private_round, "noisy_share", quiet)
+    monkeypatch.setattr("fedmosaic.client.dp.training.noisy_share", quiet)
     figure = audited(tmp_path / "f")
     assert figure.broken
     assert figure.value > 1.5 * figure.bound

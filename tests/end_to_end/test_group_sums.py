@@ -10,9 +10,9 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from end_to_end.federation_of_vectors import PROFILE, Client, VectorLearner, in_process, run_all
-from fedmosaic.client.dp.group_steps import mixed_gradient, shared_branch
 from fedmosaic.client.planning import AdapterPlan, group_grid
-from fedmosaic.client.records import digest_of
+from fedmosaic.client.round.group_steps import mixed_gradient, shared_branch
+from fedmosaic.client.round.records import digest_of
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import clipped_sum
@@ -129,6 +129,9 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
     assert all(np.array_equal(learner.local, first.local) for learner in learners)
     assert first.local.mean() > 0.1, "the steps go where the examples pull"
     assert all(learner.personal == [6] for learner in learners)
+    lines, exchanged = coordinator.last_words()
+    assert exchanged, lines
+    assert set(coordinator.summary()["received_rounds"].values()) == {5}
     clients["m00"].close()
     again = clients["m00"].session(in_process(coordinator, "m00"))
     again.run()
@@ -265,6 +268,9 @@ def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(f
     PassingTime(coordinator, "m03")
     assert set(run_all(sessions)) == {"m03"}
     assert all(not any(total.vectors) for total in coordinator._run.sums._totals)
+    lines, exchanged = coordinator.last_words()
+    assert not exchanged
+    assert "The log of every round says why." in lines[-1]
     first = clients["m00"].learner
     assert not first.local.any(), "no sum, no step"
     charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}

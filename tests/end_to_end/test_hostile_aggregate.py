@@ -22,7 +22,7 @@ from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.protos.errors import TrainingError

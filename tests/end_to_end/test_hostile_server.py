@@ -15,7 +15,6 @@ from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import settings_from_kit
 
 Change = Callable[[AggregateSection], AggregateSection]
 VICTIM = "ada"
@@ -121,7 +120,7 @@ def test_what_is_not_the_agreed_aggregate_is_refused_and_reported_at_home(
     tmp_path: Path, backend: str, attack: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, message = ATTACKS[attack]
-    caplog.set_level(logging.WARNING, "fedmosaic.client.session")
+    caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
     clients, summary, calls = run_with(tmp_path / "f", backend, change)
     refusals = [line for line in caplog.messages if "no shared aggregate" in line]
     assert len(refusals) == 1
@@ -175,7 +174,7 @@ def run_families(
 
 def test_families_share_under_the_same_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Four of one family receive each other's sums; one alone receives nothing, and is told why."""
-    caplog.set_level(logging.WARNING, "fedmosaic.client.session")
+    caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
     clients, summary = run_families(tmp_path / "f")
     kin = set(fv.MEMBERS[:4])
     weights = summary["results"][0]["weights"]["shared"]
@@ -202,7 +201,7 @@ def test_families_share_under_the_same_policy(tmp_path: Path, caplog: pytest.Log
 def test_a_family_of_fewer_than_it_seems_is_refused(
     tmp_path: Path, section: str, change: Change, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "fedmosaic.client.session")
+    caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
     clients, _ = run_families(tmp_path / "f", change, section)
     assert [name for name, _ in clients[VICTIM].learner.received] == [
         name for name in ("shared", "family") if name != section
@@ -213,8 +212,7 @@ def test_a_family_of_fewer_than_it_seems_is_refused(
 
 def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain", rounds=2))
-    settings = settings_from_kit(directory / "server")
-    greedy = Coordinator(settings.model_copy(update={"durable": False, "rounds": 7}))
+    greedy = fv.coordinator_of(directory, rounds=7)
     clients = fv.clients_of(directory)
     errors = fv.play(greedy, clients)
     assert set(errors) == set(fv.MEMBERS)

@@ -12,13 +12,11 @@ import pytest
 
 import builders
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import membership
-from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.round import membership
+from fedmosaic.client.round.keyring import Keyring
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError
-from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import settings_from_kit
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +64,7 @@ def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(
     passing = SimpleNamespace(monotonic=lambda: time.monotonic() + 120.0 * len(pauses), sleep=pauses.append)
     monkeypatch.setattr(membership, "time", passing)
     directory = _federation(tmp_path, rounds=4, rotate_key_every=2)
-    settings = settings_from_kit(directory / "server")
-    lazy = Coordinator(settings.model_copy(update={"durable": False, "key_rotation_rounds": 1000}))
+    lazy = fv.coordinator_of(directory, rotate_key_every=1000)
     errors = fv.play(lazy, fv.clients_of(directory))
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():

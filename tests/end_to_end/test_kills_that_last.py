@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.records import read_upload
+from fedmosaic.client.round.keyring import Keyring
+from fedmosaic.client.round.records import read_upload
 from fedmosaic.protos.errors import KeyAgreementError, StateError
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator

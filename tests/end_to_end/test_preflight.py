@@ -27,7 +27,7 @@ from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.result.saved import open_model
+from fedmosaic.client.result.saved import Opening
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, SessionRecord
 from fedmosaic.experiments.comparison import report
@@ -430,7 +430,7 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     assert own.comparison.scores == {"base": own.before["self"], "federated": own.after["self"]}
     assert result["comparison"]["verdict"] == own.comparison.verdict()
     ids = torch.arange(3, 11)[None]
-    assert torch.equal(own.model(ids).logits, open_model(own.state).model(ids).logits)
+    assert torch.equal(own.model(ids).logits, Opening(state=own.state).open().model(ids).logits)
     assert report.main([str(own.state), "--html", str(config.parent / "page.html")]) == 0
     page = (config.parent / "page.html").read_text()
     assert "cannot tell" in page

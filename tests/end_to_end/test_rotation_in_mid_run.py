@@ -16,7 +16,7 @@ from waiting import wait_until
 
 import builders
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import membership
+from fedmosaic.client.round import membership
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.requests import make_request

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.records import read_upload
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.round.records import read_upload
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError, StateError
 from fedmosaic.protos.messages import Upload
@@ -23,8 +24,13 @@ def _run(tmp_path: Path, backend: str, rounds: int = 3) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", ["plain", "mask", "ckks"])
-def test_every_recipient_gets_the_weighted_sum_of_the_others(tmp_path: Path, backend: str) -> None:
+def test_every_recipient_gets_the_weighted_sum_of_the_others(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Progress, "stage", lambda _, number, name, total=0: told.append(name))
     run = _run(tmp_path, backend, rounds=2)
+    assert ("agreeing on the group key" in told) == (backend != "plain")
     first = {
         name: np.random.default_rng([seed, 1]).normal(0, 0.5, c.learner.local.size).astype(np.float32)
         for seed, (name, c) in enumerate(run["clients"].items())

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client.protection import check_countersigned
+from fedmosaic.client.round.protection import Identity, Protection
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.witness import WitnessSettings, run
 from fedmosaic.privacy.audit import AUDIT, read_audit
@@ -197,6 +197,7 @@ def ask(kit: Path, port: int, *, witness: bool) -> None:
 def test_a_countersignature_is_of_one_aggregate_alone(tmp_path: Path) -> None:
     directory = found(tmp_path / "f", "ckks", 3)
     kit, witness = open_kit(directory / "clients" / "ada"), open_kit(directory / "clients" / "notary")
+    ada = Protection(Identity.of(kit), kit.roster, "", None)
     row = WeightRow(("ben", "cid", "dee"), (16384, 8192, 8192), 15)
     said: dict[str, Any] = {
         "federation": "vectors",
@@ -213,7 +214,7 @@ def test_a_countersignature_is_of_one_aggregate_alone(tmp_path: Path) -> None:
     def check(key: Ed25519PrivateKey, **changes: Any) -> None:
         signature = key.sign(countersigned_digest(**(said | changes)))
         section = AggregateSection("shared", row, b"sum", "", bytes(32), signature)
-        check_countersigned(kit.roster, "0" * 32, "ada", "shared", section, row, 1, 2)
+        ada.check_countersigned("0" * 32, section, row, 1, 2)
 
     check(witness.signing_key())
     other = {

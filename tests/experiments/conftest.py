@@ -20,10 +20,16 @@ def _save_model(folder: Path, layers: int, width: int) -> None:
     words, end = ["<unk>", "</s>", *_WORDS], "</s>"
     with torch.random.fork_rng(devices=[]):
         tiny_llama(
-            layers, vocab_size=len(words), hidden_size=width, intermediate_size=2 * width,
-            num_hidden_layers=layers, num_attention_heads=2, bos_token_id=1, eos_token_id=1,
+            layers,
+            vocab_size=len(words),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=1,
             initializer_range=0.2,
-        ).save_pretrained(folder)  # fmt: skip
+        ).save_pretrained(folder)
     word_tokenizer(words, eos_token=end, pad_token=end).save_pretrained(folder)
 
 

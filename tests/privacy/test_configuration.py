@@ -15,12 +15,19 @@ class Settings(configuration.Frozen):
 
 
 BAD_JSON = {
-    "empty": b"", "cut": b'{"name": "secr', "half a character": b'{"name": "secret \\ud83d"}',
-    "half a character in a key": b'{"\\uDC00secret": 1}', "5,000 digits": b'{"store": ' + b"9" * 5000 + b"}",
-    "deep nesting": b"[" * 100_000 + b"]" * 100_000, "NaN": b'{"store": NaN}',
-    "Infinity": b'{"store": -Infinity}', "too large": b'{"store": 1e999}',
-    "UTF-16": '{"name": "secret"}'.encode("utf-16"), "not UTF-8": b'{"name": "secret \xff"}', "NUL": b"\x00",
-}  # fmt: skip
+    "empty": b"",
+    "cut": b'{"name": "secr',
+    "half a character": b'{"name": "secret \\ud83d"}',
+    "half a character in a key": b'{"\\uDC00secret": 1}',
+    "5,000 digits": b'{"store": ' + b"9" * 5000 + b"}",
+    "deep nesting": b"[" * 100_000 + b"]" * 100_000,
+    "NaN": b'{"store": NaN}',
+    "Infinity": b'{"store": -Infinity}',
+    "too large": b'{"store": 1e999}',
+    "UTF-16": '{"name": "secret"}'.encode("utf-16"),
+    "not UTF-8": b'{"name": "secret \xff"}',
+    "NUL": b"\x00",
+}
 
 
 @pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON.keys())

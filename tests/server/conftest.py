@@ -3,7 +3,7 @@
 import datetime as dt
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,9 @@ from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, upload_header
 from fedmosaic.privacy.federation import identity
-from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.federation.roster import Member, Roster, Witness
+from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.privacy.statement.models import ADVERSARIES, PrivacyStatement
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, ReceiptStatus, Section, Upload
 from fedmosaic.protos.signing import sign_upload
@@ -31,7 +33,6 @@ from fedmosaic.server.settings import ServerSettings, TlsFiles
 from fedmosaic.server.storage import tables
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
-DIMENSIONS = 12
 PROFILE_DIMENSIONS = 8
 
 
@@ -51,40 +52,61 @@ class TestFederation:
 
     __test__ = False
     clients: tuple[str, ...] = CLIENTS
-    dimensions: int = DIMENSIONS
+    rank: int = 3
     keys: dict[str, Ed25519PrivateKey] = field(default_factory=dict)
     parameters: PlainParameters = field(default_factory=PlainParameters)
-    roster_hash: bytes = hashlib.sha256(b"roster").digest()
-    adapter_hash: bytes = hashlib.sha256(b"adapter").digest()
+    roster: Roster = field(init=False)
+    """What the settings asked for last are made of."""
 
     def __post_init__(self) -> None:
         self.keys = {client: Ed25519PrivateKey.generate() for client in self.clients}
+        self.roster = self.agree()
 
-    def settings(self, state_dir: Path, **changes: Any) -> ServerSettings:
-        values: dict[str, Any] = {
-            "federation": "fed",
-            "members": {c: key.public_key().public_bytes_raw() for c, key in self.keys.items()},
-            "roster_hash": self.roster_hash,
-            "adapter_spec_hash": self.adapter_hash,
-            "shared_dimensions": self.dimensions,
-            "profile_dimensions": PROFILE_DIMENSIONS,
-            "profile_noise_variance": 0.0,
-            "rounds": 3,
-            "quorum": min(4, len(self.clients)),
-            "round_deadline_seconds": 60.0,
-            "policy": AggregationPolicy(minimum_contributors=min(3, len(self.clients) - 1)),
-            "encryption": self.parameters,
-            "state_dir": state_dir,
-            "durable": False,
+    @property
+    def dimensions(self) -> int:
+        return self.roster.terms.adapter.shared_dimensions
+
+    def agree(self, serial: int = 1, families: Mapping[str, str] = {}, **changes: Any) -> Roster:
+        """A roster of all clients; the changes are to its terms, table by table."""
+        encryption = changes.pop("encryption", self.parameters)
+        plain = encryption.backend == "plain"
+        protection = "none" if plain else "encrypted"
+        reduction = Reduction(hidden_size=4, intermediate_size=4, projection_dimensions=PROFILE_DIMENSIONS)
+        tables: dict[str, dict[str, Any]] = {
+            "adapter": {"rank": self.rank, "blocks": 1, "target_modules": ("m",), "protection": protection},
+            "schedule": {"rounds": 3, "quorum": min(4, len(self.clients)), "round_deadline_seconds": 60.0},
+            "policy": {"minimum_contributors": min(3, len(self.clients) - 1)},
+            "profile": {"reduction": reduction, "noise_multiplier": 0.0},
         }
-        return ServerSettings(**(values | changes))
+        agreed = {name: table | changes.pop(name, {}) for name, table in tables.items()} | changes
+        agreed["profile"] = builders.tiny_mechanism(**agreed["profile"])
+        terms = Terms.model_validate({**agreed, "encryption": encryption, "allow_plaintext": plain})
+        members = [
+            Member(
+                id=client,
+                identity_key=identity.public_hex(key.public_key()),
+                tls_key_sha256=identity.spki_sha256(builders.tls_key(client).public_key()),
+                family=families.get(client, ""),
+            )
+            for client, key in self.keys.items()
+        ]
+        return Roster(federation="fed", serial=serial, issued="", members=tuple(members), terms=terms)
+
+    def settings(self, state_dir: Path, witness: Witness | None = None, **changes: Any) -> ServerSettings:
+        """Of a server of this federation; the changes are the operator's, or to the roster."""
+        own = {name: changes.pop(name) for name in ServerSettings.model_fields.keys() & changes.keys()}
+        agreed = self.agree(**changes)
+        made = ServerSettings(roster=agreed, state_dir=state_dir, **({"durable": False} | own))
+        # A witness is shown plain sums here, which no roster allows: they are easier to look at.
+        self.roster = agreed.model_copy(update={"witness": witness})
+        return made.model_copy(update={"roster": self.roster})
 
     def enrolment(self, **changes: Any) -> Enrolment:
         values: dict[str, Any] = {
             "protocol_version": PROTOCOL_VERSION,
             "federation": "fed",
-            "roster_hash": self.roster_hash,
-            "adapter_spec_hash": self.adapter_hash,
+            "roster_hash": self.roster.hash,
+            "adapter_spec_hash": self.roster.terms.adapter.spec_hash,
             "family": "",
             "software": "fedmosaic test",
         }
@@ -148,7 +170,7 @@ class TestFederation:
         }
         mine |= {"channels": (channel,), "warnings": ()}
         mine |= {"guarantees": [guarantee | {"adversary": adversary} for adversary in ADVERSARIES]}
-        whole = {"run_id": run_id, "created": "", "roster_sha256": self.roster_hash.hex(), "encryption": ""}
+        whole = {"run_id": run_id, "created": "", "roster_sha256": self.roster.hash.hex(), "encryption": ""}
         whole |= {"transport": "mutual_tls", "no_guarantee": False, "coalition_rows": (), "assumptions": ()}
         statement = {**whole, "leaks": (), "clients": (mine | changes,)}
         return PrivacyStatement.model_validate(statement).model_dump_json().encode()

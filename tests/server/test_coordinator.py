@@ -1,6 +1,5 @@
 """The coordinator: whole runs without a network, faults, restarts."""
 
-import hashlib
 import json
 import logging
 import threading
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedmosaic.privacy.encryption.records import HEADER_BYTES
+from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, LedgerHead, Phase, Profile, ReceiptStatus, Section
@@ -254,10 +254,12 @@ def test_a_vector_that_cannot_be_used_is_refused_and_the_others_finish(
 @pytest.mark.parametrize(
     ("label", "client", "number", "epoch"),
     [
-        ("family:x", "clinic-a", 1, 0), ("shared", "clinic-b", 1, 0), ("shared", "clinic-a", 2, 0),
+        ("family:x", "clinic-a", 1, 0),
+        ("shared", "clinic-b", 1, 0),
+        ("shared", "clinic-a", 2, 0),
         ("shared", "clinic-a", 1, 1),
     ],
-)  # fmt: skip
+)
 def test_a_record_made_for_another_place_is_refused(
     federation: Any, coordinator: Any, label: str, client: str, number: int, epoch: int
 ) -> None:
@@ -277,7 +279,7 @@ def test_bytes_other_than_announced_are_refused(federation: Any, coordinator: An
 
 
 def test_profiles_must_be_those_of_the_agreed_mechanism(federation: Any, begin: Any) -> None:
-    coordinator = begin(profile_noise_variance=4.0)
+    coordinator = begin(profile={"noise_multiplier": 2.0})
 
     def push(variance: float, releases: int, size: int = 8) -> Any:
         profile = Profile(np.ones(size, dtype=np.float32), variance, releases)
@@ -323,7 +325,7 @@ def test_where_the_policy_cannot_be_kept_the_recipient_is_told_and_trains_alone(
     make_federation: Any, begin: Any, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     federation = make_federation(clients=("a", "b", "c", "d"))
-    coordinator = begin(federation, quorum=3)
+    coordinator = begin(federation, schedule={"quorum": 3})
     for client in ("a", "b", "c", "d"):
         coordinator.enrol(client, federation.enrolment())
     for client in ("a", "b", "c"):
@@ -342,9 +344,8 @@ def test_families_share_a_second_section(make_federation: Any, begin: Any) -> No
     names = ("a", "b", "c", "d", "e", "f")
     federation = make_federation(clients=names)
     families = {name: "llama" for name in "abcd"} | {"e": "qwen"}
-    coordinator = begin(
-        federation, families=families, family_dimensions={"llama": 5}, quorum=6, across_families=True
-    )
+    terms = {"adapter": {"family_dimensions": {"llama": 5}}, "relevance": {"across_families": True}}
+    coordinator = begin(federation, families=families, schedule={"quorum": 6}, **terms)
     for name in names:
         coordinator.enrol(name, federation.enrolment(family=families.get(name, "")))
         sections = [Section("shared", federation.record(name, 1, federation.vector(name, 1)))]
@@ -440,17 +441,17 @@ def _no_space(*_: object, **__: object) -> None:
 
 def test_a_state_of_other_terms_is_refused(begin: Any) -> None:
     begin().close()
+    reduction = Reduction(hidden_size=4, intermediate_size=4, projection_dimensions=9)
     with pytest.raises(StateError, match="whose adapter and profile differ"):
-        begin(adapter_spec_hash=bytes(32), profile_dimensions=9)
+        begin(adapter={"alpha": 1.0}, profile={"reduction": reduction})
 
 
 def test_a_new_roster_goes_on_with_the_run_without_the_revoked_member(federation: Any, begin: Any) -> None:
     before = begin()
     federation.push(before, 1)
     federation.crash(before)
-    members = {name: key for name, key in before.settings.members.items() if name != "clinic-e"}
-    federation.roster_hash = hashlib.sha256(b"second").digest()
-    after = begin(members=members)
+    del federation.keys["clinic-e"]
+    after = begin(serial=2)
     after.advance()
     after.enrol("clinic-a", federation.enrolment())
     section = after.pull("clinic-a", 2).sections[0]
@@ -613,8 +614,6 @@ def test_the_server_refuses_settings_under_which_nobody_could_receive(
     federation: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="cannot receive anything"):
-        federation.settings(tmp_path, policy=AggregationPolicy(minimum_contributors=5))
+        federation.settings(tmp_path, policy={"minimum_contributors": 5})
     with pytest.raises(ValueError, match="quorum is 6 with 5 members"):
-        federation.settings(tmp_path, quorum=6)
-    with pytest.raises(ValueError, match="mallory"):
-        federation.settings(tmp_path, families={"mallory": "x"})
+        federation.settings(tmp_path, schedule={"quorum": 6})

@@ -48,10 +48,9 @@ def get(
     site: Site, path: str = "/", headers: Any = None, method: str = "GET", context: Any = None
 ) -> http.client.HTTPResponse:
     host, port = urlsplit(site.url).hostname or "", site.server_address[1]
-    connect = http.client.HTTPConnection
-    line = connect(host, port, timeout=30) if context is None else http.client.HTTPSConnection(
-        host, port, timeout=30, context=context
-    )  # fmt: skip
+    line = http.client.HTTPConnection(host, port, timeout=30)
+    if context is not None:
+        line = http.client.HTTPSConnection(host, port, timeout=30, context=context)
     line.request(method, path, headers=login() if headers is None else headers)
     return line.getresponse()
 
@@ -158,14 +157,21 @@ def test_everything_is_escaped(seen: Snapshot) -> None:
     line = dataclasses.replace(
         seen,
         run={"id": HOSTILE, "started_at": 0.0},
-        status=Status(at=seen.now, round=1, phase=Phase.OPEN, arrived=(), waiting_for=(HOSTILE,),
-                      until=None, message=HOSTILE),
+        status=Status(
+            at=seen.now,
+            round=1,
+            phase=Phase.OPEN,
+            arrived=(),
+            waiting_for=(HOSTILE,),
+            until=None,
+            message=HOSTILE,
+        ),
         rounds=[{**seen.rounds[0], "refusals": told, "uniform_weights_for": [HOSTILE]}],
         compared=([HOSTILE], [[None]], 1),
         traffic={HOSTILE: {"received": 1, "sent": 1}},
         reported={HOSTILE: None},
         refused={HOSTILE: 1},
-    )  # fmt: skip
+    )
     text = html(line, "nonce")
     assert markup.escape(HOSTILE, quote=False).split("'")[0] in text
     assert "<script" not in text
@@ -185,8 +191,8 @@ def test_nobody_reads_without_the_password(played: Any, serve: Any) -> None:
     assert get(site, "/none").status == 404
     assert get(site, method="POST").status == 501
     nonces = set()
-    for path, pattern in (("/", "style-src 'nonce-([^']+)"), ("/", "style-src 'nonce-([^']+)"),
-                          ("/metrics", "style-src '(none)'")):  # fmt: skip
+    page = ("/", "style-src 'nonce-([^']+)")
+    for path, pattern in (page, page, ("/metrics", "style-src '(none)'")):
         answer = get(site, path)
         policy = answer.headers["Content-Security-Policy"]
         assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
@@ -354,8 +360,8 @@ def test_the_page_fits_a_screen_and_a_telephone(seen: Snapshot, tmp_path: Path) 
         "frame.contentDocument.documentElement.scrollWidth).join(' ')"
     )
     (tmp_path / "frames.html").write_text(f"<title></title>{frames}<script>{measure}</script>")
-    command = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-               "--dump-dom", (tmp_path / "frames.html").as_uri()]  # fmt: skip
+    options = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --dump-dom".split()
+    command = [str(_BROWSER), *options, (tmp_path / "frames.html").as_uri()]
     shown = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
     widths = re.search(r"<title>(\d+) (\d+)</title>", shown)
     assert widths is not None, shown[:300]

@@ -60,7 +60,7 @@ def test_a_damaged_upload_is_left_out_named_and_asked_for_again(
 def test_a_damaged_upload_that_does_not_come_again_stops_nobody(
     federation: Any, begin: Any, tmp_path: Path, clock: Any, quorum: int
 ) -> None:
-    coordinator = begin(quorum=quorum)
+    coordinator = begin(schedule={"quorum": quorum})
     federation.push(coordinator, 1)
     cut(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
     coordinator.advance()
@@ -217,10 +217,15 @@ def spoil(key: str, value: str) -> Damage:
 @pytest.mark.parametrize(
     "damage",
     [
-        scramble, empty, Path.unlink, spoil("run", "{"), spoil("run", "[]"), spoil("round", "x"),
+        scramble,
+        empty,
+        Path.unlink,
+        spoil("run", "{"),
+        spoil("run", "[]"),
+        spoil("round", "x"),
         spoil("absent", "{"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_database_is_one_clear_error(
     federation: Any, begin: Any, tmp_path: Path, damage: Damage
 ) -> None:

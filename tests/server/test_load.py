@@ -27,7 +27,7 @@ def play_without_profile(federation: Any, coordinator: Any, round_number: int) -
 def test_the_account_does_not_grow_with_the_rounds_and_matrices_are_kept_once(
     federation: Any, begin: Any, tmp_path: Path
 ) -> None:
-    coordinator = begin(rounds=8)
+    coordinator = begin(schedule={"rounds": 8})
     state = tmp_path / "state"
     federation.play(coordinator, 1)
     sizes = []

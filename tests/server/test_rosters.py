@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from builders import founding
+from builders import founding, with_schedule
 from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.federation.roster import RosterMark
+from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, StateError
 from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.protos.refusal import Refusal
@@ -18,24 +19,18 @@ from fedmosaic.server.settings import ServerSettings, settings_from_kit
 LEAVER = "clinic-e"
 
 
-def marked(settings: ServerSettings, serial: int, rounds: str = "0") -> ServerSettings:
-    """The settings with the mark of a roster of this serial, whose hash they have."""
-    mark = RosterMark(serial=serial, sha256=settings.roster_hash.hex(), terms={"schedule": rounds * 64})
-    return settings.model_copy(update={"roster_mark": mark})
-
-
 def changed(federation: Any, settings: ServerSettings, serial: int = 2, **members: Any) -> ServerSettings:
-    """The next roster: without the leaver, and with other members or keys."""
-    federation.roster_hash = bytes([serial]) * 32
-    left = {name: key for name, key in settings.members.items() if name != LEAVER} | members
-    return marked(
-        settings.model_copy(update={"members": left, "roster_hash": federation.roster_hash}), serial
-    )
+    """The next roster: without the leaver, and with other keys or families of members."""
+    left = [m.model_copy(update=members.get(m.id)) for m in settings.roster.members if m.id != LEAVER]
+    changes = {"serial": serial, "members": tuple(left)}
+    federation.roster = settings.roster.model_copy(update=changes)
+    return settings.model_copy(update={"roster": federation.roster})
 
 
 @pytest.fixture
 def first(federation: Any, tmp_path: Path) -> ServerSettings:
-    return marked(federation.settings(tmp_path / "state"), 1)
+    made: ServerSettings = federation.settings(tmp_path / "state")
+    return made
 
 
 @pytest.fixture
@@ -84,11 +79,9 @@ def test_an_upload_on_its_way_when_its_member_leaves_is_not_stored(
     assert running.describe().arrived == ()
 
 
-def test_a_new_key_of_a_member_holds_at_once(
-    running: Coordinator, federation: Any, make_federation: Any
-) -> None:
-    new = make_federation(("clinic-a",)).keys["clinic-a"]
-    key = new.public_key().public_bytes_raw()
+def test_a_new_key_of_a_member_holds_at_once(running: Coordinator, federation: Any) -> None:
+    new = Ed25519PrivateKey.generate()
+    key = {"identity_key": public_hex(new.public_key())}
     assert running.renew(changed(federation, running.settings, **{"clinic-a": key}))
     running.enrol("clinic-a", federation.enrolment())
     refused("SIGNATURE_INVALID", running.push, "clinic-a", federation.upload(running.run_id, "clinic-a", 1))
@@ -113,12 +106,13 @@ def test_who_is_behind_is_known_after_a_restart(running: Coordinator, federation
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
 @pytest.mark.parametrize(
     ("serial", "rounds", "words"),
-    [(2, "0", ""), (1, "0", "signed two"), (2, "1", r"other terms than roster 1 \(schedule\)")],
+    [(2, 3, ""), (1, 3, "signed two"), (2, 4, r"other terms than roster 1 \(schedule\)")],
 )
 def test_which_roster_may_follow(
-    running: Coordinator, federation: Any, clock: Any, serial: int, rounds: str, words: str, restarted: bool
+    running: Coordinator, federation: Any, clock: Any, serial: int, rounds: int, words: str, restarted: bool
 ) -> None:
-    settings = marked(changed(federation, running.settings), serial, rounds)
+    settings = changed(federation, running.settings, serial)
+    settings = settings.model_copy(update={"roster": with_schedule(settings.roster, rounds=rounds)})
     if restarted:
         federation.crash(running)
 
@@ -148,17 +142,19 @@ def test_a_roster_is_never_rolled_back(
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
-@pytest.mark.parametrize("changes", [{"family_dimensions": {"llama": 4}, "across_families": True}, {}])
+@pytest.mark.parametrize(
+    "terms",
+    [{"adapter": {"family_dimensions": {"llama": 4}}, "relevance": {"across_families": True}}, {}],
+)
 def test_a_member_keeps_its_family_in_a_run(
-    running: Coordinator, federation: Any, clock: Any, changes: dict[str, Any], restarted: bool
+    begin: Any, federation: Any, clock: Any, terms: dict[str, Any], restarted: bool
 ) -> None:
+    running = begin(**terms)
     running.enrol("clinic-a", federation.enrolment())
-    families = {"clinic-a": "llama", "clinic-b": "llama"}  # clinic-b has not enrolled, so nothing was shared
-    settings = changed(federation, running.settings)
-    settings = settings.model_copy(update={**changes, "families": families})
+    llama = {"family": "llama"}  # clinic-b has not enrolled, so it has shared nothing
+    settings = changed(federation, running.settings, **{"clinic-a": llama, "clinic-b": llama})
     if restarted:
         federation.crash(running)
-    running.settings = running.settings.model_copy(update=changes)
     with pytest.raises(StateError, match="'clinic-a' is of family 'llama' on the new roster, and of ''"):
         Coordinator(settings, clock) if restarted else running.renew(settings)
 
@@ -196,15 +192,15 @@ def test_nobody_waits_for_the_statement_of_a_member_that_left(running: Coordinat
 
 def test_a_roster_below_its_quorum_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "f"
-    consortium.create(founding(), place)
-    assert settings_from_kit(place / "server").quorum == 4
+    consortium.create(founding(*"abcde", schedule={"quorum": 5}), place)
+    assert settings_from_kit(place / "server").terms.schedule.quorum == 5
     # As an older program issued it.
     monkeypatch.setattr(consortium, "too_few", lambda members, terms: "")
     consortium.revoke_member(place, "d")
     message = f"the roster of {place / 'server'} is not a valid ServerSettings:"
     with pytest.raises(ConfigurationError) as error:
         settings_from_kit(place / "server")
-    assert str(error.value) == f"{message}\n  (whole file): quorum is 4 with 3 members"
+    assert str(error.value) == f"{message}\n  (whole file): terms.schedule.quorum is 5 with 4 members"
 
 
 def test_a_damaged_mark_of_the_roster_before_is_named(

@@ -208,7 +208,7 @@ def play(federation: Any, connect: Any, server: Process, early: tuple[str, ...] 
 
 
 def test_the_server_ends_with_its_run(federation: Any, launch: Any, connect: Any) -> None:
-    server = launch(rounds=2, grace_seconds=300.0)
+    server = launch(schedule={"rounds": 2}, grace_seconds=300.0)
     transports, run_id = play(federation, connect, server)
     for client, transport in transports.items():
         transport.report(federation.statement(run_id, client))
@@ -222,7 +222,7 @@ def test_the_server_ends_with_its_run(federation: Any, launch: Any, connect: Any
 def test_the_server_waits_for_statements_as_long_as_it_is_told(
     federation: Any, launch: Any, connect: Any
 ) -> None:
-    server = launch(rounds=2, grace_seconds=0.5)
+    server = launch(schedule={"rounds": 2}, grace_seconds=0.5)
     play(federation, connect, server, early=tuple(c for c in federation.clients if c != "clinic-b"))
     assert server.process.wait(120) == 0
     assert len(re.findall(r"waiting for the statements of clinic-b, [\d.]+ s left", server.log)) == 1
@@ -232,7 +232,7 @@ def test_the_server_waits_for_statements_as_long_as_it_is_told(
 def test_a_run_that_exchanged_nothing_ends_with_a_status_of_its_own(
     federation: Any, launch: Any, connect: Any
 ) -> None:
-    server = launch(rounds=1, grace_seconds=0.0)
+    server = launch(schedule={"rounds": 1}, grace_seconds=0.0)
     transports = {c: connect(server, c, retry_seconds=120.0) for c in federation.clients}
     for client, transport in transports.items():
         run_id = transport.enrol(federation.enrolment()).run_id

@@ -19,9 +19,13 @@ COLLECTOR = "https://collector.example.org:4318/v1/traces"
 
 
 def test_a_round_over_grpc_is_one_trace_of_its_stages(
-    federation: Any, authority: Any, connect: Any, start_server: Any, tmp_path: Path,
+    federation: Any,
+    authority: Any,
+    connect: Any,
+    start_server: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     memory = pytest.importorskip(
         "opentelemetry.sdk.trace.export.in_memory_span_exporter", reason="fedmosaic[tracing] is not installed"
     )
@@ -86,9 +90,14 @@ def test_without_a_collector_nothing_is_needed_and_nothing_told(monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("url", "taken"),
-    [(COLLECTOR, True), ("http://127.0.0.1:4318/v1/traces", True), ("http://collector/v1/traces", False),
-     ("collector:4318", False), ("http://127.0.0.1.example.org/", False)],
-)  # fmt: skip
+    [
+        (COLLECTOR, True),
+        ("http://127.0.0.1:4318/v1/traces", True),
+        ("http://collector/v1/traces", False),
+        ("collector:4318", False),
+        ("http://127.0.0.1.example.org/", False),
+    ],
+)
 def test_what_is_told_leaves_the_machine_over_tls_alone(
     url: str, taken: bool, federation: Any, tmp_path: Path
 ) -> None:

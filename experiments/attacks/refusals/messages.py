@@ -197,7 +197,7 @@ def _run(
 ) -> tuple[stand_in.VectorLearner, Line, str]:
     """One federation with one tampered line; returns the victim, the line, and the operator's message."""
     answers = _Answers()
-    logger = logging.getLogger("fedmosaic.client.session")
+    logger = logging.getLogger("fedmosaic.client.round.session")
     logger.addHandler(answers)
     try:
         with stand_in.founded() as (directory, coordinator):

@@ -13,7 +13,7 @@ import numpy as np
 from fedmosaic.client.client import Participant
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
 from fedmosaic.privacy.federation import consortium, kits

@@ -30,11 +30,19 @@ DEVICE: Final = ClassificationTask(
 """Which part of the home does a command speak to?"""
 
 _LABELS: Final = {
-    "HassClimate": "climate", "HassFan": "climate", "HassLight": "light", "HassMedia": "media",
-    "HassSetVolume": "media", "HassStartTimer": "timer", "HassIncreaseTimer": "timer",
-    "HassDecreaseTimer": "timer", "HassCancelTimer": "timer", "HassPauseTimer": "timer",
-    "HassUnpauseTimer": "timer", "HassTimerStatus": "timer",
-}  # fmt: skip
+    "HassClimate": "climate",
+    "HassFan": "climate",
+    "HassLight": "light",
+    "HassMedia": "media",
+    "HassSetVolume": "media",
+    "HassStartTimer": "timer",
+    "HassIncreaseTimer": "timer",
+    "HassDecreaseTimer": "timer",
+    "HassCancelTimer": "timer",
+    "HassPauseTimer": "timer",
+    "HassUnpauseTimer": "timer",
+    "HassTimerStatus": "timer",
+}
 """Beginning of an intent's name, and the class of its sentences; other intents are left out."""
 
 _WORDS: Final[Mapping[str, Sequence[str]]] = {

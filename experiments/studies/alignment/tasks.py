@@ -11,7 +11,6 @@ The stories model (`--stories`) cannot learn to end an answer as its tokenizer s
 one in twenty thousand. It ends its stories with `<s>`, and the copy that is written names that token.
 """
 
-import csv
 import json
 import random
 import shutil
@@ -19,17 +18,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import tyro
 
 from fedmosaic.alignment.public_text import read_public_text
-from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
+from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.studies.alignment.turned import turn_model
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
+from fedmosaic.experiments.tasks.rows import read_csv, read_json
 from fedmosaic.protos.errors import ConfigurationError
 
 _READOUT_TEXTS: Final = 600
@@ -96,8 +96,10 @@ def write_tasks(arguments: Arguments) -> None:
             ("test", test, arguments.test_rows),
         ):
             examples = _balanced(name, split, pairs, rows)
-            _write(arguments.out / f"{name}.{split}.jsonl", examples)
-            _write(arguments.out / f"{name}-letters.{split}.jsonl", [_in_letters(e) for e in examples])
+            write_examples(arguments.out / f"{name}.{split}.jsonl", examples)
+            write_examples(
+                arguments.out / f"{name}-letters.{split}.jsonl", [_in_letters(e) for e in examples]
+            )
     (arguments.out / "general.txt").write_text("\n".join(public) + "\n", encoding="utf-8")
 
 
@@ -108,7 +110,7 @@ def write_story_model(folder: Path, out: Path) -> None:
         out.mkdir(parents=True)
         for file in folder.iterdir():
             shutil.copyfile(file, out / file.name)
-        settings = _json(out / "tokenizer_config.json")
+        settings = read_json(out / "tokenizer_config.json")
         settings["eos_token"] = settings["bos_token"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
@@ -136,7 +138,7 @@ def write_shallow_models(
 
 def _tasks(data: Path) -> dict[str, tuple[Pairs, Pairs]]:
     """Training and test pairs by task."""
-    text, intents = data / "cl_benchmark_text", _json(data / "clinc150/data_full.json")
+    text, intents = data / "cl_benchmark_text", read_json(data / "clinc150/data_full.json")
     domain_of = {intent: name for name in _DOMAINS for intent in CLINC_DOMAINS[name].split()}
     articles, things = (
         _labelled(text / "TC/dbpedia/test.json", "Article", {name: name.lower() for name in names})
@@ -162,16 +164,15 @@ def _both(pairs: Callable[[str], Pairs]) -> tuple[Pairs, Pairs]:
 
 def _labelled(path: Path, opening: str, words: dict[str, str]) -> Pairs:
     question = "Opinion?" if opening == "Review" else "Topic?"
-    rows = [row for row in _json(path) if row["label"] in words]
+    rows = [row for row in read_json(path) if row["label"] in words]
     return [(f"{opening}: {_short(row['sentence'])}\n{question}", words[row["label"]]) for row in rows]
 
 
 def _questions(path: Path) -> Pairs:
     """Questions to a bank by the one part of it that they are about."""
-    with path.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     named = [
-        (row["text"], [word for part, word in _BANKING.items() if part in row["category"]]) for row in rows
+        (row["text"], [word for part, word in _BANKING.items() if part in row["category"]])
+        for row in read_csv(path)
     ]
     return [(f"Question: {_short(text)}\nTopic?", found[0]) for text, found in named if len(found) == 1]
 
@@ -182,7 +183,7 @@ def _public(data: Path, rows: int) -> list[str]:
     ]
     texts = [line.replace("<unk>", "") for line in wiki if len(line) > 150]
     for source in _PUBLIC:
-        texts += [row["sentence"] for row in _json(data / f"cl_benchmark_text/{source}/train.json")][:800]
+        texts += [row["sentence"] for row in read_json(data / f"cl_benchmark_text/{source}/train.json")][:800]
     random.Random("public").shuffle(texts)  # noqa: S311 - public data, no secret
     return [_short(text, 250) for text in texts][:rows]
 
@@ -215,14 +216,6 @@ def _in_letters(example: Example) -> Example:
     letters = tuple("ABCD"[: len(example.choices)])
     answer = letters[example.choices.index(example.answer)]
     return Example(f"{example.id}-letters", example.prompt, answer, letters)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, examples: Sequence[Example]) -> None:
-    path.write_text("".join(json.dumps(row_of(example)) + "\n" for example in examples), encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:

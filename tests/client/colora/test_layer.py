@@ -6,19 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedmosaic.client.colora import BranchedLoraLinear, CoLoraConfig, CoLoraLayer, CoLoraLinear, Placement
-from fedmosaic.client.colora.linear import draw_orthonormal, orthonormality_error
+from fedmosaic.client.colora import CoLoraConfig
+from fedmosaic.client.colora.layer import CoLoraLayer
+from fedmosaic.client.colora.linear import (
+    BranchedLoraLinear,
+    CoLoraLinear,
+    draw_orthonormal,
+    orthonormality_error,
+)
+from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 D_IN, D_OUT, RANK, ALPHA = 12, 20, 4, 6.0
 SCALE = ALPHA / RANK
-KINDS = [CoLoraLinear, BranchedLoraLinear]
+Kind = type[CoLoraLayer]
+KINDS: list[Kind] = [CoLoraLinear, BranchedLoraLinear]
 
 
 def make(
-    kind: type[CoLoraLayer] = CoLoraLinear, *, bias: bool = True, dtype: torch.dtype = torch.float32,
-    fill: bool = True,
-) -> CoLoraLayer:  # fmt: skip
+    kind: Kind = CoLoraLinear, *, bias: bool = True, dtype: torch.dtype = torch.float32, fill: bool = True
+) -> CoLoraLayer:
     """An adapted linear module with three branches, all filled with numbers unless fill=False."""
     torch.manual_seed(1)
     config = CoLoraConfig(r=RANK, alpha=ALPHA, personal_branch=True, basis_seed=3)
@@ -52,7 +59,7 @@ def branch_output(layer: CoLoraLayer, branch: str, x: torch.Tensor) -> torch.Ten
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_is_the_formula(kind: type[CoLoraLayer]) -> None:
+def test_forward_is_the_formula(kind: Kind) -> None:
     layer, x = make(kind), inputs()
     g = torch.sigmoid(layer.colora_gate["default"].double())
     expected = layer.linear(x).double()
@@ -124,7 +131,7 @@ def test_bases_are_orthonormal_and_differ_between_modules_and_blocks() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("active", [set(), {"local"}, {"global"}, {"personal"}, {"local", "personal"}])
 def test_branches_left_out_have_no_effect_and_the_gate_acts_only_between_two(
-    kind: type[CoLoraLayer], active: set[str]
+    kind: Kind, active: set[str]
 ) -> None:
     layer, x = make(kind), inputs()
     layer.settings["default"].active = frozenset(active)
@@ -133,7 +140,7 @@ def test_branches_left_out_have_no_effect_and_the_gate_acts_only_between_two(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_branches_left_out_are_not_computed(kind: type[CoLoraLayer]) -> None:
+def test_branches_left_out_are_not_computed(kind: Kind) -> None:
     layer, x = make(kind), inputs()
     layer.settings["default"].active = frozenset({"local"})
     with torch.no_grad():
@@ -148,7 +155,7 @@ def test_branches_left_out_are_not_computed(kind: type[CoLoraLayer]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fixed_gate_does_not_read_the_gate_parameters(kind: type[CoLoraLayer]) -> None:
+def test_a_fixed_gate_does_not_read_the_gate_parameters(kind: Kind) -> None:
     layer, x = make(kind), inputs()
     layer.settings["default"].fixed_gate = 0.25
     with torch.no_grad():
@@ -160,7 +167,7 @@ def test_a_fixed_gate_does_not_read_the_gate_parameters(kind: type[CoLoraLayer])
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_merging_is_equivalent_and_unmerging_restores(kind: type[CoLoraLayer], bias: bool) -> None:
+def test_merging_is_equivalent_and_unmerging_restores(kind: Kind, bias: bool) -> None:
     layer, x = make(kind, bias=bias), inputs()
     base = layer.linear.weight.clone(), None if layer.linear.bias is None else layer.linear.bias.clone()
     before = layer(x)
@@ -187,7 +194,7 @@ def test_merging_something_broken_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bfloat16_base_keeps_the_adapter_and_its_gradients_in_float32(kind: type[CoLoraLayer]) -> None:
+def test_a_bfloat16_base_keeps_the_adapter_and_its_gradients_in_float32(kind: Kind) -> None:
     layer, x = make(kind, dtype=torch.bfloat16), inputs().to(torch.bfloat16)
     adapter = {n: t for n, t in layer.state_dict().items() if "colora_" in n}
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}

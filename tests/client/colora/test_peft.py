@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fedmosaic.client.colora import (
     CoLoraConfig,
-    CoLoraLayer,
     fix_gate,
+    get_basis,
     read_shared,
     set_active_branches,
     set_basis,
     set_trainable,
 )
 from fedmosaic.client.colora.config import PEFT_TYPE, SPOKEN_TYPE
+from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import draw_orthonormal
-from fedmosaic.client.colora.state import get_basis
 from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError
 from tiny import tiny_decoder as tiny

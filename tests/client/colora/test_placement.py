@@ -4,22 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from fedmosaic.client.colora import find_decoder_layers, target_layers
 from fedmosaic.client.colora.placement import plan_placements, select_modules
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 from tiny import LINEARS, tiny_decoder, tiny_llava
-
-SMALL = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}  # fmt: skip
-
-
-def llava(depth: int = 3) -> LlavaForConditionalGeneration:
-    return tiny_llava(LlamaConfig(**SMALL, num_hidden_layers=depth), image_token_index=5)
-
 
 # The authors' get_target_layers evaluated on the models of the paper; 0-based.
 AUTHORS_TABLE = [
@@ -75,7 +64,7 @@ def test_target_layers_refuses_what_makes_no_sense() -> None:
 
 
 def test_llava_language_part_is_found_even_when_the_vision_tower_is_as_deep() -> None:
-    model = llava(depth=3)
+    model = tiny_llava(tiny_decoder().config, image_token_index=5)
     name, layers = find_decoder_layers(model)
     assert "language_model" in name
     assert layers is model.model.language_model.layers

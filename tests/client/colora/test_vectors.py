@@ -13,7 +13,6 @@ from torch import nn
 
 from fedmosaic.client.colora import (
     CoLoraConfig,
-    CoLoraLayer,
     adapted_layers,
     copy_branch,
     fix_gate,
@@ -27,6 +26,7 @@ from fedmosaic.client.colora import (
     write_family,
     write_shared,
 )
+from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import draw_orthonormal
 from fedmosaic.protos.errors import ModelError
 from tiny import LINEARS as MODULES

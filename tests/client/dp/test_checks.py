@@ -66,19 +66,15 @@ def test_a_frozen_private_tensor_in_the_forward_pass_is_found(
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
 
 
-@pytest.mark.parametrize("group", ["gate", "personal", "global"])
+@pytest.mark.parametrize("group", ["gate", "personal", "global", "base"])
 def test_another_trainable_tensor_is_found(model: nn.Module, group: str) -> None:
     with only_shared_branch(model) as cores:
-        set_trainable(model, {"local", group}, layers="shared")
+        if group == "base":
+            model.get_base_model().lm_head.weight.requires_grad_(True)
+        else:
+            set_trainable(model, {"local", group}, layers="shared")
         with pytest.raises(PrivacyError, match="outside the shared branch"):
-            assert_only_shared_branch(model, cores, private_parameters(model))
-
-
-def test_a_trainable_base_weight_is_found(model: nn.Module) -> None:
-    with only_shared_branch(model) as cores:
-        model.get_base_model().lm_head.weight.requires_grad_(True)
-        with pytest.raises(PrivacyError, match="outside the shared branch"):
-            assert_only_shared_branch(model, cores, {})
+            assert_only_shared_branch(model, cores, {} if group == "base" else private_parameters(model))
 
 
 def test_everything_but_releases_counts_as_private(model: nn.Module) -> None:

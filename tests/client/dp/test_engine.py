@@ -98,10 +98,9 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
         total = clip_and_sum(rows, bound)
         wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
         parameters = core_parameters(cores)
-        optimizer = DPOptimizer(
-            torch.optim.SGD(parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=bound,
-            expected_batch_size=1, loss_reduction="sum",
-        )  # fmt: skip
+        sgd = torch.optim.SGD(parameters, lr=1.0)
+        clipped = {"max_grad_norm": bound, "noise_multiplier": 0.0, "expected_batch_size": 1}
+        optimizer = DPOptimizer(sgd, loss_reduction="sum", **clipped)
         model.enable_input_require_grads()
         example_losses(wrapped, on_device_of(model, collate(examples, 0))).sum().backward()
         model.disable_input_require_grads()

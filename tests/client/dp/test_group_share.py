@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import tiny_mechanism
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.dp.training import group_share
+from fedmosaic.client.dp.training import PrivateRound
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.records import ClippingRecord
+from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.round.records import ClippingRecord
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -41,7 +41,7 @@ class Silent:
 
 
 class Releases:
-    """What `group_share` asks of a client's releases, every example in the sample."""
+    """What `PrivateRound.share` asks of a client's releases, every example in the sample."""
 
     def __init__(self, path, sigma=SIGMA):
         self.receive_only, self.randomness, self.charged = False, Silent(), []
@@ -73,10 +73,7 @@ def model():
 
 def share(model, tmp_path, unit, texts, **changes):
     releases = Releases(tmp_path, **changes)
-    found = group_share(
-        model, texts, terms(unit), TrainingSettings(), members=6, releases=releases, round_number=2,
-        progress=Progress(),
-    )  # fmt: skip
+    found = PrivateRound(model, texts, terms(unit), TrainingSettings(), releases, Progress()).share(2, 6)
     assert releases.charged == [GaussianEvent(SIGMA, 1.0, 1)]
     return found / group_grid(terms(unit), 6).steps
 
@@ -98,11 +95,10 @@ def test_all_records_of_a_person_move_the_sum_by_one_clipping_norm_at_most(model
 
 def test_an_example_without_a_person_is_refused_before_anything_is_charged(model, tmp_path):
     releases = Releases(tmp_path)
+    texts = [*TEXTS[:2], replace(TEXTS[2], person="")]
+    asked = PrivateRound(model, texts, terms("person"), TrainingSettings(), releases, Progress())
     with pytest.raises(ConfigurationError, match="training example 3 names no person"):
-        group_share(
-            model, [*TEXTS[:2], replace(TEXTS[2], person="")], terms("person"), TrainingSettings(), members=6,
-            releases=releases, round_number=2, progress=Progress(),
-        )  # fmt: skip
+        asked.share(2, 6)
     assert not releases.charged
 
 

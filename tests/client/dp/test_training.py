@@ -14,10 +14,10 @@ from fedmosaic.client.colora import adapted_layers, read_shared, set_active_bran
 from fedmosaic.client.dp.engine import dimensions_of, example_gradient, only_shared_branch, private_parameters
 from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
-from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
+from fedmosaic.client.model.loss import Batch, example_losses
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
-from fedmosaic.privacy.mechanism.noise import Randomness, SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.errors import ConfigurationError, PrivacyError
 from tiny import random_texts, tiny_colora
 
@@ -61,39 +61,30 @@ def receive(model: nn.Module, bound: float) -> None:
                 parameter.copy_(signs * bound)
 
 
-SETTINGS = PrivateTrainingSettings(
-    learning_rate=1.0, optimizer="sgd", steps=3, sampling_rate=0.5, expected_batch_size=7, max_grad_norm=0.05,
-    noise_multiplier=1.5,
-)  # fmt: skip
+Texts = list[EncodedExample]
+Settings = PrivateTrainingSettings
+PLAN = {"steps": 3, "sampling_rate": 0.5, "expected_batch_size": 7, "max_grad_norm": 0.05}
+SETTINGS = Settings(learning_rate=1.0, optimizer="sgd", noise_multiplier=1.5, **PLAN)
 
 
-def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> PrivateTrainingSettings:
-    return PrivateTrainingSettings(**(settings.model_dump() | values))
+def change(settings: Settings = SETTINGS, **values: object) -> Settings:
+    return Settings(**(settings.model_dump() | values))
 
 
 def train(
-    model: nn.Module, examples: list[EncodedExample], settings: PrivateTrainingSettings = SETTINGS,
-    randomness: Randomness | None = None, losses: ExampleLosses = example_losses,
-    active: set[str] | None = None, **options: Any,
-) -> ClippedSum:  # fmt: skip
+    model: nn.Module, texts: Texts, settings: Settings = SETTINGS, noise: Any = None, **options: Any
+) -> ClippedSum:
     """Train beside a received branch; with `active` branches left in, no private tensor is declared."""
+    active = options.pop("active", None)
     with only_shared_branch(model, global_weight=0.5) as cores:
         if active is not None:
             set_active_branches(model, active, layers="shared")
-        return private_steps(
-            model,
-            cores,
-            examples,
-            settings,
-            private_parameters=options.pop("private", {} if active else private_parameters(model)),
-            randomness=randomness or Script(),
-            losses=losses,
-            **options,
-        )()
+        options |= {"private_parameters": {} if active else private_parameters(model)}
+        return private_steps(model, cores, texts, settings, randomness=noise or Script(), **options)()
 
 
 def released(
-    examples: list[EncodedExample], settings: PrivateTrainingSettings = SETTINGS, *others: Any, **options: Any
+    examples: Texts, settings: Settings = SETTINGS, *others: Any, **options: Any
 ) -> npt.NDArray[np.float32]:
     """What a fresh model releases."""
     model = make_model()
@@ -230,9 +221,9 @@ def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: flo
 
     model = make_model()
     settings = change(steps=1, sampling_rate=1.0)
-    report = train(model, examples, settings, SeededTestNoise(5), losses)
+    report = train(model, examples, settings, SeededTestNoise(5), losses=losses)
     rest = [example for example in examples if len(example.input_ids) != broken]
-    without_it = released(rest, settings, SeededTestNoise(5), losses)
+    without_it = released(rest, settings, SeededTestNoise(5), losses=losses)
     moved = np.linalg.norm(read_shared(model).astype(float) - without_it)
     assert np.isfinite(read_shared(model)).all()
     assert moved <= 0.05 / 7 * (1 + 1e-4)

@@ -41,21 +41,15 @@ from tiny import word_tokenizer
 
 ROWS = 64
 SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>"}
-COMMON: dict[str, Any] = {
-    "vocab_size": ROWS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 48, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
-EXPERTS = {
-    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-}  # fmt: skip
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = {"vocab_size": ROWS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+COMMON: dict[str, Any] = SIZES | TOKENS | {"num_key_value_heads": 1, "max_position_embeddings": 48}
+EXPERTS = dict.fromkeys(("num_experts", "num_local_experts"), 4)
+EXPERTS |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HEADS = {"head_dim": 8}
 WINDOW = {"sliding_window": 4}
 GPT = {"vocab_size": ROWS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48}
-VISION = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "image_size": 8, "patch_size": 4,
-}  # fmt: skip
+VISION = SIZES | {"intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
 GEMMA = {**COMMON, **HEADS}
 ACCEPTED: dict[str, dict[str, Any]] = {
     "llama": COMMON,
@@ -141,10 +135,8 @@ def test_prefix_attention_is_refused() -> None:
 
 
 def test_a_vision_language_model_that_reads_text_alone_is_accepted() -> None:
-    config = AutoConfig.for_model(
-        "smolvlm", text_config={**COMMON, "model_type": "llama"}, vision_config=VISION, image_token_id=10,
-        scale_factor=2,
-    )  # fmt: skip
+    parts = {"text_config": COMMON | {"model_type": "llama"}, "vision_config": VISION}
+    config = AutoConfig.for_model("smolvlm", **parts, image_token_id=10, scale_factor=2)
     model = AutoModelForImageTextToText.from_config(config).eval()
     check_language_model("smolvlm", model, make_tokenizer())
     check_adapter(adapt(model, CoLoraConfig(r=2, blocks=2)), make_tokenizer())

@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fedmosaic.client.data.records import Example, Turn, read_set
 from fedmosaic.client.model.examples import IGNORED, collate, encode_examples, example_pieces, question_tokens
 from fedmosaic.client.model.loss import example_losses
-from fedmosaic.client.model.scoring import check_scorable, score_examples
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.preflight.data import read_lengths
-from fedmosaic.client.profile.probe import read_as_text
+from fedmosaic.client.profile.release import read_as_text
 from fedmosaic.client.vision.inputs import without_images
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import tiny_llama
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</e>", "pad_token": "<pad>", "unk_token": "<unk>"}
 LETTERS = "abcdefghijklmnopqrstuvwxyzSUB:\n "
@@ -157,15 +158,11 @@ def test_lengths_are_told_with_what_is_learned() -> None:
 
 def test_a_conversation_is_trained_and_scored_like_any_example() -> None:
     tokens = tokenizer(CHATML)
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=24,
-        num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=2, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 2}
+    model = tiny_llama(**sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1).eval()
     examples = [chat("a", "b", "c", "d"), chat("e", "f")]
-    check_scorable(model, tokens, examples, 60, "test")
+    examiner = Examiner(model, tokens, 2, 60)
+    examiner.check(examples, "test")
     with_choices = [Example(e.id, e.prompt, e.answer, (e.answer, "zz"), e.turns) for e in examples]
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     batch = collate(encode_examples(tokens, examples, 60), 2)
@@ -175,8 +172,8 @@ def test_a_conversation_is_trained_and_scored_like_any_example() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert float(losses.detach().max()) < 0.1
-    assert score_examples(model, tokens, examples, 2, max_length=60).value == 1.0
-    assert score_examples(model, tokens, with_choices, 2, max_length=60).value == 1.0
+    assert examiner.score(examples).value == 1.0
+    assert examiner.score(with_choices).value == 1.0
 
 
 def test_a_probe_without_a_template_reads_the_texts() -> None:

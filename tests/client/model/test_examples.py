@@ -211,10 +211,8 @@ def test_an_unknown_key_is_named_where_it_is_nobody_s_text(key: str, words: str,
 
 
 def test_public_examples_need_no_id(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "x.jsonl", {"prompt": "2+2?", "answer": "4"}, {"prompt": "3+3?", "answer": "6"},
-        {"id": "mine", "prompt": "4+4?", "answer": "8"},
-    )  # fmt: skip
+    sums = [{"prompt": f"{n}+{n}?", "answer": f"{n + n}"} for n in (2, 3, 4)]
+    path = write(tmp_path / "x.jsonl", *sums[:2], sums[2] | {"id": "mine"})
     assert [example.id for example in read_public_examples(path)] == ["line-1", "line-2", "mine"]
     with pytest.raises(ConfigurationError, match="line 3 has an id that rows before it lack; name every"):
         read_examples(path)

@@ -16,7 +16,6 @@ from tokenizers.models import BPE
 from transformers import (
     BertConfig,
     BertModel,
-    LlamaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
@@ -26,10 +25,6 @@ from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
 from fedmosaic.protos.errors import ModelError
 from tiny import tiny_decoder, tiny_llava, word_tokenizer
 
-SMALL = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-}  # fmt: skip
 EOS = {"eos_token": "</s>"}
 
 
@@ -47,7 +42,7 @@ def save_letters(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tiny_decoder(**SMALL, pad_token_id=None).save_pretrained(tmp_path)
+    tiny_decoder(depth=4, pad_token_id=None).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, EOS)
     return tmp_path
 
@@ -82,7 +77,7 @@ def test_an_existing_padding_token_is_kept(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("keep", [1, 3, 4])
 def test_keep_layers_keeps_the_first_and_is_usable(tmp_path: Path, kind: str, keep: int) -> None:
-    whole = tiny_decoder(kind, **SMALL)
+    whole = tiny_decoder(kind, depth=4)
     whole.save_pretrained(tmp_path)
     if kind == "llama":
         save_tokenizer(tmp_path, EOS)
@@ -115,7 +110,7 @@ def test_keep_layers_outside_the_model_is_refused(folder: Path, keep: int) -> No
 
 
 def test_a_llava_model_is_loaded_with_its_vision_tower_and_cut_in_its_language_part(tmp_path: Path) -> None:
-    tiny_llava(LlamaConfig(**SMALL), 2, image_token_index=31).save_pretrained(tmp_path)
+    tiny_llava(tiny_decoder(depth=4).config, 2, image_token_index=31).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, EOS)
     model, _ = load_base_model(tmp_path, keep_layers=2)
     assert isinstance(model, LlavaForConditionalGeneration)
@@ -155,7 +150,7 @@ def make_it_an_encoder(folder: Path) -> None:
         ("cannot be loaded", lambda f: [file.unlink() for file in f.glob("tokenizer*")]),
         ("no end-of-text token", save_tokenizer),
         ("no end-of-text token", lambda f: save_tokenizer(f, {"pad_token": "<s>"})),
-        ("is number 39, the model embeds 32", lambda f: save_tokenizer(f, {"eos_token": "w39"}, tokens=40)),
+        ("is number 69, the model embeds 64", lambda f: save_tokenizer(f, {"eos_token": "w69"}, tokens=70)),
         ("cannot be loaded", lambda f: (f / "config.json").write_text("{")),
     ],
 )

@@ -17,11 +17,8 @@ from fedmosaic.client.model.examples import (
 from fedmosaic.client.model.scoring import (
     BY_CHOICE,
     BY_WRITING,
-    check_scorable,
-    most_likely_choices,
+    Examiner,
     same_words,
-    score_examples,
-    written_answers,
 )
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -82,7 +79,7 @@ def test_choices_are_scored_alike(model: LlamaForCausalLM, choices: tuple[str, .
     for example in examples:
         scores = [mean_log_likelihood(model, example.prompt, choice) for choice in choices]
         expected.append(scores.index(max(scores)))
-    assert most_likely_choices(model, TOKENS, examples, batch_size, max_length=64) == expected
+    assert Examiner(model, TOKENS, batch_size, 64).most_likely_choices(examples) == expected
     assert len(set(expected)) > 1
 
 
@@ -102,9 +99,9 @@ class Counting(nn.Module):
 
 def test_first_token_scoring_runs_each_prompt_once(model: LlamaForCausalLM) -> None:
     counting = Counting(model)
-    most_likely_choices(counting, TOKENS, random_examples(10, ("a b", "c d", "e")), 4, max_length=64)
+    Examiner(counting, TOKENS, 4, 64).most_likely_choices(random_examples(10, ("a b", "c d", "e")))
     assert counting.rows == 10
-    most_likely_choices(counting, TOKENS, random_examples(10, ("a b", "a d", "e")), 4, max_length=64)
+    Examiner(counting, TOKENS, 4, 64).most_likely_choices(random_examples(10, ("a b", "a d", "e")))
     assert counting.rows == 40
 
 
@@ -113,7 +110,7 @@ def test_a_long_prompt_is_cut_from_the_left(model: LlamaForCausalLM) -> None:
     for start in ("a b c d", "m n", "k", "q r s t"):
         short, long = (Example("1", f"{lead}{start}", "e", choices) for lead in ("", "x y z " * 30))
         length = len(start.split()) + 1
-        found = [most_likely_choices(model, TOKENS, [e], 2, max_length=length) for e in (short, long)]
+        found = [Examiner(model, TOKENS, 2, length).most_likely_choices([e]) for e in (short, long)]
         assert found[0] == found[1]
 
 
@@ -132,13 +129,13 @@ def test_dropout_is_off_and_every_mode_is_given_back(model: LlamaForCausalLM, tr
     noisy = Noisy().train(training)
     noisy.model.eval()
     examples = random_examples(20, ("a", "b"))
-    first, second = (most_likely_choices(m, TOKENS, examples, 4, max_length=64) for m in (noisy, model))
+    first, second = (Examiner(m, TOKENS, 4, 64).most_likely_choices(examples) for m in (noisy, model))
     assert first == second
     assert (noisy.training, noisy.model.training, noisy.dropout.training) == (training, False, training)
 
 
 def test_trainable_after_scoring(model: LlamaForCausalLM) -> None:
-    most_likely_choices(model, TOKENS, random_examples(2, ("a", "b")), 2, max_length=64)
+    Examiner(model, TOKENS, 2, 64).most_likely_choices(random_examples(2, ("a", "b")))
     model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
     model.zero_grad()
 
@@ -148,7 +145,7 @@ def test_trainable_after_scoring(model: LlamaForCausalLM) -> None:
 )
 def test_unscorable_examples_are_refused(model: LlamaForCausalLM, choices: tuple[str, ...]) -> None:
     with pytest.raises(ConfigurationError, match="example 1"):
-        score_examples(model, TOKENS, [Example("1", "a", "b", choices)], 2, max_length=64)
+        Examiner(model, TOKENS, 2, 64).score([Example("1", "a", "b", choices)])
 
 
 @pytest.mark.parametrize("choices", [("a", "b"), ("a b", "a c")])
@@ -157,32 +154,32 @@ def test_a_damaged_model_is_refused_rather_than_scored(choices: tuple[str, ...])
     with torch.no_grad():
         damaged.lm_head.weight.fill_(math.nan)
     with pytest.raises(ModelError, match="not finite"):
-        score_examples(damaged, TOKENS, random_examples(2, choices), 2, max_length=64)
+        Examiner(damaged, TOKENS, 2, 64).score(random_examples(2, choices))
 
 
 def test_free_answers_are_scored_by_what_is_written(trained: LlamaForCausalLM) -> None:
-    score = score_examples(trained, TOKENS, LEARNT, 2, max_length=16)
+    score = Examiner(trained, TOKENS, 2, 16).score(LEARNT)
     assert (score.value, score.measure) == (1.0, BY_WRITING)
     wrong = [LEARNT[0], Example("2", "b a e", "g")]
-    assert score_examples(trained, TOKENS, wrong, 2, max_length=16).value == 0.5
+    assert Examiner(trained, TOKENS, 2, 16).score(wrong).value == 0.5
     goes_on = [Example("1", "a b", "c")]
-    assert score_examples(trained, TOKENS, goes_on, 1, max_length=16).value == 0.0
+    assert Examiner(trained, TOKENS, 1, 16).score(goes_on).value == 0.0
 
 
 def test_mixed_sets_are_scored_example_by_example_and_say_so(trained: LlamaForCausalLM) -> None:
     closed = [Example(str(i), "a b", choice, ("c", "g")) for i, choice in enumerate(("c", "g"))]
-    assert most_likely_choices(trained, TOKENS, closed, 2, max_length=16) == [0, 0]
-    alone = score_examples(trained, TOKENS, closed, 2, max_length=16)
+    assert Examiner(trained, TOKENS, 2, 16).most_likely_choices(closed) == [0, 0]
+    alone = Examiner(trained, TOKENS, 2, 16).score(closed)
     assert (alone.value, alone.measure) == (0.5, BY_CHOICE)
-    mixed = score_examples(trained, TOKENS, [closed[0], LEARNT[0], closed[1], LEARNT[1]], 2, max_length=16)
+    mixed = Examiner(trained, TOKENS, 2, 16).score([closed[0], LEARNT[0], closed[1], LEARNT[1]])
     assert mixed.value == 0.75
     assert mixed.measure == f"{BY_CHOICE} for 2 examples, {BY_WRITING} for 2"
 
 
 def test_batching_does_not_change_what_is_written(trained: LlamaForCausalLM) -> None:
     examples = [Example("1", "a b", "x"), Example("2", "b a e", "x"), Example("3", "a b", "x")]
-    together = written_answers(trained, TOKENS, examples, 3, max_length=16, max_new_tokens=4)
-    alone = [written_answers(trained, TOKENS, [e], 1, max_length=16, max_new_tokens=4) for e in examples]
+    together = Examiner(trained, TOKENS, 3, 16).written(examples, 4)
+    alone = [Examiner(trained, TOKENS, 1, 16).written([e], 4) for e in examples]
     assert together == [text for (text,) in alone] == ["c d", "f", "c d"]
 
 
@@ -203,20 +200,20 @@ def test_words_count_and_signs_only_where_there_are_no_words(written: str, answe
 
 def test_answers_longer_than_the_positions_are_refused_beforehand() -> None:
     with pytest.raises(ConfigurationError, match=r"38 tokens.*32 positions"):
-        check_scorable(fresh(), TOKENS, [Example("1", "a", "b " * 30)], 64, "test set 'self'")
+        Examiner(fresh(), TOKENS, 1, 64).check([Example("1", "a", "b " * 30)], "test set 'self'")
 
 
 def test_prompts_make_room_for_the_answer_within_the_positions() -> None:
     long = [Example("1", "a b " * 40, "c")]
-    assert len(written_answers(fresh(), TOKENS, long, 1, max_length=32, max_new_tokens=8)) == 1
+    assert len(Examiner(fresh(), TOKENS, 1, 32).written(long, 8)) == 1
 
 
 def test_tokens_without_a_row_are_refused_beforehand() -> None:
     few, examples = fresh(20), [Example("1", "a", "b"), Example("2", "z", "b")]
     with pytest.raises(ModelError, match="test set 'self', example 2"):
-        check_scorable(few, TOKENS, examples, 16, "test set 'self'")
+        Examiner(few, TOKENS, 1, 16).check(examples, "test set 'self'")
     with pytest.raises(ModelError, match="example 1"):
-        score_examples(few, TOKENS, [Example("1", "a", "b", ("b", "z"))], 1, max_length=16)
+        Examiner(few, TOKENS, 1, 16).score([Example("1", "a", "b", ("b", "z"))])
 
 
 def test_a_model_that_cannot_write_is_refused_beforehand() -> None:
@@ -227,10 +224,10 @@ def test_a_model_that_cannot_write_is_refused_beforehand() -> None:
 
     model.generate = generate
     with pytest.raises(ModelError, match="cannot write answers: ValueError: no cache"):
-        check_scorable(model, TOKENS, [Example("1", "a", "b")], 16, "test set 'self'")
-    check_scorable(model, TOKENS, [Example("1", "a", "b", ("b", "c"))], 16, "test set 'self'")
+        Examiner(model, TOKENS, 1, 16).check([Example("1", "a", "b")], "test set 'self'")
+    Examiner(model, TOKENS, 1, 16).check([Example("1", "a", "b", ("b", "c"))], "test set 'self'")
 
 
 def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no example"):
-        score_examples(fresh(), TOKENS, [], 1, max_length=16)
+        Examiner(fresh(), TOKENS, 1, 16).score([])

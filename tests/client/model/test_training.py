@@ -109,10 +109,9 @@ def test_rates_that_are_left_out_follow_the_learning_rate() -> None:
 def test_the_loss_falls_and_the_report_says_so() -> None:
     model = make_model()
     seen: list[tuple[int, int, float]] = []
-    report = train_local(
-        model, make_examples(16), TrainingSettings(steps=25, learning_rate=0.02, shared_learning_rate=0.02),
-        pad_token_id=0, progress=lambda *values: seen.append(values),
-    )  # fmt: skip
+    settings = TrainingSettings(steps=25, learning_rate=0.02, shared_learning_rate=0.02)
+    told = {"progress": lambda *values: seen.append(values)}
+    report = train_local(model, make_examples(16), settings, pad_token_id=0, **told)
     assert report.last_loss < report.first_loss - 0.5
     assert [(step, steps) for step, steps, _ in seen] == [(step, 25) for step in range(1, 26)]
     assert report.first_loss == pytest.approx(sum(loss for *_, loss in seen[:10]) / 10)

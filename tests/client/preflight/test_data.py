@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedmosaic.client.data.records import Example, ExampleSet, read_sets
 from fedmosaic.client.preflight.data import check_sets, read_lengths
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.protos.errors import ConfigurationError
-
-SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>"}
+from tiny import word_tokenizer
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
@@ -80,9 +78,7 @@ def test_images_are_looked_for(train: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))  # noqa: S106
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+    return word_tokenizer(["<unk>", "</s>", "a", "b"], eos_token="</s>")  # noqa: S106  # a token of text
 
 
 def of(label: str, examples: list[Example]) -> ExampleSet:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 from fedmosaic.client.model.adapted import adapter_config
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
@@ -14,11 +15,9 @@ from fedmosaic.client.preflight import memory
 from fedmosaic.client.preflight.memory import MemoryNeed, memory_need
 from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
 from fedmosaic.privacy.federation.terms import AdapterTerms
+from tiny import tiny_decoder
 
-CONFIG = LlamaConfig(
-    vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=True,
-)  # fmt: skip
+CONFIG = tiny_decoder("llama", 64, 6, vocab_size=300, tie_word_embeddings=True).config
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +34,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def need(
     folder: Path, *, quantization: str | None = None, dtype: str = "float32", **training: object
 ) -> MemoryNeed:
-    path = str(folder)
-    settings = ClientSettings(
-        kit=folder, server="localhost:1", state_dir=folder,
-        model=ModelSettings(path=path, device="cpu", dtype=dtype, quantization=quantization),
-        probe=ModelSettings(path=path, device="cpu"), data=DataSettings(train=folder),
-        training=TrainingSettings(**{"max_length": 64, "per_device_train_batch_size": 4} | training),
-    )  # fmt: skip
+    probe = ModelSettings(path=str(folder), device="cpu")
+    parts = {
+        "model": probe.model_copy(update={"dtype": dtype, "quantization": quantization}),
+        "data": DataSettings(train=folder),
+        "training": TrainingSettings(**{"max_length": 64, "per_device_train_batch_size": 4} | training),
+    }
+    settings = ClientSettings(kit=folder, server="localhost:1", state_dir=folder, probe=probe, **parts)
     return memory_need(settings, AdapterTerms(), supervised=8)
 
 
+def adapted(folder: Path) -> PeftModel:
+    config = adapter_config(ModelSettings(path=str(folder)), AdapterTerms())
+    return adapt(LlamaForCausalLM(CONFIG), config)
+
+
 def test_weights_and_adapter_are_counted_to_the_byte(folder: Path) -> None:
-    model = adapt(LlamaForCausalLM(CONFIG), adapter_config(ModelSettings(path=str(folder)), AdapterTerms()))
+    model = adapted(folder)
     tensors = {id(t): (name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]}.values()
     found = need(folder)
     assert found.weights == sum(t.nbytes for name, t in tensors if "colora_" not in name)
@@ -55,7 +59,7 @@ def test_weights_and_adapter_are_counted_to_the_byte(folder: Path) -> None:
 
 def test_a_step_is_what_a_real_one_holds(folder: Path) -> None:
     """The same count over a real step of `train_local`, whose batches and gradients are there in truth."""
-    model = adapt(LlamaForCausalLM(CONFIG), adapter_config(ModelSettings(path=str(folder)), AdapterTerms()))
+    model = adapted(folder)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 300, (8, 64), generator=generator)
     labels = torch.where(torch.arange(64) < 56, IGNORED, ids)

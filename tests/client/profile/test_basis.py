@@ -19,10 +19,8 @@ HIDDEN, INNER = 8, 12
 
 
 def reduction(kind: str = "kronecker", dimensions: int = 6, **changes: object) -> Reduction:
-    fields: dict[str, object] = {
-        "kind": kind, "hidden_size": HIDDEN, "intermediate_size": INNER, "projection_dimensions": dimensions,
-    }  # fmt: skip
-    return Reduction.model_validate(fields | changes)
+    shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "projection_dimensions": dimensions}
+    return Reduction.model_validate({"kind": kind} | shape | changes)
 
 
 def public_gradients(count: int = 300) -> list[GradientFactors]:

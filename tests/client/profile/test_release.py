@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
-from fedmosaic.client.profile.probe import Probe, clipped_profile, gradient_factors, open_probe
+from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
+from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource, SecureNoise, SeededTestNoise

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.model.scoring import written_answers
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result import chat, predict
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -18,9 +18,7 @@ Leave = Callable[..., Any]
 
 def ask(left: Any, prompt: str, tokens: int) -> str:
     model, tokenizer = left.learner.trained
-    return written_answers(
-        model, tokenizer, [Example("x", prompt, "")], 1, max_length=32, max_new_tokens=tokens
-    )[0]
+    return Examiner(model, tokenizer, 1, 32).written([Example("x", prompt, "")], tokens)[0]
 
 
 def test_rows_with_and_without_choices_are_answered_in_order(leave: Leave, tmp_path: Path) -> None:

@@ -76,10 +76,9 @@ def test_training_alone_repeats_and_leaves_the_client_as_it_was(leave: Leave, pr
     assert learner._sampler.state_dict() == order
 
 
-def test_rounds_of_a_linear_schedule_train_with_falling_rates(
-    leave: Leave, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learner, rates = leave("llama", "none").learner, []
+def rates_of(learner: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What a learner under a linear schedule trains at from now on, as shares of its own rate."""
+    rates: list[float] = []
     training = learner._settings.training.model_copy(update={"lr_scheduler_type": "linear"})
     learner._settings = learner._settings.model_copy(update={"training": training})
     train = training_module.train_local
@@ -89,7 +88,14 @@ def test_rounds_of_a_linear_schedule_train_with_falling_rates(
         return train(model, examples, settings, **options)
 
     monkeypatch.setattr("fedmosaic.client.learner.train_local", watched)
-    rounds = learner._terms.schedule.rounds
+    return rates
+
+
+def test_rounds_of_a_linear_schedule_train_with_falling_rates(
+    leave: Leave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = leave("llama", "none").learner
+    rates, rounds = rates_of(learner, monkeypatch), learner._terms.schedule.rounds
     learner.score_alone(rounds)
     assert rates == pytest.approx([(rounds - number) / rounds for number in range(rounds)])
 
@@ -97,20 +103,12 @@ def test_rounds_of_a_linear_schedule_train_with_falling_rates(
 def test_after_group_sums_the_personal_part_is_trained_at_the_full_rate(
     leave: Leave, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner, rates = leave("llama", "dp").learner, []
-    training = learner._settings.training.model_copy(update={"lr_scheduler_type": "linear"})
-    learner._settings = learner._settings.model_copy(update={"training": training})
+    learner = leave("llama", "dp").learner
+    rates = rates_of(learner, monkeypatch)
     sums = learner._terms.adapter.model_copy(update={"protection": "distributed-dp"})
     learner._terms = learner._terms.model_copy(update={"adapter": sums})
-    train = training_module.train_local
-
-    def watched(model: Any, examples: Any, settings: Any, **options: Any) -> Any:
-        rates.append(settings.learning_rate)
-        return train(model, examples, settings, **options)
-
-    monkeypatch.setattr("fedmosaic.client.learner.train_local", watched)
     learner.train_personal(learner._terms.schedule.rounds)
-    assert rates == [training.learning_rate]
+    assert rates == [1.0]
 
 
 def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, set_active_branches
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.model.scoring import written_answers
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result import export
-from fedmosaic.client.result.saved import open_model, read_saved
+from fedmosaic.client.result.saved import Opening, read_saved
 from fedmosaic.client.settings import IN_MEMORY
 from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.protos.errors import ConfigurationError, ModelError, PrivacyError, StateError
@@ -33,7 +33,7 @@ IDS = torch.arange(5, 25).view(2, 10)
 
 def texts(model: torch.nn.Module, left: Left) -> list[str]:
     asked = [Example(prompt, prompt, "") for prompt in PROMPTS]
-    return written_answers(model, left.learner.trained[1], asked, 2, max_length=32, max_new_tokens=12)
+    return Examiner(model, left.learner.trained[1], 2, 32).written(asked, 12)
 
 
 def written(left: Left, out: Path, *options: str) -> Path:
@@ -64,7 +64,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
         torch.testing.assert_close(loaded(IDS).logits, own, rtol=1e-5, atol=1e-5)
         assert texts(loaded, left) == expected
     assert isinstance(PeftConfig.from_pretrained(tmp_path / "lora"), LoraConfig)
-    opened = open_model(left.state)
+    opened = Opening(state=left.state).open()
     assert torch.equal(opened.model(IDS).logits, own)
 
 
@@ -154,36 +154,31 @@ def test_what_can_be_shared_holds_the_released_branch_and_nothing_else(leave: Le
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def blended_before(state: Path) -> None:
+    """An earlier start blended in what was received, the last one did not."""
+    read_saved(state).model_copy(update={"blend_received": 0.0}).write(state)
+
+
 @pytest.mark.parametrize(
-    ("protection", "changes", "reason"),
+    ("protection", "changes", "then", "reason"),
     [
-        ("none", {}, "nothing of the model was trained with differential privacy"),
-        ("encrypted", {}, "gives away the key of all members"),
-        ("dp+encrypted", {"blend_received": 0.5}, "part of a decrypted aggregate"),
-        ("dp", {"secure": False}, "no guarantee holds"),
+        ("none", {}, None, "nothing of the model was trained with differential privacy"),
+        ("encrypted", {}, None, "gives away the key of all members"),
+        ("dp+encrypted", {"blend_received": 0.5}, None, "part of a decrypted aggregate"),
+        ("dp+encrypted", {"blend_received": 0.5}, blended_before, "part of a decrypted aggregate"),
+        ("dp", {"secure": False}, None, "no guarantee holds"),
+        ("dp", {}, lambda state: (state / HANDED_OVER).unlink(), "run is not over"),
     ],
 )
 def test_what_is_no_private_release_or_endangers_the_key_is_not_shared(
-    leave: Leave, tmp_path: Path, protection: str, changes: dict[str, object], reason: str
+    leave: Leave, tmp_path: Path, protection: str, changes: dict[str, Any], then: Any, reason: str
 ) -> None:
     left = leave("llama", protection, **changes)
-    with pytest.raises(PrivacyError, match=reason):
+    if then is not None:
+        then(left.state)
+    with pytest.raises((PrivacyError, StateError), match=reason):
         export.main([str(left.state), "--out", str(tmp_path / "out"), "--shareable"])
     assert not (tmp_path / "out").exists()
-
-
-def test_what_an_earlier_start_blended_in_is_not_forgotten(leave: Leave, tmp_path: Path) -> None:
-    left = leave("llama", "dp+encrypted", blend_received=0.5)
-    read_saved(left.state).model_copy(update={"blend_received": 0.0}).write(left.state)
-    with pytest.raises(PrivacyError, match="part of a decrypted aggregate"):
-        export.main([str(left.state), "--out", str(tmp_path / "out"), "--shareable"])
-
-
-def test_nothing_is_shared_before_the_statement_was_handed_over(leave: Leave, tmp_path: Path) -> None:
-    left = leave("llama", "dp")
-    (left.state / HANDED_OVER).unlink()
-    with pytest.raises(StateError, match="run is not over"):
-        export.main([str(left.state), "--out", str(tmp_path / "out"), "--shareable"])
 
 
 def test_leaving_q_out_is_measured(leave: Leave, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +223,6 @@ def test_a_model_that_was_handed_over_is_loaded_from_where_it_is_said_to_be(leav
     content = json.loads(record.read_text()) | {"model": IN_MEMORY.model_dump()}
     record.write_text(json.dumps(content))
     with pytest.raises(ConfigurationError, match="give --base"):
-        open_model(left.state)
-    opened = open_model(left.state, base=left.settings.model.path)
+        Opening(state=left.state).open()
+    opened = Opening(state=left.state, base=left.settings.model.path).open()
     assert torch.equal(opened.model(IDS).logits, left.model(IDS).logits)

@@ -83,10 +83,8 @@ def dial(kit: Path) -> Iterator[Callable[..., GrpcTransport]]:
     with ExitStack() as opened:
 
         def make(address: str, **options: Any) -> GrpcTransport:
-            transport = GrpcTransport(
-                address, authority=kit / "authority.pem", certificate=kit / "tls.pem",
-                private_key=kit / "tls.key", **options,
-            )  # fmt: skip
+            own = {"certificate": kit / "tls.pem", "private_key": kit / "tls.key"}
+            transport = GrpcTransport(address, authority=kit / "authority.pem", **own, **options)
             opened.callback(transport.close)
             return transport
 

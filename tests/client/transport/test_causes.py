@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import builders
-from fedmosaic.client.transport.connection import explain
+from fedmosaic.client.transport.causes import explain
 from fedmosaic.privacy.federation.identity import Authority
 from fedmosaic.protos.errors import IdentityError, TransportError
 from fedmosaic.protos.messages import Enrolment
@@ -41,36 +41,30 @@ def fails(dial: Any) -> Callable[[str, float], Exception]:
     return attempt
 
 
-SERVERS: dict[str, tuple[Callable[[Authority, Authority], builders.TlsIdentity | None], str]] = {
-    "another name": (
-        lambda right, foreign: builders.issue_server(right, ["fl.example.org", "192.0.2.7"]),
-        r"the server's certificate is for fl\.example\.org, 192\.0\.2\.7; set server in client\.toml",
-    ),
-    "another authority": (
-        lambda right, foreign: builders.issue_server(foreign, ["127.0.0.1"]),
-        "no certificate of this federation's authority",
-    ),
-    "expired": (
-        lambda right, foreign: builders.issue_server(right, ["127.0.0.1"], now=NOW - 99 * DAY),
-        "certificate has expired",
-    ),
-    "not valid yet": (
-        lambda right, foreign: builders.issue_server(right, ["127.0.0.1"], now=NOW + 9 * DAY),
-        "not valid yet; compare the clocks",
-    ),
-    "a client's certificate": (
-        lambda right, foreign: builders.issue_client(right, "fed", "x"),
-        "a certificate that is not a server's",
-    ),
+Shown = Callable[[Authority, Authority], builders.TlsIdentity | None]
+
+
+def issued(hosts: list[str], now: dt.datetime | None = None, by: int = 0) -> Shown:
+    """A server's certificate, by the federation's authority or by the foreign one."""
+    return lambda *authorities: builders.issue_server(authorities[by], hosts, now)
+
+
+HERE = ["127.0.0.1"]
+NAMES = r"fl\.example\.org, 192\.0\.2\.7"
+SERVERS: dict[str, tuple[Shown, str]] = {
+    "another name": (issued(["fl.example.org", "192.0.2.7"]), rf"for {NAMES}; set server in client\.toml"),
+    "another authority": (issued(HERE, by=1), "no certificate of this federation's authority"),
+    "expired": (issued(HERE, NOW - 99 * DAY), "certificate has expired"),
+    "not valid yet": (issued(HERE, NOW + 9 * DAY), "not valid yet; compare the clocks"),
+    "a client's": (lambda right, _: builders.issue_client(right, "fed", "x"), "that is not a server's"),
     "no TLS": (lambda *_: None, "does not speak TLS"),
 }
 
 
 @pytest.mark.parametrize(("make", "words"), SERVERS.values(), ids=SERVERS.keys())
 def test_what_is_final_is_not_tried_again(
-    make: Callable[[Authority, Authority], builders.TlsIdentity | None], words: str, fails: Any, serving: Any,
-    authority: Authority, foreign: Authority,
-) -> None:  # fmt: skip
+    make: Shown, words: str, fails: Any, serving: Any, authority: Authority, foreign: Authority
+) -> None:
     error = fails(f"127.0.0.1:{serving(make(authority, foreign))}", LONG)
     assert isinstance(error, IdentityError)
     assert re.search(words, str(error))

@@ -212,12 +212,11 @@ def _huge(part: pb.PullResponse) -> pb.PullResponse:
 
 
 def upload(size: int = 700_000) -> Any:
-    return sign_upload(
-        Ed25519PrivateKey.generate(), federation="fed", run_id="0" * 32, round_number=1, client_id="clinic-a",
-        key_epoch=1, attempt_id="a",
-        sections=(Section("shared", PAYLOAD[:size]), Section("family", PAYLOAD[-1000:])),
-        profile=Profile(np.ones(16, dtype=np.float32), 0.0, 1),
-    )  # fmt: skip
+    sections = (Section("shared", PAYLOAD[:size]), Section("family", PAYLOAD[-1000:]))
+    what = {"sections": sections, "profile": Profile(np.ones(16, dtype=np.float32), 0.0, 1)}
+    whose: dict[str, Any] = {"federation": "fed", "run_id": "0" * 32, "client_id": "clinic-a"}
+    when = {"round_number": 1, "key_epoch": 1, "attempt_id": "a"}
+    return sign_upload(Ed25519PrivateKey.generate(), **whose, **when, **what)
 
 
 RECEIPT = wire.encode(Receipt(ReceiptStatus.ACCEPTED, 1, bytes(32)), pb.PushResponse)

@@ -158,9 +158,14 @@ def test_a_batch_size_that_divides_the_sum_leaks_an_example_without_any_gradient
 
 
 SETTINGS = PrivateTrainingSettings(
-    optimizer="sgd", learning_rate=1e-3, steps=4, sampling_rate=1.0, expected_batch_size=100,
-    max_grad_norm=0.5, noise_multiplier=4.0,
-)  # fmt: skip
+    optimizer="sgd",
+    learning_rate=1e-3,
+    steps=4,
+    sampling_rate=1.0,
+    expected_batch_size=100,
+    max_grad_norm=0.5,
+    noise_multiplier=4.0,
+)
 
 
 def adapter_result(randomness: Any = None) -> AttackResult:

@@ -33,9 +33,15 @@ WORDS = [f"word{chr(97 + i)}{chr(97 + j)}" for i in range(9) for j in range(9)]
 
 def tiny_model(hidden: int = 64) -> LlamaForCausalLM:
     return tiny_llama(
-        vocab_size=len(WORDS) + 3, hidden_size=hidden, intermediate_size=96, num_hidden_layers=2,
-        num_key_value_heads=4, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(WORDS) + 3,
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
 
 
 def test_spans_hold_every_token_and_hardly_anything_else() -> None:
@@ -167,13 +173,9 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_command_attacks_a_scenario_and_writes_its_section(scenario: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status = attacks.main(
-        [
-            str(scenario), "--output-dir", str(out), "--pool", "40", "--releases", "40",
-            "--audited-releases", "200", "--canaries", "200", "--texts", "1",
-            "--parts", "profile", "audit", "federation", "text", "adapter",
-        ]
-    )  # fmt: skip
+    sizes = "--pool 40 --releases 40 --audited-releases 200 --canaries 200 --texts 1"
+    parts = "--parts profile audit federation text adapter"
+    status = attacks.main([str(scenario), "--output-dir", str(out), *sizes.split(), *parts.split()])
     assert status == 0
     report = attack_report.read(out)
     assert report is not None

@@ -10,9 +10,16 @@ def report(*figures: Figure, headline: str = "", **more: object) -> AttackReport
     results = ()
     if figures:
         result = AttackResult(
-            attack="Membership", adversary="server", sees="the release", statistic="likelihood ratio",
-            release="σ = 8", setting="product", epsilon=0.43, figures=figures, headline=headline,
-        )  # fmt: skip
+            attack="Membership",
+            adversary="server",
+            sees="the release",
+            statistic="likelihood ratio",
+            release="σ = 8",
+            setting="product",
+            epsilon=0.43,
+            figures=figures,
+            headline=headline,
+        )
         results = (result,)
     fields = {"run": "r", "created": "", "seconds": 120.0, "command": "c", "machine": "m", "results": results}
     return AttackReport.model_validate(fields | more)

@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 
+from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.attacks import sums as attack_sums
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
+from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure
+from fedmosaic.experiments.attacks.statistics.roc import ceiling_of
 from fedmosaic.experiments.attacks.sums import sum_refusals, sum_results
+from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.federation.terms import GroupSumTerms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
+from fedmosaic.privacy.mechanism.shares import noisy_share, plan_grid
 
 TERMS, SIGMA = GroupSumTerms(minimum_contributors=6, colluders=2), 0.6
 CLAIM = epsilon_of_noise(SIGMA)
@@ -54,6 +60,27 @@ def test_members_that_add_less_noise_than_they_promise_are_seen(monkeypatch):
 
 def _too_little_noise(plan):
     return lambda members, batch, noise, bits: plan(members, batch, noise / 1.5, bits)
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_steps_of_noisy_sums_keep_the_claim_and_steps_of_unnoised_ones_do_not(noisy):
+    """The shared branch is read like a release; broken on purpose, the optimizer gets the sums themselves."""
+    sigma, rounds, canaries, source = 2.0, 2, 1000, SeededTestNoise(1)
+    included = np.random.default_rng(1).random(canaries) < 0.5
+    grid = plan_grid(6, 1, noise_share(sigma, 6, 2), 32)
+    gradients = []
+    for _ in range(rounds):
+        total = included * grid.steps
+        if noisy:
+            total = total + sum(noisy_share(ClippedSum.empty(canaries), grid, source) for _ in range(4))
+        gradients.append(mixed_gradient([GroupSum(total / grid.steps, 6.0)], [1.0]))
+    figure = one_run_figure(
+        -shared_branch(np.zeros(canaries), gradients, 0.1, rounds),
+        included,
+        lambda factor: ceiling_of([GaussianEvent(sigma * factor, 1.0, rounds)]),
+        lambda factor: epsilon_of_noise(sigma * factor / rounds**0.5),
+    )
+    assert figure.broken is not noisy
 
 
 def test_every_attempt_to_split_a_group_is_refused_with_a_reason():

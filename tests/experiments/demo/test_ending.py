@@ -29,9 +29,14 @@ def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         path = tmp_path_factory.mktemp("ledgers") / name
         with Ledger.open(path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",)) as ledger:
             ledger.reserve(
-                "profile", 0, GaussianEvent(sigma, 1.0, 1), data_epoch=data_epoch(["x"]), secure_noise=True,
-                clipping_norm=1.0, dimensions=32,
-            )  # fmt: skip
+                "profile",
+                0,
+                GaussianEvent(sigma, 1.0, 1),
+                data_epoch=data_epoch(["x"]),
+                secure_noise=True,
+                clipping_norm=1.0,
+                dimensions=32,
+            )
             client = ClientInputs(ledger=tuple(ledger.export()), adapter_protection="encrypted")
         facts = StatementInputs(run_id="0" * 32, clients=(client,))
         made[name] = json.loads(statement(facts).model_dump_json())

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token
-from fedmosaic.client.model.scoring import most_likely_choices
+from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.model.training import EpochSampler, TrainingSettings
 from fedmosaic.experiments import methods
 from fedmosaic.experiments.comparison.record import read_run
@@ -251,7 +251,7 @@ def test_summed_logits_are_the_sum_and_can_be_scored(two: Any) -> None:
             with lora.using(model, [name]):
                 parts.append(answer_logits(model, batch))
     torch.testing.assert_close(total, parts[0] + parts[1])
-    assert len(most_likely_choices(summed, tokenizer, raw, 4, max_length=16)) == len(raw)
+    assert len(Examiner(summed, tokenizer, 4, 16).most_likely_choices(raw)) == len(raw)
 
 
 def test_distillation_from_oneself_is_half_the_cross_entropy(two: Any) -> None:

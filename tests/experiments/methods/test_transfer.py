@@ -64,9 +64,15 @@ def servers(tiny_scenario: Any) -> dict[str, ServerSide]:
             scenario.clients[number].model, scenario.adapter, Takfl.adapters, rank=2, seed=0
         )
         made[name] = ServerSide(
-            model, encode_examples(tokenizer, texts, 16), padding_token(tokenizer), TRAINING,
-            {f"{name}-a": 2, f"{name}-b": 2}, name, tokenizer, texts,
-        )  # fmt: skip
+            model,
+            encode_examples(tokenizer, texts, 16),
+            padding_token(tokenizer),
+            TRAINING,
+            {f"{name}-a": 2, f"{name}-b": 2},
+            name,
+            tokenizer,
+            texts,
+        )
     return made
 
 

@@ -23,9 +23,12 @@ def test_a_fitted_basis_is_kept_for_the_next_run_and_a_damaged_one_is_not_used(
 
     def fitted(name: str) -> Any:
         return fit_profile(
-            tiny_scenario(), tmp_path / name, Console(file=io.StringIO()), own_process=False,
+            tiny_scenario(),
+            tmp_path / name,
+            Console(file=io.StringIO()),
+            own_process=False,
             kept=tmp_path / "cache" / "basis",
-        )  # fmt: skip
+        )
 
     first = fitted("one")
     assert fitted("two") == first

@@ -229,8 +229,10 @@ def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: P
     assert first.test is not None
     assert len(read_examples(first.test)) == 10
     assert {name: len(read_examples(path)) for name, path in last.others.items()} == {
-        "client-0": 4, "client-1": 2, "client-2": 2,
-    }  # fmt: skip
+        "client-0": 4,
+        "client-1": 2,
+        "client-2": 2,
+    }
     assert last.train == scenario.clients[3].train
 
 

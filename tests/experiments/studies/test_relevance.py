@@ -134,9 +134,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model() -> LlamaForCausalLM:
     return tiny_llama(
-        vocab_size=62, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=62,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
 
 
 def texts(count: int, start: int) -> list[Example]:

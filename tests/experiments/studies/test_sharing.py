@@ -25,9 +25,18 @@ def settings(tmp_path: Path, tiny_folder: Path) -> sharing.Settings:
     content = {"train": rows, "val": [], "test": rows[:8]}
     (tmp_path / "clinc150" / "data_full.json").write_text(json.dumps(content), encoding="utf-8")
     return sharing.Settings(
-        data=tmp_path, model=tiny_folder / "small", out=tmp_path / "out", seeds=(0,),
-        members=(4,), epsilons=(math.inf, 8.0), examples=5, intents=2, rank=2, steps=2, tests=8,
-    )  # fmt: skip
+        data=tmp_path,
+        model=tiny_folder / "small",
+        out=tmp_path / "out",
+        seeds=(0,),
+        members=(4,),
+        epsilons=(math.inf, 8.0),
+        examples=5,
+        intents=2,
+        rank=2,
+        steps=2,
+        tests=8,
+    )
 
 
 def test_gradients_through_merged_weights_are_those_of_each_example_alone(

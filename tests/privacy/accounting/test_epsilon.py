@@ -177,10 +177,18 @@ def test_the_gaussian_dp_accountant_is_refused_and_for_good_reason() -> None:
 @pytest.mark.parametrize(
     ("sigma", "q", "steps"),
     [
-        (-1.0, 1.0, 1), (math.nan, 1.0, 1), (math.inf, 1.0, 1), (1.0, 0.0, 1), (1.0, 1.0001, 1),
-        (1.0, math.nan, 1), (1.0, 0.5, -1), (1.0, 0.5, 1.5), (True, 0.5, 1), ("1", 0.5, 1),
+        (-1.0, 1.0, 1),
+        (math.nan, 1.0, 1),
+        (math.inf, 1.0, 1),
+        (1.0, 0.0, 1),
+        (1.0, 1.0001, 1),
+        (1.0, math.nan, 1),
+        (1.0, 0.5, -1),
+        (1.0, 0.5, 1.5),
+        (True, 0.5, 1),
+        ("1", 0.5, 1),
     ],
-)  # fmt: skip
+)
 def test_events_outside_their_domain_are_refused(sigma: float, q: float, steps: int) -> None:
     with pytest.raises(AccountingError):
         GaussianEvent(sigma, q, steps)

@@ -245,10 +245,12 @@ def test_mask_pads_are_bound_to_every_part_of_the_context() -> None:
 @pytest.mark.parametrize(
     ("vector", "message"),
     [
-        (np.zeros(99), "shape"), (np.zeros((100, 1)), "shape"), (np.full(100, np.nan), "not finite"),
+        (np.zeros(99), "shape"),
+        (np.zeros((100, 1)), "shape"),
+        (np.full(100, np.nan), "not finite"),
         (np.full(100, np.inf), "not finite"),
     ],
-)  # fmt: skip
+)
 def test_vectors_that_cannot_be_sent_are_refused(
     backend: str, vector: NDArray[np.float64], message: str
 ) -> None:

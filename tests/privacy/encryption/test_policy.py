@@ -67,10 +67,14 @@ def test_a_share_rounded_up_at_the_cap_passes() -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"weight_cap": 0.0}, {"weight_cap": 1.5}, {"squares_cap": 0.0}, {"squares_cap": math.nan},
-        {"minimum_contributors": 0}, {"x": 1},
+        {"weight_cap": 0.0},
+        {"weight_cap": 1.5},
+        {"squares_cap": 0.0},
+        {"squares_cap": math.nan},
+        {"minimum_contributors": 0},
+        {"x": 1},
     ],
-)  # fmt: skip
+)
 def test_a_policy_that_cannot_hold_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         AggregationPolicy(**field)
@@ -153,12 +157,15 @@ def test_a_row_within_the_limit_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("policy", "fewest", "withstands"),
     [
-        (AggregationPolicy(), 3, 1), (AggregationPolicy(minimum_contributors=1), 3, 1),
+        (AggregationPolicy(), 3, 1),
+        (AggregationPolicy(minimum_contributors=1), 3, 1),
         (AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0), 1, 0),
-        (AggregationPolicy(weight_cap=0.2), 5, 2), (AggregationPolicy(weight_cap=1 / 3), 3, 1),
-        (AggregationPolicy(squares_cap=0.24), 5, 2), (AggregationPolicy(minimum_contributors=9), 9, 2),
+        (AggregationPolicy(weight_cap=0.2), 5, 2),
+        (AggregationPolicy(weight_cap=1 / 3), 3, 1),
+        (AggregationPolicy(squares_cap=0.24), 5, 2),
+        (AggregationPolicy(minimum_contributors=9), 9, 2),
     ],
-)  # fmt: skip
+)
 def test_the_limits_together_say_how_many_must_contribute(
     policy: AggregationPolicy, fewest: int, withstands: int
 ) -> None:
@@ -191,11 +198,16 @@ def test_rounding_by_hand() -> None:
 @pytest.mark.parametrize(
     ("row", "bits", "message"),
     [
-        ([0.5, 0.4], 12, "sum to 0.9"), ([0.0, 0.0], 12, "sum to 0"), ([1.5, -0.5], 12, "not negative"),
-        ([np.nan, 1.0], 12, "finite"), ([], 12, "shape"), ([[1.0]], 12, "shape"), ([1.0], 0, "0 bits"),
+        ([0.5, 0.4], 12, "sum to 0.9"),
+        ([0.0, 0.0], 12, "sum to 0"),
+        ([1.5, -0.5], 12, "not negative"),
+        ([np.nan, 1.0], 12, "finite"),
+        ([], 12, "shape"),
+        ([[1.0]], 12, "shape"),
+        ([1.0], 0, "0 bits"),
         ([1.0], 31, "31 bits"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_are_no_shares_are_refused(row: list[float], bits: int, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         integer_weights(np.array(row), bits)

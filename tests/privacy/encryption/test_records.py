@@ -87,10 +87,14 @@ def test_header_has_the_documented_layout() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"epoch": -1}, {"epoch": 1 << 64}, {"round": -1}, {"round": 1 << 64}, {"dimensions": 0},
+        {"epoch": -1},
+        {"epoch": 1 << 64},
+        {"round": -1},
+        {"round": 1 << 64},
+        {"dimensions": 0},
         {"dimensions": records.MAX_DIMENSIONS + 1},
     ],
-)  # fmt: skip
+)
 def test_contexts_out_of_bounds_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(EncryptionError, match="expected"):
         replace(CONTEXT, **fields)  # type: ignore[arg-type]  # integers, but of which fields is open

@@ -26,6 +26,7 @@ from fedmosaic.protos.messages import Enrolment
 from fedmosaic.server.settings import settings_from_kit
 
 PROFILE = tiny_mechanism()
+TOO_LONG = Reduction(hidden_size=1024, intermediate_size=512, projection_dimensions=2**17)
 SUMS = {
     "adapter": {"protection": "distributed-dp"},
     "adapter_privacy": {"steps_per_round": 1},
@@ -210,11 +211,10 @@ def test_a_quorum_holds_members_as_well(tmp_path: Path) -> None:
         {"schedule": {"round_deadline_seconds": math.inf}},
         {"schedule": {"gathering_seconds": 1e10}},
         {"schedule": {"key_patience_seconds": math.nan}},
-        {"profile": PROFILE.model_copy(update={"reduction": Reduction(
-            hidden_size=1024, intermediate_size=512, projection_dimensions=2**17)})},
+        {"profile": PROFILE.model_copy(update={"reduction": TOO_LONG})},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError):
         validate({"profile": PROFILE} | changes, Terms, "terms")
@@ -223,10 +223,15 @@ def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes:
 @pytest.mark.parametrize(
     ("family", "fits"),
     [
-        ("", True), ("Llama-3.2:1B/x_y", True), ("x" * 128, True),
-        ("Llama 3 (1B)", False), ("-x", False), ("x\n", False), ("x" * 129, False),
+        ("", True),
+        ("Llama-3.2:1B/x_y", True),
+        ("x" * 128, True),
+        ("Llama 3 (1B)", False),
+        ("-x", False),
+        ("x\n", False),
+        ("x" * 129, False),
     ],
-)  # fmt: skip
+)
 def test_a_family_is_named_as_the_wire_carries_it(family: str, fits: bool) -> None:
     with contextlib.nullcontext() if fits else pytest.raises(WireError):
         Enrolment(1, "f", bytes(32), bytes(32), family, "")

@@ -17,7 +17,7 @@ import builders
 from builders import founding
 from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.install import consortium_fingerprint, install
-from fedmosaic.privacy.federation.office import open_office
+from fedmosaic.privacy.federation.office import Office, open_office
 from fedmosaic.privacy.federation.requests import (
     KeyRequest,
     fingerprint,
@@ -128,22 +128,25 @@ def test_the_roster_waits_for_all_members_and_names_them(begun: Founding) -> Non
     assert (begun.kit("") / kits.SERVER_SETTINGS).read_text().startswith("# The server's")
 
 
+def forge(founded: Founding, answer: Path, a: dict[str, Any] | None = None, **changes: Any) -> Office:
+    """What a founder can sign who cheats: the roster with changes, and with others to its member a."""
+    office = open_office(founded.office, None)
+    members = [dict(m) | (a or {} if m.id == "a" else {}) for m in office.roster.members]
+    content = office.roster.model_dump() | {"members": members} | changes
+    Roster.model_validate(content).signed(office.authority.signing_key).write(answer / kits.ROSTER)
+    return office
+
+
 def swapped(founded: Founding, answer: Path, what: str) -> None:
     """What a founder does who would be member a: other keys in a's answer, all of it signed."""
-    office = open_office(founded.office, None)
     own = founded.ask("a", kit="false-a")
-    other = {"identity": {"identity_key": own.identity_key}, "tls": {"tls_key_sha256": own.tls_key_sha256}}[
-        what
-    ]
-    members = [dict(m) | (other if m.id == "a" else {}) for m in office.roster.members]
-    content = office.roster.model_dump() | {"members": members, "serial": 2}
-    Roster.model_validate(content).signed(office.authority.signing_key).write(answer / kits.ROSTER)
-    if what == "tls":
+    office = forge(founded, answer, {what: getattr(own, what)}, serial=2)
+    if what == "tls_key_sha256":
         pem = identity.certify_client(office.authority, own.tls_key, "clinics", "a")
         (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
 
 
-@pytest.mark.parametrize("what", ["identity", "tls"])
+@pytest.mark.parametrize("what", ["identity_key", "tls_key_sha256"])
 @pytest.mark.parametrize("first", [True, False], ids=["first installation", "new roster"])
 def test_a_founder_that_swaps_a_key_is_noticed_at_installation(
     begun: Founding, what: str, first: bool
@@ -169,10 +172,7 @@ def test_a_key_of_another_member_is_not_installed_as_ones_own(begun: Founding) -
 def test_a_member_whose_name_was_changed_notices(begun: Founding) -> None:
     """The founder signs a's very keys under another name."""
     answer = begun.found()["a"]
-    office = open_office(begun.office, None)
-    members = [dict(m) | ({"id": "z"} if m.id == "a" else {}) for m in office.roster.members]
-    content = office.roster.model_dump() | {"members": members}
-    Roster.model_validate(content).signed(office.authority.signing_key).write(answer / kits.ROSTER)
+    office = forge(begun, answer, {"id": "z"})
     pem = identity.certify_client(office.authority, begun.requests["a"].tls_key, "clinics", "z")
     (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
     with pytest.raises(IdentityError, match=r"answer is for member 'z'.*request was for member 'a'"):
@@ -207,19 +207,15 @@ def test_an_older_roster_is_refused_and_so_is_a_second_one_of_a_serial(
     founded.install("a")
     with pytest.raises(IdentityError, match=r"roster 1 of federation 'clinics' is older than roster 2"):
         founded.install("a", first)
-    office = open_office(founded.office, None)
-    again = office.roster.model_copy(update={"issued": "2030-01-01"}).signed(office.authority.signing_key)
-    again.write(founded.office / "answers/clients/a" / kits.ROSTER)
+    forge(founded, founded.office / "answers/clients/a", issued="2030-01-01")
     with pytest.raises(IdentityError, match="the consortium has signed two"):
         founded.install("a")
 
 
 def test_terms_that_were_changed_afterwards_are_refused_by_name(founded: Founding) -> None:
-    office = open_office(founded.office, None)
-    content = office.roster.model_dump() | {"serial": 2}
-    content["terms"]["adapter_privacy"]["target_epsilon"] = 50.0
-    changed = Roster.model_validate(content).signed(office.authority.signing_key)
-    changed.write(founded.office / "answers/clients/a" / kits.ROSTER)
+    terms = open_office(founded.office, None).roster.terms.model_dump()
+    terms["adapter_privacy"]["target_epsilon"] = 50.0
+    forge(founded, founded.office / "answers/clients/a", serial=2, terms=terms)
     with pytest.raises(IdentityError, match=r"has other terms than roster 1 \(adapter_privacy\)"):
         founded.install("a")
 

@@ -26,9 +26,12 @@ def key(**changes: object) -> GroupKey:
 
 def test_subkeys_differ_by_purpose_salt_epoch_and_master() -> None:
     subkeys = [
-        key().subkey(b"pad"), key().subkey(b"confirm"), key().subkey(b"pad", salt=b"1"),
-        key(transcript=b"U" * 32).subkey(b"pad"), key(master=b"\xa6" * 32).subkey(b"pad"),
-    ]  # fmt: skip
+        key().subkey(b"pad"),
+        key().subkey(b"confirm"),
+        key().subkey(b"pad", salt=b"1"),
+        key(transcript=b"U" * 32).subkey(b"pad"),
+        key(master=b"\xa6" * 32).subkey(b"pad"),
+    ]
     assert len(set(subkeys)) == len(subkeys)
     assert all(len(subkey) == 32 for subkey in subkeys)
     assert key().subkey(b"pad") == subkeys[0]
@@ -51,13 +54,15 @@ def test_a_stored_key_comes_back() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda content: b"", lambda content: content[:-5], lambda content: b"[]",
+        lambda content: b"",
+        lambda content: content[:-5],
+        lambda content: b"[]",
         lambda content: b"\xff" + content,
         lambda content: json.dumps(json.loads(content) | {"master": "zz"}).encode(),
         lambda content: json.dumps(json.loads(content) | {"epoch": None}).encode(),
         lambda content: json.dumps({k: v for k, v in json.loads(content).items() if k != "members"}).encode(),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_key_is_refused(damage) -> None:  # type: ignore[no-untyped-def]  # parametrised functions
     with pytest.raises(StateError, match="damaged"):
         GroupKey.load(damage(key().dump()))

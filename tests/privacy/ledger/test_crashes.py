@@ -69,9 +69,14 @@ CLIENT = textwrap.dedent("""
 """)
 
 STEPS = (
-    "before the row is committed", "before the head is written", "before noise is drawn",
-    "before the bytes are stored", "before the release is recorded", "before the bytes are sent", "never",
-)  # fmt: skip
+    "before the row is committed",
+    "before the head is written",
+    "before noise is drawn",
+    "before the bytes are stored",
+    "before the release is recorded",
+    "before the bytes are sent",
+    "never",
+)
 MANY = "in the middle of many"
 
 

@@ -233,15 +233,22 @@ def test_a_profile_without_noise_is_refused_outside_tests(ledger: Ledger) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"covered_by": "nothing"}, "has noise"), ({"event": UNPROTECTED}, "no noise"),
-        ({"event": GaussianEvent(1.0, 1.0, 0)}, "without steps"), ({"clipping_norm": None}, "clipping_norm"),
-        ({"dimensions": None}, "dimensions"), ({"clipping_norm": math.nan}, "clipping_norm"),
-        ({"clipping_norm": -1.0}, "clipping_norm"), ({"dimensions": 0}, "dimensions"),
-        ({"channel": "gossip"}, "channel"), ({"round": -1}, "round"),
-        ({"data_epoch": "not a hash"}, "data_epoch"), ({"mechanism": {"norm": math.inf}}, "JSON"),
-        ({"mechanism": {"object": object()}}, "JSON"), ({"mechanism": {"text": "x" * 70_000}}, "characters"),
+        ({"covered_by": "nothing"}, "has noise"),
+        ({"event": UNPROTECTED}, "no noise"),
+        ({"event": GaussianEvent(1.0, 1.0, 0)}, "without steps"),
+        ({"clipping_norm": None}, "clipping_norm"),
+        ({"dimensions": None}, "dimensions"),
+        ({"clipping_norm": math.nan}, "clipping_norm"),
+        ({"clipping_norm": -1.0}, "clipping_norm"),
+        ({"dimensions": 0}, "dimensions"),
+        ({"channel": "gossip"}, "channel"),
+        ({"round": -1}, "round"),
+        ({"data_epoch": "not a hash"}, "data_epoch"),
+        ({"mechanism": {"norm": math.inf}}, "JSON"),
+        ({"mechanism": {"object": object()}}, "JSON"),
+        ({"mechanism": {"text": "x" * 70_000}}, "characters"),
     ],
-)  # fmt: skip
+)
 def test_contradictory_reservations_are_refused_and_leave_no_trace(
     ledger: Ledger, changes: dict[str, Any], words: str
 ) -> None:

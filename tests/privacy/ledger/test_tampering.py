@@ -16,15 +16,31 @@ from fedmosaic.protos.errors import LedgerError
 LAST = 9
 # One value of the right type and one of a wrong type per column.
 OTHER_VALUES: dict[str, tuple[object, object]] = {
-    "time": ("2020-01-01T00:00:00.000000+00:00", 5), "kind": ("RESENT", "FORGOTTEN"),
-    "channel": ("family", 7), "round": (41, "x"), "context": ("another run", 7), "attempt": (41, -1),
-    "reference": (1, "x"), "mechanism": ('{"kind":"other"}', 1.5), "noise_multiplier": (80.0, -1.0),
-    "sampling_rate": (0.001, 2.0), "steps": (1000, 1.5), "clipping_norm": (9.0, "x"), "dimensions": (9, 0),
-    "unit": ("client", "world"), "neighbouring_relation": ("replace one", None),
-    "covered_by": ("cryptography", "magic"), "secure_noise": (0, "x"), "data_epoch": ("0" * 64, "x"),
-    "disjoint": (1, "x"), "payload_digest": ("1" * 64, "x"), "epsilon": (0.001, None),
-    "accountant": ("pld", "gdp"), "previous_hash": ("2" * 64, "x"), "hash": ("3" * 64, "x"),
-}  # fmt: skip
+    "time": ("2020-01-01T00:00:00.000000+00:00", 5),
+    "kind": ("RESENT", "FORGOTTEN"),
+    "channel": ("family", 7),
+    "round": (41, "x"),
+    "context": ("another run", 7),
+    "attempt": (41, -1),
+    "reference": (1, "x"),
+    "mechanism": ('{"kind":"other"}', 1.5),
+    "noise_multiplier": (80.0, -1.0),
+    "sampling_rate": (0.001, 2.0),
+    "steps": (1000, 1.5),
+    "clipping_norm": (9.0, "x"),
+    "dimensions": (9, 0),
+    "unit": ("client", "world"),
+    "neighbouring_relation": ("replace one", None),
+    "covered_by": ("cryptography", "magic"),
+    "secure_noise": (0, "x"),
+    "data_epoch": ("0" * 64, "x"),
+    "disjoint": (1, "x"),
+    "payload_digest": ("1" * 64, "x"),
+    "epsilon": (0.001, None),
+    "accountant": ("pld", "gdp"),
+    "previous_hash": ("2" * 64, "x"),
+    "hash": ("3" * 64, "x"),
+}
 
 
 @pytest.fixture(scope="module")

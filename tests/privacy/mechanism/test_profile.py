@@ -69,10 +69,16 @@ def test_description_is_frozen_and_hashed_over_every_field() -> None:
     with pytest.raises(ValidationError):
         described.clipping_norm = 2.0  # type: ignore[misc]  # the point of the test
     changes: list[dict[str, object]] = [
-        {"probe": "other"}, {"probe_sha256": "1" * 64}, {"clipping_norm": 2.0}, {"noise_multiplier": 2.0},
-        {"sampling_rate": 0.5}, {"expected_batch_size": 10}, {"minimum_examples": 51},
-        {"warn_below": 301}, {"reduction": mechanism(seed=1).reduction},
-    ]  # fmt: skip
+        {"probe": "other"},
+        {"probe_sha256": "1" * 64},
+        {"clipping_norm": 2.0},
+        {"noise_multiplier": 2.0},
+        {"sampling_rate": 0.5},
+        {"expected_batch_size": 10},
+        {"minimum_examples": 51},
+        {"warn_below": 301},
+        {"reduction": mechanism(seed=1).reduction},
+    ]
     hashes = {described.model_copy(update=change).sha256 for change in changes}
     assert len(hashes | {described.sha256}) == len(changes) + 1
     again = ProfileMechanism.model_validate_json(described.model_dump_json())
@@ -90,12 +96,15 @@ def test_hash_is_the_same_everywhere() -> None:
     [
         ({"standardise": "whiten"}, "needs basis_sha256"),
         ({"basis_sha256": "0" * 64}, "nothing in this mechanism uses a basis"),
-        ({"clipping_norm": math.nan}, "clipping_norm"), ({"clipping_norm": 0.0}, "clipping_norm"),
+        ({"clipping_norm": math.nan}, "clipping_norm"),
+        ({"clipping_norm": 0.0}, "clipping_norm"),
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
-        ({"noise_multiplier": math.inf}, "noise_multiplier"), ({"sampling_rate": 0.0}, "sampling_rate"),
-        ({"probe_sha256": "xyz"}, "probe_sha256"), ({"surprise": 1}, "surprise"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier"),
+        ({"sampling_rate": 0.0}, "sampling_rate"),
+        ({"probe_sha256": "xyz"}, "probe_sha256"),
+        ({"surprise": 1}, "surprise"),
     ],
-)  # fmt: skip
+)
 def test_wrong_descriptions_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ProfileMechanism.model_validate(mechanism().model_dump() | change)

@@ -340,6 +340,35 @@ def test_whoever_gives_false_shares_is_named_and_the_sum_made_of_the_true_ones(v
     assert "another share of" in group.server.faults["m001"]
 
 
+def test_shares_of_another_sum_are_false_and_whoever_replays_them_is_named():
+    earlier = Group(10, 7, 3, seed=1)
+    earlier.run()
+    seen = earlier.server._shares
+    group = Liars(10, 7, 3)
+    group.given = lambda name, unmasking: (
+        Unmasking({other: seen[other][name] for other in seen}) if name == "m004" else unmasking
+    )
+    survivors, total = group.run()
+    assert np.array_equal(total, sum(group.vectors[name] for name in survivors))
+    assert "another share of" in group.server.faults.pop("m004")
+    assert not group.server.faults
+
+
+def test_malformed_second_and_foreign_shares_are_refused_by_name():
+    group = Group(6, 4, 1, vanish={"m005": 3})
+    names = group.names
+    with pytest.raises(EncryptionError, match="95 bytes, expected 6 pieces of 16"):
+        Unmasking.decoded(bytes(95), names)
+    with pytest.raises(EncryptionError, match="sent as a share of 'm002' is none"):
+        Unmasking.decoded(bytes(32) + PRIME.to_bytes(16, "little") + bytes(48), names)
+    group.run()
+    shares = Unmasking(dict.fromkeys(names, 1))
+    with pytest.raises(EncryptionError, match="shares of 'm005', who sent no vector"):
+        group.server.add_unmasking("m005", shares)
+    with pytest.raises(EncryptionError, match="shares of 'm001', who sent no vector or has sent its shares"):
+        group.server.add_unmasking("m001", shares)
+
+
 def test_with_too_few_true_shares_there_is_no_sum_and_a_reason():
     group = Liars(10, 7, 3, giving=["m001"], vanish={"m007": 3, "m008": 3, "m009": 4})
     with pytest.raises(EncryptionError, match="'m001': it gave another share of"):

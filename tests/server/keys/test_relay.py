@@ -8,7 +8,6 @@ import pytest
 
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.encryption.records import RoundContext, upload_header
-from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Section
 from fedmosaic.protos.refusal import Refusal
 
@@ -18,8 +17,9 @@ def refused(reason: str) -> Any:
 
 
 ENCRYPTED = {
-    "encryption": MaskParameters(), "gathering_seconds": 30.0, "key_rotation_rounds": 2, "rounds": 4,
-}  # fmt: skip
+    "encryption": MaskParameters(),
+    "schedule": {"gathering_seconds": 30.0, "rotate_key_every": 2, "rounds": 4},
+}
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_member_that_never_confirms_costs_one_epoch(federation: Any, coordinat
 
 
 def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, begin: Any, clock: Any) -> None:
-    coordinator = begin(**ENCRYPTED, policy=AggregationPolicy(minimum_contributors=2))
+    coordinator = begin(**ENCRYPTED, policy={"minimum_contributors": 2})
     post_all(coordinator, federation.clients[:3], "join")
     clock.now += 30
     coordinator.advance()
@@ -189,12 +189,12 @@ def test_a_changed_roster_changes_the_key_at_once(federation: Any, begin: Any) -
     before = begin(**ENCRYPTED)
     agree(before, federation.clients)
     before.close()
-    after = begin(**ENCRYPTED, roster_hash=bytes(32))
+    after = begin(**ENCRYPTED, serial=2)
     assert after.pull("clinic-a", 1).upload_key_epoch == 2
     with refused("KEY_EPOCH_REPLACED"):
         after.push("clinic-a", upload(federation, after, "clinic-a", 1, 1))
     after.close()
-    again = begin(**ENCRYPTED, roster_hash=bytes(32))
+    again = begin(**ENCRYPTED, serial=2)
     assert again.pull("clinic-a", 1).upload_key_epoch == 2, "once is enough"
 
 
@@ -205,12 +205,11 @@ def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(federatio
         before.enrol(client, federation.enrolment())
     before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
     before.close()
-    begin(**ENCRYPTED, roster_hash=bytes(32)).close()
-    after = begin(**ENCRYPTED, roster_hash=bytes(32))
+    begin(**ENCRYPTED, serial=2).close()
+    after = begin(**ENCRYPTED, serial=2)
     assert after.advance(), "killed before it closed the round, it does so now"
     with refused("ROSTER_CHANGED"):
         after.pull("clinic-b", 2)
-    federation.roster_hash = bytes(32)
     for client in federation.clients:
         after.enrol(client, federation.enrolment())
     answer = after.pull("clinic-b", 2)

@@ -10,11 +10,11 @@ from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from waiting import wait_until
 
-from fedmosaic.privacy.federation.identity import public_key_sha256
+from builders import tls_key
+from fedmosaic.privacy.federation.identity import certify_client
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
@@ -187,11 +187,9 @@ def test_a_member_is_identified_and_a_certificate_of_another_key_than_the_pinned
 ) -> None:
     settings = federation.settings(tmp_path)
     assert identify(context(pem), settings) == "clinic-a"
-    pin = public_key_sha256(x509.load_pem_x509_certificate(pem))
-    pinned = settings.model_copy(update={"tls_key_sha256": {"clinic-a": pin}})
-    assert identify(context(pem), pinned) == "clinic-a"
+    another = certify_client(authority.authority, tls_key("another").public_key(), "fed", "clinic-a")
     with pytest.raises(Refusal, match="another key than the roster pins"):
-        identify(context(authority.client("clinic-a")[0].read_bytes()), pinned)
+        identify(context(another), settings)
 
 
 @pytest.mark.parametrize(

@@ -199,12 +199,12 @@ def test_a_message_above_one_mebibyte_is_refused(server: Any, stub: Any) -> None
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-LARGE = 1_000_000
+LARGE = 1_000
 
 
 @pytest.fixture
 def large(make_federation: Any, authority: Any, tmp_path: Path, start_server: Any) -> tuple[Any, Any]:
-    federation = make_federation(dimensions=LARGE)
+    federation = make_federation(rank=LARGE)
     settings = federation.settings(tmp_path / "large", tls=authority.server(), listen="127.0.0.1:0")
     return federation, start_server(settings)
 
@@ -340,7 +340,7 @@ def test_two_hundred_clients_wait_at_once(
 ) -> None:
     names = tuple(f"c{i:03d}" for i in range(200))
     federation = make_federation(clients=names)
-    changes = {"tls": authority.server(), "listen": "127.0.0.1:0", "quorum": 4}
+    changes = {"tls": authority.server(), "listen": "127.0.0.1:0"}
     server = start_server(federation.settings(tmp_path / "many", **changes))
     stubs = [dial(server, name) for name in names]
     calls = [s.Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=120) for s in stubs]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from waiting import wait_until
 
+from end_to_end.federation_of_vectors import make_federation, terms
 from fedmosaic.client.transport import connection
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, IdentityError
@@ -104,6 +105,13 @@ def test_a_new_certificate_is_shown_at_the_next_handshake_and_half_a_pair_never(
         assert "is not the key of" in caplog.text
         made.tls.private_key.write_bytes(new_key)
         assert shown(port, authority) != first
+
+
+def test_a_server_whose_state_takes_no_roster_ends_at_once_and_says_so(tmp_path: Path) -> None:
+    kit = make_federation(tmp_path / "f", terms("plain")) / "server"
+    (kit / "state" / "authority.pem").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"authority\.pem"), Server(kit).background():
+        raise AssertionError("the server has started")
 
 
 def test_the_server_announces_its_certificate_in_its_last_days(

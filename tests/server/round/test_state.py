@@ -17,9 +17,14 @@ def digest(client: str, content: int = 0) -> bytes:
 
 
 def push(
-    state: Round, client: str, number: int = 1, *, content: int = 0, stored: bytes | None = None,
+    state: Round,
+    client: str,
+    number: int = 1,
+    *,
+    content: int = 0,
+    stored: bytes | None = None,
     contributes: bool = True,
-) -> tuple[Round, ReceiptStatus | Rejected]:  # fmt: skip
+) -> tuple[Round, ReceiptStatus | Rejected]:
     return state.judged(client, number, digest(client, content), stored, contributes=contributes)
 
 

@@ -22,8 +22,14 @@ def vectors(count: int = 5) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, 6))
 
 
-def planned(found: Group, policy: AggregationPolicy = POLICY, names=NAMES, similar: Relevance | None = None,
-            bits: int = 15, temperature: float = 0.5):  # fmt: skip
+def planned(
+    found: Group,
+    policy: AggregationPolicy = POLICY,
+    names=NAMES,
+    similar: Relevance | None = None,
+    bits: int = 15,
+    temperature: float = 0.5,
+):
     similar = plain_cosine(vectors()) if similar is None else similar
     return plan(found, names, similar, temperature=temperature, policy=policy, bits=bits)
 

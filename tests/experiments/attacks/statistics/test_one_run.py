@@ -41,8 +41,12 @@ def programme(canaries: int, guesses: int, right: int, claim: Ceiling) -> float:
             limits.append(1.0 - math.exp(-epsilon) * (1.0 - delta))
     found = linprog(
         -(counts >= right).astype(float),
-        A_ub=np.array(rows), b_ub=np.array(limits), A_eq=np.ones((1, guesses + 1)), b_eq=[1.0], bounds=(0, 1),
-    )  # fmt: skip
+        A_ub=np.array(rows),
+        b_ub=np.array(limits),
+        A_eq=np.ones((1, guesses + 1)),
+        b_eq=[1.0],
+        bounds=(0, 1),
+    )
     assert found.status == 0
     return float(-found.fun)
 

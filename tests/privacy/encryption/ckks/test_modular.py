@@ -81,11 +81,13 @@ def test_matrix_product_at_the_largest_values_and_across_parts() -> None:
 @pytest.mark.parametrize(
     ("weights", "shape", "modulus", "message"),
     [
-        ([[1, 2]], (3, 4), Q, "cannot multiply"), ([[-1, 2]], (2, 4), Q, "rows that sum"),
-        ([[2**16, 1]], (2, 4), Q, "rows that sum"), ([[1, 2]], (2, 4), 2**48, "49 bits"),
+        ([[1, 2]], (3, 4), Q, "cannot multiply"),
+        ([[-1, 2]], (2, 4), Q, "rows that sum"),
+        ([[2**16, 1]], (2, 4), Q, "rows that sum"),
+        ([[1, 2]], (2, 4), 2**48, "49 bits"),
         ([[1, 2]], (2, 4), 1, "1 bits"),
     ],
-)  # fmt: skip
+)
 def test_inexact_matrix_products_are_refused(
     weights: list[list[int]], shape: tuple[int, int], modulus: int, message: str
 ) -> None:

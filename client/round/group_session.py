@@ -15,23 +15,22 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
 import numpy as np
 
-from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
-from fedmosaic.client.records import read_upload, write_upload
-from fedmosaic.client.releases import Releases
-from fedmosaic.client.session import Session
+from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.round.membership import Learner
+from fedmosaic.client.round.releases import Releases
+from fedmosaic.client.round.session import Session
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
 from fedmosaic.privacy.secureaggregation.messages import Opening
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
 from fedmosaic.protos.errors import EncryptionError, StateError
-from fedmosaic.protos.messages import Enrolled, KeyMessage
+from fedmosaic.protos.messages import Aggregate, Enrolled, KeyMessage
 from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -80,31 +79,22 @@ class GroupLearner(Learner, Protocol):
 class GroupSession(Session):
     """One client in one run of group sums."""
 
+    _learner: GroupLearner
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._group_learner = cast(GroupLearner, self._learner)
         self._terms = self.roster.terms
         self._chain = NO_ROUND
         self._gradients: list[FloatArray | None] = []
         self._start = self._learner.sections()["shared"].astype(np.float64)
 
-    def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
-        upload = read_upload(self._state.upload_path(round_number))
-        if upload is not None:
-            log.info("round %d: re-sending the stored upload, byte for byte", round_number)
-            return self._push(self._as_ours(enrolled.run_id, upload))
-        self._progress.stage(round_number, "waiting for the round to open")
-        aggregate = self._pull(round_number)
-        if aggregate.round > enrolled.rounds:
-            return aggregate.round
+    def _contribute(self, run_id: str, aggregate: Aggregate) -> None:
         if aggregate.round > 1:
             self._receive_sums(aggregate.round)
-            self._share(enrolled.run_id, aggregate.round)
-        profile, claim = self._releases.profile(aggregate.round), self._releases.anchor.claim()
-        number, epoch = aggregate.round, aggregate.upload_key_epoch
-        upload = self._protection.seal(enrolled.run_id, number, epoch, {}, profile, claim)
-        write_upload(self._state.upload_path(aggregate.round), upload)
-        return self._push(upload)
+            self._share(run_id, aggregate.round)
+
+    def _vectors(self, round_number: int) -> Mapping[str, np.ndarray]:
+        return {}
 
     def _after_last_round(self, enrolled: Enrolled) -> None:
         done = self._state.directory / _PERSONAL
@@ -112,7 +102,7 @@ class GroupSession(Session):
             return  # and stands in the adapter that was resumed
         self._pull(enrolled.rounds + 1)
         self._receive_sums(enrolled.rounds + 1)
-        self._group_learner.train_personal(enrolled.rounds)
+        self._learner.train_personal(enrolled.rounds)
         # A crash in between leaves no adapter of the round, to be made anew.
         if (place := self._state.adapter_path(enrolled.rounds)).exists():
             shutil.rmtree(place)
@@ -134,7 +124,7 @@ class GroupSession(Session):
         theta = shared_branch(
             self._start, self._gradients, terms.group_sums.learning_rate, max(1, terms.schedule.rounds - 1)
         )
-        self._group_learner.load_shared(theta.astype(np.float32))
+        self._learner.load_shared(theta.astype(np.float32))
         received = round_number > 2 and self._gradients[-1] is not None
         self._state.note_received(round_number, received=received)
 
@@ -179,7 +169,7 @@ class GroupSession(Session):
             take_part(
                 member,
                 lambda step, payload: self._answered(round_number, step, payload),
-                lambda: self._group_learner.group_share(round_number, len(group), self._releases),
+                lambda: self._learner.group_share(round_number, len(group), self._releases),
             )
         except (Refusal, EncryptionError) as error:
             # What was charged is lost. What is told the server is what it knows: that no answer came.

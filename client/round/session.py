@@ -13,12 +13,12 @@ Everything that a crash could lose is on disk before the next step depends on it
 """
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 
-from fedmosaic.client.membership import ROSTER_REASONS, Membership, SealAnewError
-from fedmosaic.client.protection import check_countersigned
-from fedmosaic.client.records import read_upload, write_upload
+from fedmosaic.client.round.membership import ROSTER_REASONS, Membership, SealAnewError
+from fedmosaic.client.round.records import read_upload, write_upload
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import EncryptionError, PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, Enrolled, ReceiptStatus, Upload
@@ -102,11 +102,20 @@ class Session(Membership):
         aggregate = self._agree(aggregate, enrolled.rounds)
         if aggregate.round > enrolled.rounds:
             return aggregate.round
-        self._receive(aggregate)
-        self._train(aggregate.round)
+        self._contribute(enrolled.run_id, aggregate)
         upload = self._seal(enrolled.run_id, aggregate)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
+
+    def _contribute(self, run_id: str, aggregate: Aggregate) -> None:
+        """What a round does before its upload."""
+        self._receive(aggregate)
+        self._train(aggregate.round)
+
+    def _vectors(self, round_number: int) -> Mapping[str, np.ndarray]:
+        """What of the adapter leaves with an upload, booked."""
+        self._progress.stage(round_number, "protecting the adapter")
+        return self._releases.adapter(round_number, self._learner.sections())
 
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
@@ -139,17 +148,16 @@ class Session(Membership):
         row, uploaded = section.row, aggregate.round - 1
         if row is None:
             raise PolicyError(section.refusal)
-        run, recipient = self._state.record.run_id, self._identity.client_id
+        run, epoch, recipient = self._state.record.run_id, aggregate.key_epoch, self._identity.client_id
         families = self.roster.sharing_families(section.name)
         check_row(recipient, row, self.roster.terms.policy, members=families, families=families)
         if away := sorted(set(row.contributors) - self._drawn(uploaded)):
             raise PolicyError(
                 f"weight row names {', '.join(away)}, who took no part in round {uploaded}: others were drawn"
             )
-        label = self._protection.label(section.name)
-        check_countersigned(self.roster, run, recipient, label, section, row, aggregate.key_epoch, uploaded)
+        self._protection.check_countersigned(run, section, row, epoch, uploaded)
         self._state.accept_row(section.name, uploaded, row)
-        return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)
+        return self._protection.open(section, row, epoch, uploaded, size)
 
     def _train(self, round_number: int) -> None:
         if self._load_trained(round_number):
@@ -175,9 +183,7 @@ class Session(Membership):
     def _seal(self, run_id: str, aggregate: Aggregate) -> Upload:
         self._progress.stage(aggregate.round, "releasing the task profile", 100)
         profile = self._releases.profile(aggregate.round)
-        self._progress.stage(aggregate.round, "protecting the adapter")
-        vectors = self._releases.adapter(aggregate.round, self._learner.sections())
-        claim = self._releases.anchor.claim()
+        vectors, claim = self._vectors(aggregate.round), self._releases.anchor.claim()
         number, epoch = aggregate.round, aggregate.upload_key_epoch
         return self._protection.seal(run_id, number, epoch, vectors, profile, claim)
 

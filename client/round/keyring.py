@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,9 @@ class Keyring:
 
     def _run(self, epoch: int, members: Collection[str]) -> tuple[GroupKey, bytes]:
         parameters = self._roster.terms.encryption
-        agreement = agreements.KeyAgreement(
-            self._signing_key, self._client_id, self._plan(epoch, members),
-            lambda: generate_group_secret(parameters), group_secret_bytes(parameters),
-        )  # fmt: skip
+        secret, size = partial(generate_group_secret, parameters), group_secret_bytes(parameters)
+        plan = self._plan(epoch, members)
+        agreement = agreements.KeyAgreement(self._signing_key, self._client_id, plan, secret, size)
         self._post(epoch, "opening", "", agreement.opening())
         boxes = agreement.accept_openings(self._all(epoch, "opening", members))
         if boxes is not None:

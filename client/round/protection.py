@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.round.keyring import Keyring
 from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
@@ -93,13 +93,43 @@ class Protection:
         if self._keyring is not None:
             self._keyring.forget()
 
+    def check_countersigned(
+        self, run_id: str, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int
+    ) -> None:
+        """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
+
+        Key epoch and round are those of the uploads.
+
+        Raises:
+            WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
+        """
+        witness = self._roster.witness
+        if witness is None:
+            return
+        if not section.countersignature:
+            raise WitnessError(
+                f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
+                "shown it, or hides what it said"
+            )
+        digest = witnessing.countersigned_digest(
+            federation=self._roster.federation,
+            run_id=run_id,
+            round_number=round_number,
+            key_epoch=key_epoch,
+            section=self.label(section.name),
+            recipient=self._identity.client_id,
+            row=row,
+            aggregate_sha256=hashlib.sha256(section.payload).digest(),
+            uploads_sha256=section.uploads_sha256,
+        )
+        if not verifies(bytes.fromhex(witness.identity_key), section.countersignature, digest):
+            raise WitnessError(
+                f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
+                f"by another key, or of another run, round than {round_number}, recipient, row or sum"
+            )
+
     def open(
-        self,
-        section: AggregateSection,
-        row: WeightRow,
-        key_epoch: int,
-        round_number: int,
-        size: int,
+        self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int, size: int
     ) -> np.ndarray:
         """Check and decrypt one section of an aggregate of the uploads of a key epoch and round.
 
@@ -132,10 +162,8 @@ class Protection:
                 continue
             vector = vectors[name]
             if outside := int(np.count_nonzero(np.abs(vector) > limit)):
-                log.warning(
-                    "round %d: %d of %d values of the %s section lie outside ±%g and are clipped",
-                    round_number, outside, vector.size, name, limit,
-                )  # fmt: skip
+                words = "round %d: %d of %d values of the %s section lie outside ±%g and are clipped"
+                log.warning(words, round_number, outside, vector.size, name, limit)
             context = self._context(name, key_epoch, round_number, vector.size)
             if self._keyring is not None:
                 # A crash between this and storing the upload costs a nonce; the content is sealed anew.
@@ -165,47 +193,3 @@ class Protection:
 
     def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
         return RoundContext(self._roster.federation, key_epoch, round_number, self.label(section), size)
-
-
-def check_countersigned(
-    roster: Roster,
-    run_id: str,
-    recipient: str,
-    label: str,
-    section: AggregateSection,
-    row: WeightRow,
-    key_epoch: int,
-    round_number: int,
-) -> None:
-    """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
-
-    Key epoch and round are those of the uploads; `label` is the section's name, or names its family.
-
-    Raises:
-        WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
-    """
-    witness = roster.witness
-    if witness is None:
-        return
-    if not section.countersignature:
-        raise WitnessError(
-            f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
-            "shown it, or hides what it said"
-        )
-    aggregate = hashlib.sha256(section.payload).digest()
-    digest = witnessing.countersigned_digest(
-        federation=roster.federation,
-        run_id=run_id,
-        round_number=round_number,
-        key_epoch=key_epoch,
-        section=label,
-        recipient=recipient,
-        row=row,
-        aggregate_sha256=aggregate,
-        uploads_sha256=section.uploads_sha256,
-    )
-    if not verifies(bytes.fromhex(witness.identity_key), section.countersignature, digest):
-        raise WitnessError(
-            f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
-            f"by another key, or of another run, round than {round_number}, recipient, row or sum"
-        )

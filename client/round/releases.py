@@ -7,14 +7,15 @@ budget and never forgets any; bytes that are stored are sent again as they are, 
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fedmosaic.client import records
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.records import digest_of
+from fedmosaic.client.round import records
+from fedmosaic.client.round.records import digest_of
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
@@ -100,11 +101,10 @@ class Releases:
         it later. BudgetExceededError if the budget refuses; no noise was drawn then.
         """
         summed = total()
-        sequence = self._ledger.reserve(
+        sequence = self._reserve(
             channel,
             round_number,
             event,
-            data_epoch=self._data_epoch,
             secure_noise=not self.randomness.is_test,
             example_ids=self._evidence,
             **about,
@@ -129,17 +129,15 @@ class Releases:
         if self.receive_only:
             return None
         terms, privacy = self._terms, self._terms.adapter_privacy
-        mechanism: dict[str, object]
         mechanism = {"name": "DP-SGD on P and Q", "expected_batch_size": privacy.expected_batch_size}
         if terms.adapter.in_group_sums:
             sums = terms.group_sums
             mechanism |= {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}
+        about = {"clipping_norm": privacy.clipping_norm, "dimensions": terms.adapter.shared_dimensions}
         try:
             return self._release(
-                "adapter", round_number, event, total, noise, store, mechanism=mechanism,
-                clipping_norm=privacy.clipping_norm, dimensions=terms.adapter.shared_dimensions,
-                context=self._state.record.run_id,
-            )  # fmt: skip
+                "adapter", round_number, event, total, noise, store, mechanism=mechanism, **about
+            )
         except BudgetExceededError as error:
             self.receive_only = True
             log.warning("round %d: %s; going on in receive-only mode", round_number, error)
@@ -151,8 +149,17 @@ class Releases:
         return bool(ledger.release_of(*key) or ledger.pending(*key) or ledger.refused(*key))
 
     def _key(self, channel: Channel, round_number: int) -> tuple[Channel, int, str, str]:
-        """What the ledger knows a release of the adapter by. The rounds of a run are not those of another."""
-        return channel, round_number, self._data_epoch, self._state.record.run_id
+        """What the ledger knows a release by.
+
+        The rounds of a run are not those of another; a profile is of its map, whatever the run.
+        """
+        context = self._terms.profile.sha256 if channel == "profile" else self._state.record.run_id
+        return channel, round_number, self._data_epoch, context
+
+    def _reserve(self, channel: Channel, round_number: int, event: GaussianEvent, **about: Any) -> int:
+        """Charge a release under its key; see `Ledger.reserve`."""
+        *_, epoch, context = self._key(channel, round_number)
+        return self._ledger.reserve(channel, round_number, event, data_epoch=epoch, context=context, **about)
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Book the adapter sections that are about to leave, by name, and return what may leave.
@@ -183,15 +190,7 @@ class Releases:
                 f"round {round_number}: the adapter was not charged to the ledger, so it may not leave"
             )
         coverage: Coverage = "cryptography" if self._terms.adapter.encrypted else "nothing"
-        sequence = ledger.reserve(
-            channel,
-            round_number,
-            UNPROTECTED,
-            data_epoch=self._data_epoch,
-            secure_noise=True,
-            covered_by=coverage,
-            context=self._state.record.run_id,
-        )
+        sequence = self._reserve(channel, round_number, UNPROTECTED, secure_noise=True, covered_by=coverage)
         ledger.released(sequence, digest)
 
     def profile(self, round_number: int) -> Profile | None:
@@ -222,12 +221,12 @@ class Releases:
 
     def _released_profile(self, round_number: int) -> Float32Array:
         """What was stored before, or a release."""
-        mechanism, ledger = self._terms.profile, self._ledger
+        mechanism, ledger, key = self._terms.profile, self._ledger, self._key("profile", round_number)
         path = records.profile_path(ledger.directory, self._data_epoch, mechanism)
-        done = ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256)
+        done = ledger.release_of(*key)
         if done is not None:
             return records.read_profile(path, mechanism.dimensions, done.payload_digest or "")
-        pending = ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)
+        pending = ledger.pending(*key)
         if pending is not None and path.exists():
             # The noisy bytes were stored and the process died before it could say so.
             released = records.read_profile(path, mechanism.dimensions)
@@ -240,12 +239,17 @@ class Releases:
 
         event = GaussianEvent(mechanism.noise_multiplier, mechanism.sampling_rate, 1)
         return self._release(
-            "profile", round_number, event if event.is_private else UNPROTECTED,
-            self._profile_sum, noise, lambda profile: records.write_profile(path, profile),
-            mechanism={"name": "task profile", "sha256": mechanism.sha256}, context=mechanism.sha256,
-            clipping_norm=mechanism.clipping_norm, dimensions=mechanism.dimensions,
+            "profile",
+            round_number,
+            event if event.is_private else UNPROTECTED,
+            self._profile_sum,
+            noise,
+            partial(records.write_profile, path),
+            mechanism={"name": "task profile", "sha256": mechanism.sha256},
+            clipping_norm=mechanism.clipping_norm,
+            dimensions=mechanism.dimensions,
             covered_by="dp" if event.is_private else "nothing",
-        )  # fmt: skip
+        )
 
     def profile_acknowledged(self) -> None:
         """The server has the profile; it is not sent again until the data changes."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from builders import tiny_mechanism
 from fedmosaic.client.ledger import budgeted_channels
 from fedmosaic.client.planning import AdapterPlan, plan_adapter, sampling_rate
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.releases import ProfileSum, Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -58,9 +58,8 @@ class Client:
 
     @contextmanager
     def opened(
-        self, ids: tuple[str, ...] = IDS, summed: Callable[[], ClippedSum] | None = None, *,
-        disjoint_epochs: bool = False,
-    ) -> Iterator[Releases]:  # fmt: skip
+        self, ids: tuple[str, ...] = IDS, summed: ProfileSum | None = None, *, disjoint_epochs: bool = False
+    ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
         path, channels = self.books / LEDGER, budgeted_channels(self.terms)
         ledger = Ledger.open(path, "ada", DELTA, self.target, accountant="rdp", budgeted_channels=channels)
@@ -180,7 +179,7 @@ def test_a_refusal_is_remembered_by_the_next_process(tmp_path: Path) -> None:
         assert releases.receive_only
         assert released(releases) == [], "in receive-only mode nothing is even summed"
     with client.opened() as releases:
-        # Trained before the process ended, so `train_shared` does not run again.
+        # Trained before the process ended, so `PrivateRound.train` does not run again.
         assert releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)}) == {}
         with pytest.raises(PrivacyError, match="not charged"):
             releases.adapter(2, {"shared": np.ones(4, dtype=np.float32)})

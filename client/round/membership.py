@@ -16,9 +16,9 @@ import numpy as np
 
 from fedmosaic import __version__
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.records import read_upload, write_upload
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.round.protection import Identity, Protection
+from fedmosaic.client.round.records import read_upload, write_upload
+from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState, contradicts
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.kits import Kit, open_kit
@@ -224,7 +224,8 @@ class Membership:
         told, tried = "", -1
         while aggregate.round <= rounds:
             epoch = aggregate.upload_key_epoch
-            if epoch != tried:  # in between, the next one may be a whole round away
+            if epoch != tried and self.roster.terms.adapter.encrypted:
+                # Said once: in between, the next one may be a whole round away.
                 self._progress.stage(aggregate.round, "agreeing on the group key")
             tried = epoch
             try:

@@ -33,10 +33,9 @@ CLIPPING: Final = "clipping.json"
 # NumPy reads headers by `ast`, in which threads of CPython 3.11 disturb each other (cpython issue 106905).
 _ONE_READER: Final = threading.Lock()
 _LENGTH: Final = struct.Struct("<Q")
-_ARRAY_ERRORS: Final = (
-    OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError, SyntaxError,
-    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+_ARCHIVE_ERRORS: Final = (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError)
+_HEADER_ERRORS: Final = (SyntaxError, tokenize.TokenError, MemoryError)
+_ARRAY_ERRORS: Final = (OSError, ValueError, EOFError, *_HEADER_ERRORS, *_ARCHIVE_ERRORS)
 """Everything that NumPy says of a file that is no array, or no archive of arrays."""
 _LOST_PROFILE: Final = (
     "A fresh draw would cost its ε again: put the file back from a backup of the ledger, or change "

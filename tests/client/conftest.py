@@ -47,10 +47,9 @@ class Left:
 def save_model(folder: Path, kind: str) -> Path:
     if folder.exists():
         return folder
-    return save_tiny_model(
-        folder, WORDS, SPECIAL, kind=KINDS[kind], seed=5, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return save_tiny_model(folder, WORDS, SPECIAL, kind=KINDS[kind], seed=5, **sizes, **heads)
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:
@@ -102,15 +101,12 @@ def leave(tmp_path: Path, models_folder: Path) -> Callable[..., Left]:
     def make(kind: str = "llama", protection: str = "none", family: str = "", **changes: Any) -> Left:
         folder, state = save_model(models_folder / kind, kind), tmp_path / "state"
         secure = changes.pop("secure", True)
-        settings = ClientSettings.model_validate(
-            {
-                "kit": tmp_path, "server": "127.0.0.1:1", "state_dir": state, "compare_alone": True,
-                "model": {"path": str(folder)}, "probe": {"path": str(folder)},
-                "data": {"train": write_rows(tmp_path / "train.jsonl", 12),
-                         "test": write_rows(tmp_path / "test.jsonl", 9, 12)},
-                "training": {"steps": 2, "max_length": 32, "learning_rate": 1e-2, **changes},
-            }
-        )  # fmt: skip
+        train, test = write_rows(tmp_path / "train.jsonl", 12), write_rows(tmp_path / "test.jsonl", 9, 12)
+        training = {"steps": 2, "max_length": 32, "learning_rate": 1e-2, **changes}
+        model = {"path": str(folder)}
+        parts = {"model": model, "probe": model, "data": {"train": train, "test": test}, "training": training}
+        place = {"kit": tmp_path, "server": "127.0.0.1:1", "state_dir": state}
+        settings = ClientSettings.model_validate(place | parts | {"compare_alone": True})
         terms = agreed(protection, family)
         learner = ModelLearner(settings, terms, family, Progress())
         generator = torch.Generator().manual_seed(3)
@@ -118,14 +114,13 @@ def leave(tmp_path: Path, models_folder: Path) -> Callable[..., Left]:
             for name, parameter in sorted(learner.trained[0].named_parameters()):
                 if "colora_" in name:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        place = state / "adapter" / "round-0003"
-        place.mkdir(parents=True)
-        learner.save(place)
-        SavedModel(
-            federation="clinics", client="ada", rounds=3, protection=terms.adapter.protection,
-            backend=terms.encryption.backend, blend_received=settings.training.blend_received,
-            model=settings.model, max_length=32,
-        ).write(state)  # fmt: skip
+        adapter = state / "adapter" / "round-0003"
+        adapter.mkdir(parents=True)
+        learner.save(adapter)
+        blended = settings.training.blend_received
+        agreed_on = {"protection": terms.adapter.protection, "backend": terms.encryption.backend}
+        own = {"model": settings.model, "max_length": 32, "blend_received": blended}
+        SavedModel(federation="clinics", client="ada", rounds=3, **agreed_on, **own).write(state)
         for name, made in statements(tmp_path, protection, secure=secure).items():
             (state / name).write_text(made.model_dump_json())
         return Left(state, learner, settings, terms)
