@@ -37,10 +37,8 @@ _OPTIONS: Final = (
 )
 
 
-def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
-    """Open a channel that shows this client's certificate and accepts only the federation's server.
-
-    The address is as `fedmosaic.privacy.federation.names.address` gives it; all files are PEM.
+def credentials(authority: Path, certificate: Path, private_key: Path) -> grpc.ChannelCredentials:
+    """What shows this client's certificate and accepts only the federation's server; all files are PEM.
 
     Raises:
         IdentityError: a file is missing or damaged, key and certificate are no pair, or the certificate is
@@ -49,9 +47,17 @@ def open_channel(address: str, authority: Path, certificate: Path, private_key: 
     certificate_pem, key_pem = check_pair(certificate, private_key)
     check_certificate(certificate, authority)
     authority_pem = read_certificate(authority).public_bytes(serialization.Encoding.PEM)
-    credentials = grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
+    return grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
+
+
+def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
+    """Open a channel with these `credentials`; IdentityError as there.
+
+    The address is as `fedmosaic.privacy.federation.names.address` gives it.
+    """
     direct = (("grpc.enable_http_proxy", 0),) if is_local(address) else ()
-    return grpc.secure_channel(address, credentials, options=(*_OPTIONS, *direct))
+    shown = credentials(authority, certificate, private_key)
+    return grpc.secure_channel(address, shown, options=(*_OPTIONS, *direct))
 
 
 @dataclass(frozen=True)

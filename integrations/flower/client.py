@@ -1,178 +1,130 @@
 """`python -m fedmosaic.integrations.flower.client CONFIG SOCKET`: a client whose calls Flower carries."""
 
+import logging
 import os
+import secrets
 import socket
-import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Final, cast
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 import grpc
 import tyro
-from google.protobuf.message import DecodeError
-from google.rpc import status_pb2  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
 
 from fedmosaic.client.__main__ import take_part
 from fedmosaic.client.client import Client
-from fedmosaic.integrations.flower.secured import TURN_BYTES, Frames, Kind, Secured, tls_context
-from fedmosaic.privacy.federation.identity import check_certificate, check_pair
+from fedmosaic.client.transport.connection import credentials
+from fedmosaic.integrations.flower import pipe
 from fedmosaic.privacy.terminal import guarded
-from fedmosaic.protos.errors import ConfigurationError, WireError
-from fedmosaic.protos.refusal import Refusal, from_status
+from fedmosaic.protos.errors import ConfigurationError
 
+log = logging.getLogger(__name__)
 _PATIENCE_SECONDS: Final = 90.0
 """What Flower's queues may add to the time of a call."""
-_NOBODY: Final = "nobody asked in time; check that the run, the SuperLink and this client's SuperNode are up"
 
 
-class PipeChannel:
-    """What stubs use of `grpc.Channel`: one call at a time, said to whoever asks at a Unix socket."""
+class Pipe(threading.Thread):
+    """Carries one connection of this process's gRPC, a turn for each question at a Unix socket."""
 
-    def __init__(self, listener: socket.socket, context: ssl.SSLContext, server_name: str) -> None:
-        self._listener, self._context, self._server_name = listener, context, server_name
-        self._secured: Secured | None = None
-        self._asking: Connection | None = None
-        self._one_call = threading.Lock()
+    def __init__(self, path: Path) -> None:
+        """Make the socket, for its owner and group; ConfigurationError if that cannot be."""
+        super().__init__(name="fedmosaic-flower", daemon=True)
+        self._folder = TemporaryDirectory(prefix="fedmosaic-")
+        self._asked, self._dialled = _listening(path), _listening(Path(self._folder.name, "grpc"))
+        self._asked.settimeout(_PATIENCE_SECONDS)
+        self._line: list[socket.socket] = []  # gRPC's connection, if it has one
+        self._number, self._said = b"", b""
 
-    def unary_stream(self, path: str, request_serializer: Any, response_deserializer: Any, **_: Any) -> Any:
-        """A method whose request is a message or an iterator of them, and whose answer is an iterator.
+    def connect(self, address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
+        """As `open_channel`, but over the pipe: the address only names the server that is accepted."""
+        name = ("grpc.ssl_target_name_override", address.rpartition(":")[0].strip("[]"))
+        shown = credentials(authority, certificate, private_key)
+        channel = grpc.secure_channel(f"unix:{self._folder.name}/grpc", shown, (*pipe.OPTIONS, name))
+        for kind in ("unary_unary", "unary_stream", "stream_unary"):
+            setattr(channel, kind, _patient(getattr(channel, kind)))
+        return channel
 
-        All is heard before the first message is given: who reads them may call again. A call that fails with
-        a `grpc.RpcError`, after the messages that came, may be repeated; a `Refusal` is the server's.
-        """
-
-        def call(request: Any, timeout: float) -> Iterator[Any]:
-            requests = request if isinstance(request, Iterator) else (request,)
-            deadline, heard = time.monotonic() + timeout + _PATIENCE_SECONDS, list[bytes]()
-            fault: Exception | None = None
-            with self._one_call:
-                try:
-                    self._converse(path, map(request_serializer, requests), deadline, heard)
-                except (Refusal, grpc.RpcError) as error:
-                    fault = error
-            yield from (_parsed(response_deserializer, answer) for answer in heard)
-            if fault is not None:
-                raise fault
-
-        return call
-
-    def unary_unary(self, path: str, **serializers: Any) -> Callable[..., Any]:
-        """A method whose answer is one message."""
-        method = self.unary_stream(path, **serializers)
-
-        def call(request: Any, timeout: float) -> Any:
-            answers = list(method(request, timeout))
-            if len(answers) != 1:
-                raise grpc.RpcError(f"{path} was answered with {len(answers)} messages, expected one")
-            return answers[0]
-
-        return call
-
-    stream_unary = unary_unary
-
-    def close(self) -> None:
-        """Leave whoever is asking; the socket stays as long as the process."""
-        if self._asking is not None:
-            self._asking.close()
-            self._asking = None
-
-    def _converse(self, path: str, requests: Iterable[bytes], deadline: float, heard: list[bytes]) -> None:
-        """Make a call, and add to `heard`. One that does not come to its status ends the session."""
-        secured, self._secured = self._secured or Secured(self._context, self._server_name), None
-        answers: Frames = []
-        while not secured.agreed:
-            self._exchange(secured, deadline)
-        secured.send(Kind.CALL, path.encode())
-        for request in requests:
-            secured.send(Kind.MESSAGE, request)
-            while secured.outgoing.pending >= TURN_BYTES and not answers:
-                answers = self._exchange(secured, deadline, more=True)
-            if answers:
-                break
-        secured.send(Kind.END)
+    def run(self) -> None:
+        """Answer questions as long as the process lives."""
         while True:
-            for kind, payload in answers:
-                if kind is Kind.STATUS:
-                    self._secured = secured
-                    return _check(payload, path)
-                heard.append(payload)
-            answers = self._exchange(secured, deadline)
+            try:
+                with Connection(self._asked.accept()[0].detach()) as asker:
+                    self._answer(asker)
+            except TimeoutError:
+                log.warning("nobody asks; check that run, SuperLink and this client's SuperNode are up")
+            except (OSError, EOFError):
+                pass  # who asked has left; what was to be said is kept for the next
 
-    def _exchange(self, secured: Secured, deadline: float, more: bool = False) -> Frames:
-        """Say a turn to whoever asks, and hear what the next one brings: something, or the wish for more."""
-        try:
-            # Who asked while nothing was called has given up since, if there is something to read: its end.
-            while self._asking is None or self._asking.poll():
-                self._await_question(deadline)
-            self._asking.send_bytes(secured.take())
-            records = self._await_question(deadline)
-            if not records and not more and not secured.outgoing.pending:
-                raise grpc.RpcError("a message was lost")
-            return secured.receive(records)
-        except TimeoutError:
-            raise grpc.RpcError(_NOBODY) from None
-        except ssl.SSLCertVerificationError as error:
-            raise grpc.RpcError(str(error)) from None
-        except (OSError, EOFError, WireError) as error:  # an SSLError is an OSError
-            # In capitals OpenSSL's other errors would read as a wrong port, which no patience cures.
-            raise grpc.RpcError(f"a message was lost, or changed on its way: {str(error).lower()}") from None
+    def _answer(self, asker: Connection) -> None:
+        question = asker.recv_bytes(1 + pipe.TURN_BYTES)
+        turn, idle = question[1:], question[:1] == b"\1"
+        if turn[: pipe.NUMBER_BYTES] == self._number:
+            for line in self._line:
+                with suppress(OSError):  # gRPC has hung up, which is found below
+                    line.sendall(turn[pipe.NUMBER_BYTES :])
+        elif self._number:
+            self._hang_up()  # the server knows no more of the connection
+        until = time.monotonic() + (pipe.HOLD_SECONDS if idle else pipe.BRIEF_SECONDS)
+        while room := pipe.TURN_BYTES - pipe.NUMBER_BYTES - len(self._said):
+            seconds = pipe.QUIET_SECONDS if self._said else until - time.monotonic()
+            if not (ready := wait([self._dialled, *self._line], seconds)):
+                break
+            if self._dialled in ready:
+                self._hang_up()
+                self._line = [self._dialled.accept()[0]]
+            elif piece := self._line[0].recv(room):
+                self._said += piece
+            else:
+                self._hang_up()
+        number = self._number or (secrets.token_bytes(pipe.NUMBER_BYTES) if self._said else b"")
+        asker.send_bytes(number + self._said)
+        self._number, self._said = number, b""
 
-    def _await_question(self, deadline: float) -> bytes:
-        """The server's records, brought by who is now `_asking`."""
-        self.close()
-        self._listener.settimeout(max(0.001, deadline - time.monotonic()))
-        self._asking = Connection(self._listener.accept()[0].detach())
-        return self._asking.recv_bytes(TURN_BYTES)
-
-
-def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
-    try:
-        return parse(content)
-    except DecodeError:
-        raise grpc.RpcError(f"{len(content)} bytes came that are no answer of this call") from None
+    def _hang_up(self) -> None:
+        for line in self._line:
+            line.close()
+        self._line, self._number, self._said = [], b"", b""
 
 
-def _check(status: bytes, path: str) -> None:
-    found = _parsed(status_pb2.Status.FromString, status)
-    code = next((known for known in grpc.StatusCode if known.value[0] == found.code), grpc.StatusCode.UNKNOWN)
-    if code is not grpc.StatusCode.OK:
-        problem = from_status(code, found.message, found.details, path)
-        raise problem if isinstance(problem, Refusal) else grpc.RpcError(str(problem))
-
-
-def connector(path: Path) -> Callable[[str, Path, Path, Path], grpc.Channel]:
-    """Make a socket for its owner and group, and what opens a channel over it; ConfigurationError if none."""
-    listener, mask = socket.socket(socket.AF_UNIX), os.umask(0o117)
+def _listening(path: Path) -> socket.socket:
+    """A Unix socket for its owner and group."""
+    line, mask = socket.socket(socket.AF_UNIX), os.umask(0o117)
     try:
         if path.is_socket():
             path.unlink()
-        listener.bind(str(path))
+        line.bind(str(path))
     except OSError as error:
         raise ConfigurationError(f"{path}: no socket can be made there: {error}") from None
     finally:
         os.umask(mask)
-    listener.listen(1)
+    line.listen(16)
+    return line
 
-    def connect(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
-        check_pair(certificate, private_key)
-        check_certificate(certificate, authority)
-        context = tls_context(ssl.PROTOCOL_TLS_CLIENT, authority, certificate, private_key)
-        return cast(grpc.Channel, PipeChannel(listener, context, address.rpartition(":")[0].strip("[]")))
 
-    return connect
+def _patient(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes methods as a channel does, but for deadlines that leave Flower its time."""
+
+    def method(*arguments: Any, **keywords: Any) -> Any:
+        call = factory(*arguments, **keywords)
+        return lambda request, timeout: call(request, timeout=timeout + _PATIENCE_SECONDS)
+
+    return method
 
 
 def take_part_over_flower(config: tyro.conf.Positional[Path], socket: tyro.conf.Positional[Path]) -> int:
     """Take part in a federation whose calls a SuperNode on this machine carries over a Unix socket.
 
-    The configuration is that of `fedmosaic client`; the host in `server` is checked, not dialled. The socket
-    is made; the SuperNode's user needs the right to it, and to nothing else.
+    The configuration is that of `fedmosaic client`. The SuperNode's user needs the right to the socket alone.
     """
-    return take_part(Client(config, connect=connector(socket)))
+    carried = Pipe(socket)
+    carried.start()
+    return take_part(Client(config, connect=carried.connect))
 
 
 if __name__ == "__main__":

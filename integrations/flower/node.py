@@ -1,137 +1,72 @@
-"""The server's end of the pipe to one SuperNode: records in, calls of the federation's service out."""
+"""The server's end of the pipe to one SuperNode: a gRPC server of its own, and a connection to it."""
 
 import asyncio
-import logging
-import ssl
-from collections.abc import AsyncIterator, Mapping
-from types import SimpleNamespace
-from typing import Any, Final, NoReturn
+import secrets
+import time
 
-import grpc
-from google.rpc import status_pb2  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
+from grpc import aio
 
-from fedmosaic.integrations.flower.secured import Kind, Secured
-from fedmosaic.protos.errors import WireError
+from fedmosaic.integrations.flower import pipe
+from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
-from fedmosaic.server.network.peers import Gate
+from fedmosaic.server.network.peers import Context, Gate, refuse
 from fedmosaic.server.network.service import FederationService
-
-log = logging.getLogger(__name__)
-_HELLO: Final = b"\x16"
-"""Type of the record that begins a session: the only one of a client that is not encrypted (RFC 8446, §5)."""
+from fedmosaic.server.network.serving import server_credentials
+from fedmosaic.server.settings import TlsFiles
 
 
-async def methods_of(service: FederationService) -> Mapping[str, Any]:
-    """The service's handlers by path, behind its gate, which makes every call a stream of requests."""
-    found: dict[str, Any] = {}
-    server: Any = SimpleNamespace(
-        add_generic_rpc_handlers=lambda _: None,
-        add_registered_method_handlers=lambda name, handlers: found.update(
-            {f"/{name}/{method}": handler for method, handler in handlers.items()}
-        ),
-    )
-    rpc.add_FederationServicer_to_server(service, server)
-    gate: Any = Gate(service.audit)
+class Node(Gate):
+    """One SuperNode, and the gate of its server, which may let through one member alone."""
 
-    async def handler_of(path: str) -> Any:
-        return found[path]
+    def __init__(self, service: FederationService, tls: TlsFiles, folder: str, member: str) -> None:
+        """Prepare to listen at a Unix socket, in a folder for this user alone.
 
-    return {path: await gate.intercept_service(handler_of, path) for path in found}
+        `member` is the SPIFFE URI of the only one whose calls the node may carry; empty: any member's.
+        """
+        super().__init__(service.audit)
+        self._socket, self._member = f"{folder}/{secrets.token_hex(8)}", member
+        self.server = aio.server(interceptors=(self,), options=pipe.OPTIONS)
+        rpc.add_FederationServicer_to_server(service, self.server)
+        self.server.add_secure_port(f"unix:{self._socket}", server_credentials(tls))
+        self._number = b""
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
+    async def admit(self, context: Context) -> str:
+        """As of every gate, but for whose call it is."""
+        who = await super().admit(context)
+        if self._member and who != self._member:
+            message = "this SuperNode is another member's"
+            remedy = "name this client's socket in its own SuperNode's configuration, or mend node-keys"
+            refusal = Refusal(RefusalKind.UNAUTHENTICATED, "WRONG_NODE", message, remedy)
+            await refuse(context, self.audit, "a call", who, refusal)
+        return who
 
-class _EndedError(Exception):
-    def __init__(self, status: Any) -> None:
-        self.status = status
+    async def answer(self, turn: bytes) -> bytes:
+        """Give gRPC what the client said, if anything, and gather the turn that answers it; maybe OSError."""
+        if turn[: pipe.NUMBER_BYTES] not in (b"", self._number):
+            self._hang_up()
+            self._streams = await asyncio.open_unix_connection(self._socket, limit=pipe.TURN_BYTES)
+            self._number = turn[: pipe.NUMBER_BYTES]
+        if self._streams is None:
+            return b""
+        reader, writer = self._streams
+        writer.write(turn[pipe.NUMBER_BYTES :])
+        said, until = bytearray(self._number), time.monotonic() + pipe.HOLD_SECONDS
+        while room := pipe.TURN_BYTES - len(said):
+            seconds = pipe.QUIET_SECONDS if len(said) > pipe.NUMBER_BYTES else pipe.BRIEF_SECONDS
+            try:
+                piece = await asyncio.wait_for(reader.read(room), seconds)
+            except TimeoutError:
+                if self.open and len(turn) < pipe.TURN_BYTES and time.monotonic() < until:
+                    continue  # it will be answered; after the longest turn there is more to be heard first
+                break
+            if not piece:
+                self._hang_up()
+                return bytes(said) if len(said) > pipe.NUMBER_BYTES else b""
+            said += piece
+        return bytes(said)
 
-
-class _Context:
-    """What the service uses of `grpc.aio.ServicerContext`."""
-
-    def __init__(self, auth: Mapping[str, list[bytes]], peer: str) -> None:
-        self.auth_context, self.peer = lambda: auth, lambda: peer
-        self.callbacks: list[Any] = []
-        self.add_done_callback = self.callbacks.append
-
-    async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
-        raise _EndedError(status_pb2.Status(code=code.value[0], message=details))
-
-    async def abort_with_status(self, status: Any) -> NoReturn:
-        details = dict(status.trailing_metadata)["grpc-status-details-bin"]
-        raise _EndedError(status_pb2.Status.FromString(details))
-
-
-class Node:
-    """One SuperNode. It carries one session at a time, and a session one call at a time."""
-
-    def __init__(self, context: ssl.SSLContext, methods: Mapping[str, Any], name: str, member: str) -> None:
-        """`member` is the SPIFFE URI of the only one whose calls it may carry; empty: any member's."""
-        self._tls, self._methods, self._name, self._member = context, methods, name, member
-        self._secured = Secured(context)
-        self._requests: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._call: asyncio.Task[None] | None = None
-
-    async def answer(self, records: bytes) -> bytes:
-        """What to say next, once there is something or the call needs more; empty asks for the next call."""
-        if records[:1] == _HELLO:
-            await self.close()
-        try:
-            for kind, payload in self._secured.receive(records) if records else ():
-                self._take(kind, payload)
-        except (ssl.SSLError, WireError) as error:
-            log.warning("SuperNode %s: the session ends: %s", self._name, error)
-            farewell = self._secured.take()
-            await self.close()
-            return farewell
-        if self._call is not None:
-            all_read = asyncio.ensure_future(self._requests.join())
-            await asyncio.wait({self._call, all_read}, return_when=asyncio.FIRST_COMPLETED)
-            all_read.cancel()
-        return self._secured.take()
-
-    async def close(self) -> None:
-        """End the session, and the call in it."""
-        if self._call is not None:
-            self._call.cancel()
-            await asyncio.wait({self._call})
-            self._requests.put_nowait(None)  # ends a read that the call had begun
-        self._call, self._secured = None, Secured(self._tls)
-
-    def _take(self, kind: Kind, payload: bytes) -> None:
-        running = self._call is not None and not self._call.done()
-        if kind is Kind.CALL and not running:
-            self._requests = asyncio.Queue()
-            self._call = asyncio.create_task(self._run(payload.decode(errors="replace")))
-        elif kind in (Kind.CALL, Kind.STATUS):
-            raise WireError(f"a frame {kind.name} in the middle of a call")
-        elif running:  # else it is the rest of a call that has been answered
-            self._requests.put_nowait(payload if kind is Kind.MESSAGE else None)
-
-    async def _messages(self) -> AsyncIterator[bytes]:
-        """What the caller sends; a message counts as read when the next one is wanted."""
-        while (request := await self._requests.get()) is not None:
-            yield request
-            self._requests.task_done()
-
-    async def _run(self, path: str) -> None:
-        secured, status = self._secured, status_pb2.Status()
-        context: Any = _Context(secured.peer(), f"SuperNode {self._name}")
-        try:
-            names = context.auth_context()["x509_subject_alternative_name"]
-            if self._member and names != [self._member.encode()]:
-                log.warning("SuperNode %s brought a call of %s, expected %s", self._name, names, self._member)
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this SuperNode is another member's")
-            if path not in self._methods:
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
-            handler, requests = self._methods[path], self._messages()
-            if handler.response_streaming:
-                async for message in handler.stream_stream(requests, context):
-                    secured.send(Kind.MESSAGE, handler.response_serializer(message))
-            else:
-                message = await handler.stream_unary(requests, context)
-                secured.send(Kind.MESSAGE, handler.response_serializer(message))
-        except _EndedError as ended:
-            status = ended.status
-        finally:
-            for callback in context.callbacks:
-                callback(context)
-        secured.send(Kind.STATUS, status.SerializeToString())
+    def _hang_up(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+        self._streams = None  # the number stays: what else is said under it is for nobody

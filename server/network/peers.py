@@ -97,8 +97,8 @@ class Gate(aio.ServerInterceptor):
     """
 
     def __init__(self, audit: AuditLog) -> None:
-        self._audit = audit
-        self._open: Counter[str] = Counter()
+        self.audit = audit
+        self.open: Counter[str] = Counter()  # calls that are open, by who calls
 
     async def intercept_service(
         self,
@@ -120,7 +120,7 @@ class Gate(aio.ServerInterceptor):
         self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], *, streamed: bool
     ) -> Callable[[Any, Context], Any]:
         async def admitted(request: Any, context: Context) -> Any:
-            who = await self._admit(context)
+            who = await self.admit(context)
             try:
                 if streamed:
                     return method(_parsed(request, parse), context)
@@ -130,7 +130,7 @@ class Gate(aio.ServerInterceptor):
                     raise WireError("the call ended without a request")
                 return method(_message(content, parse), context)
             except WireError as error:
-                await refuse(context, self._audit, "a call", who, malformed(str(error)))
+                await refuse(context, self.audit, "a call", who, malformed(str(error)))
             except TimeoutError:
                 await nothing_came(context, "a call", who)
 
@@ -144,11 +144,12 @@ class Gate(aio.ServerInterceptor):
 
         return stream if inspect.isasyncgenfunction(method) else single
 
-    async def _admit(self, context: Context) -> str:
+    async def admit(self, context: Context) -> str:
+        """Count a call while it is open, unless there are too many; returns who calls."""
         names = context.auth_context().get("x509_subject_alternative_name", ())
         peer = " ".join(name.decode(errors="replace") for name in names) or context.peer()
-        if self._open[peer] >= CALLS_PER_PEER:
-            self._audit.refused(peer, "a call", "TOO_MANY_CALLS")
+        if self.open[peer] >= CALLS_PER_PEER:
+            self.audit.refused(peer, "a call", "TOO_MANY_CALLS")
             await context.abort_with_status(
                 to_status(
                     Refusal(
@@ -160,12 +161,12 @@ class Gate(aio.ServerInterceptor):
                     )
                 )
             )
-        self._open[peer] += 1
+        self.open[peer] += 1
 
         def left(_context: Context) -> None:
-            self._open[peer] -= 1
-            if not self._open[peer]:
-                del self._open[peer]
+            self.open[peer] -= 1
+            if not self.open[peer]:
+                del self.open[peer]
 
         context.add_done_callback(left)  # type: ignore[arg-type]  # the stubs want a class that exists nowhere
         return peer

@@ -168,6 +168,14 @@ class Client:
             self.state.release()
 
 
+class SeededClient(Client):
+    """Its noise repeats, so that its run does."""
+
+    @property
+    def noise(self) -> SeededTestNoise:
+        return SeededTestNoise(self.seed)
+
+
 def clients_of(directory: Path, names: tuple[str, ...] = MEMBERS, kind: type[Any] = Client) -> dict[str, Any]:
     """The clients of a federation, each with a seed of its own."""
     return {name: kind(directory, name, MEMBERS.index(name)) for name in names}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from end_to_end import federation_of_vectors as fv
-from end_to_end.federation_of_vectors import PROFILE, Client, VectorLearner, in_process, run_all
+from end_to_end.federation_of_vectors import PROFILE, SeededClient, VectorLearner, in_process, run_all
 from fedmosaic.client.colora import write_shared
 from fedmosaic.client.dp.engine import example_gradient, only_shared_branch
 from fedmosaic.client.dp.training import PrivateRound
@@ -20,7 +20,6 @@ from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure
 from fedmosaic.experiments.attacks.statistics.roc import ceiling_of
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
-from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.shares import noisy_share
 from tiny import random_texts, tiny_colora
 
@@ -74,14 +73,10 @@ class TinyLearner(VectorLearner):
 
 
 @dataclass
-class Member(Client):
+class Member(SeededClient):
     """A client with such a learner, and noise that a test can repeat."""
 
     plan: AdapterPlan = field(default_factory=lambda: AdapterPlan(SIGMA, 1.0))
-
-    @property
-    def noise(self):
-        return SeededTestNoise(self.seed)
 
     def make_learner(self, agreed):
         own = [text for text, coin in zip(TEXTS, COINS, strict=True) if coin]

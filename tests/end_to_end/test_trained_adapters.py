@@ -25,7 +25,6 @@ from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
-from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from tiny import save_tiny_model
 
 SHARED_MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"
@@ -80,7 +79,7 @@ class PerturbedLearner(ModelLearner):
 
 
 @dataclass
-class ModelClient(fv.Client):
+class ModelClient(fv.SeededClient):
     """A client of the federation with a model, and with noise that repeats."""
 
     model: Path = Path()
@@ -88,10 +87,6 @@ class ModelClient(fv.Client):
     training: dict[str, float] = field(default_factory=lambda: {"steps": 3, "shared_learning_rate": 1e-3})
     data: dict[str, Path] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
-
-    @property
-    def noise(self) -> SeededTestNoise:
-        return SeededTestNoise(self.seed)
 
     def make_learner(self, agreed: Terms) -> ModelLearner:
         folder = self.directory / "clients" / self.name

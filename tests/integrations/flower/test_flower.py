@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end.ports import free_port
 from fedmosaic.client.model.load import load_base_model
@@ -28,6 +26,7 @@ from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from tiny import save_tiny_model
 
 pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` installs it")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -35,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
 APP = Path(__file__).parents[3] / "integrations" / "flower" / "app"
 MEMBERS = ("ada", "ben", "cid", "dee")
-WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
+Tensors = dict[str, torch.Tensor]
 # Nothing leaves the machine, and a Ray that runs there already is let alone.
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -48,20 +47,9 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    unknown = {"unk_token": "<unk>"}
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **unknown))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {**unknown, "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
-    return folder
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*(f"w{i}" for i in range(40)), "yes", "no"]
+    return save_tiny_model(tmp_path_factory.mktemp("model"), words, special)
 
 
 class Place:
@@ -85,35 +73,32 @@ class Place:
         self.kit = folder / "kits" / "server"
         (self.kit / "server.toml").write_text(f'listen = "127.0.0.1:{self.port}"\n')
         for number, member in enumerate(MEMBERS):
-            self._write_client(number, member, model)
+            rows = [
+                {"prompt": f"w{i} w{i * 7 % 40} w{number}", "answer": ("yes", "no")[(i + number) % 2]}
+                for i in range(40)
+            ]
+            data = folder / f"{member}.jsonl"
+            data.write_text("".join(json.dumps(row | {"choices": ["yes", "no"]}) + "\n" for row in rows))
+            settings = {
+                "kit": str(folder / "kits" / "clients" / member),
+                "server": f"localhost:{self.port}",
+                "state_dir": str(folder / f"{member}.state"),
+                "model": {"path": str(model)},
+                "probe": {"path": str(model)},
+                "data": {"train": str(data)},
+                "training": {"steps": 2, "per_device_train_batch_size": 4, "max_length": 32},
+                "unsafe_test_noise_seed": number,
+                "profile_max_length": 32,
+            }
+            (folder / f"{member}.json").write_text(json.dumps(settings))
 
-    def _write_client(self, number: int, member: str, model: Path) -> None:
-        rows = [
-            {"prompt": f"w{i % 40} w{(i * 7 + number) % 40}", "answer": ("yes", "no")[(i + number) % 2]}
-            for i in range(40 * number, 40 * number + 40)
-        ]
-        data = self.folder / f"{member}.jsonl"
-        data.write_text("".join(json.dumps(row | {"choices": ["yes", "no"]}) + "\n" for row in rows))
-        settings = {
-            "kit": str(self.folder / "kits" / "clients" / member),
-            "server": f"localhost:{self.port}",
-            "state_dir": str(self.folder / f"{member}.state"),
-            "model": {"path": str(model)},
-            "probe": {"path": str(model)},
-            "data": {"train": str(data)},
-            "training": {"steps": 2, "per_device_train_batch_size": 4, "max_length": 32},
-            "unsafe_test_noise_seed": number,
-            "profile_max_length": 32,
-        }
-        (self.folder / f"{member}.json").write_text(json.dumps(settings))
-
-    def adapters(self) -> dict[str, dict[str, torch.Tensor]]:
+    def adapters(self) -> Tensors:
         """The tensors that each member ends with."""
         found = {}
         for member in MEMBERS:
             files = sorted((self.folder / f"{member}.state").glob("adapter/*/*.safetensors"))
             assert files, f"{member} has no adapter"
-            found[member] = load_file(files[-1])
+            found |= {f"{member}: {name}": tensor for name, tensor in load_file(files[-1]).items()}
         return found
 
 
@@ -160,13 +145,11 @@ def client(place: Place, member: str, socket: Path | None = None) -> Any:
 
 
 @pytest.fixture(scope="module")
-def over_grpc(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+def over_grpc(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensors:
     place = Place(tmp_path_factory.mktemp("grpc") / "f", model)
     with ExitStack() as running:
-        server = started(
-            "server", place.folder, sys.executable, "-m", "fedmosaic.cli", "server", "--kit", place.kit
-        )
-        processes = {"server": running.enter_context(server)}
+        words = (sys.executable, "-m", "fedmosaic.cli", "server", "--kit", place.kit)
+        processes = {"server": running.enter_context(started("server", place.folder, *words))}
         processes |= {member: running.enter_context(client(place, member)) for member in MEMBERS}
         wait_for(processes, place.folder, 300)
     return place.adapters()
@@ -177,19 +160,12 @@ def superlink(folder: Path, simulated: int = 0) -> Iterator[tuple[str, dict[str,
     """A SuperLink that answers, its address, and the environment in which `flwr` knows it as "here"."""
     address, home = f"127.0.0.1:{free_port()}", {"FLWR_HOME": str(folder / "flwr")}
     (folder / "flwr").mkdir()
-    lines = [
-        "[superlink]",
-        'default = "here"',
-        "[superlink.here]",
-        f'address = "{address}"',
-        "insecure = true",
-    ]
+    text = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
     words = ["--insecure", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
     if simulated:
-        keys = ("num-supernodes", "backend.init-args.num-cpus")
-        lines += [f"options.{key} = {simulated}" for key in keys]
+        text += f"options.num-supernodes = {simulated}\noptions.backend.init-args.num-cpus = {simulated}\n"
         words.append("--simulation")
-    (folder / "flwr" / "config.toml").write_text("\n".join(lines) + "\n")
+    (folder / "flwr" / "config.toml").write_text(text)
     command = (BIN / "flower-superlink", *words, "--disable-runtime-dependency-installation")
     with started("superlink", folder, *command, **home):
         for _ in range(300):
@@ -204,23 +180,19 @@ def run_and_wait(place: Place, paths: dict[str, Path], home: dict[str, str], **c
     settings = " ".join(f'{key}="{value}"' for key, value in ({"kit": place.kit} | config).items())
     command = (BIN / "flwr", "run", APP, "here", "--run-config", settings, "--stream")
     with ExitStack() as running:
-        clients = {
-            member: running.enter_context(client(place, member, paths.get(member))) for member in MEMBERS
-        }
+        clients = {name: running.enter_context(client(place, name, paths.get(name))) for name in MEMBERS}
         run = running.enter_context(started("flwr-run", place.folder, *command, **home))
         wait_for(clients, place.folder, 600)
         wait_for({"flwr-run": run}, place.folder, 120)
 
 
-def same(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> None:
-    for member in MEMBERS:
-        assert one[member].keys() == other[member].keys()
-        for name, tensor in one[member].items():
-            assert torch.equal(tensor, other[member][name]), f"{member}: {name}"
+def same(one: Tensors, other: Tensors) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_three_supernodes_and_a_member_on_grpc_end_where_grpc_alone_ends(
-    model: Path, over_grpc: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+    model: Path, over_grpc: Tensors, tmp_path: Path
 ) -> None:
     place = Place(tmp_path / "f", model)
     sockets = {member: tmp_path / f"{member}.sock" for member in MEMBERS[:3]}
@@ -234,9 +206,7 @@ def test_three_supernodes_and_a_member_on_grpc_end_where_grpc_alone_ends(
     same(place.adapters(), over_grpc)
 
 
-def test_a_simulation_ends_where_grpc_ends(
-    model: Path, over_grpc: dict[str, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
+def test_a_simulation_ends_where_grpc_ends(model: Path, over_grpc: Tensors, tmp_path: Path) -> None:
     place = Place(tmp_path / "f", model)
     sockets = {member: tmp_path / f"{number}.sock" for number, member in enumerate(MEMBERS)}
     with superlink(place.folder, simulated=len(MEMBERS)) as (_, home):
