@@ -211,8 +211,8 @@ def unaligned(roster: Roster) -> str:
         )
     return (
         f"{begun} on one aligned basis, which was shown to carry what they learn only between models that "
-        "compute nearly the same: measure the transfer ratio with `fedmosaic align evaluate`, and where its interval holds 0 "
-        "found the federation with relevance.across_families = false"
+        "compute nearly the same: measure the transfer ratio with `fedmosaic align evaluate`, and where its "
+        "interval holds 0 found the federation with relevance.across_families = false"
     )
 
 
