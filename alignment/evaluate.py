@@ -8,7 +8,7 @@ random bases, and the target trained on a few labels, from nothing and from the 
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import tyro
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -315,8 +315,13 @@ def scramble(adapted: PeftModel, seed: int) -> None:
     set_basis(adapted, fresh, label=RANDOM_BASES)
 
 
+def _folded(title: str, headings: Iterable[str]) -> Table:
+    """A table that loses no letter on a narrow terminal: cut there, two tasks would have one name."""
+    return Table(*(Column(name, overflow="fold") for name in headings), title=title)
+
+
 def _table(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
-    table = Table(*keys, "direction", "accuracy", "loss", title=title)
+    table = _folded(title, (*keys, "direction", "accuracy", "loss"))
     for row in rows:
         table.add_row(
             *(str(len(row[key]) if key == "tasks" else row[key]) for key in keys),
@@ -394,7 +399,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     scores, agreements = evaluate(parsed, Console(stderr=True))
     console = Console()
-    table = Table(*agreements[0], title="Agreement before training, on the tasks' examples")
+    table = _folded("Agreement before training, on the tasks' examples", agreements[0])
     for row in agreements:
         table.add_row(*map(_shown, row.values()))
     console.print(table)

@@ -26,9 +26,9 @@ class AlignmentSettings:
     """Which layers: relative_depth, authors (the released floor rule), cka (most similar), late (last)."""
     target_modules: tuple[str, ...] = ()
     """Linear modules within a decoder layer, all by default."""
-    method: Method = "random"
-    """Which directions: random (the paper), singular vectors of the anchor's weights, those of activations,
-    or of cotangents, what comes back."""
+    method: Method = "activations"
+    """Which directions: those of activations, or of cotangents, what comes back, that the models share best;
+    random (the paper); singular vectors of the anchor's weights."""
     max_length: int = 96
     """Most tokens of a public text that are read."""
     batch_size: int = 16

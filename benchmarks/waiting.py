@@ -3,7 +3,8 @@
 All members but one push and wait in `Pull`; the last one pushes, and the time from its receipt to every
 answer is the round's overhead. With `--pushes`, so many members send adapters of `--mib` MiB at once instead.
 Clients are coroutines of one process, on the same machine as the server: its processor's time is told apart
-from theirs.
+from theirs. After each round all wait at a server of `grpc.aio` alone, which sends everybody one answer of
+that round: what gRPC itself takes on this machine at this moment.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import numpy as np
@@ -38,13 +39,20 @@ from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 
+if TYPE_CHECKING:
+    from fedmosaic.protos.v1.federation_pb2_grpc import FederationAsyncStub
+
 _CALL_SECONDS: Final = 600.0
 _AT_ONCE: Final = 40
 _HEADS: Final = (
     "members; round; push, s; first, ms; median, ms; last, ms; server's CPU, ms; clients' CPU, ms; "
+    "bare: last, ms; server's CPU, ms; clients' CPU, ms; × bare; "
     "memory before, MB; waiting, MB; peak, MB; run.json, kB; state, MB; load"
 ).split("; ")
-"""Memory is the server's beside mapped files: before the uploads, after all have waited, at its peak."""
+"""× bare is of the servers' CPU.
+
+Memory is the server's beside mapped files: before the uploads, after all have waited, at its peak.
+"""
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ class _Load:
         self._at_once = parsed.pushes or _AT_ONCE
         self._clients, self._port, self._peak = place / "clients", port, 0.0
         self._members: list[_Member] = []
+        self._place = place
+        self._bare: psutil.Popen | None = None
 
     async def run(self) -> list[list[str]]:
         """Run the rounds; a row of the table for each."""
@@ -132,8 +142,10 @@ class _Load:
         watching = asyncio.create_task(self._watch())
         rows = [await self._round(number) for number in range(1, self._rounds + 1)]
         watching.cancel()
-        for member in self._members:
-            await member.channel.close()
+        if self._bare is not None:
+            self._bare.kill()
+        for channel in (channel for member in self._members for channel in member.channels):
+            await channel.close()
         return rows
 
     async def _watch(self) -> None:
@@ -161,12 +173,34 @@ class _Load:
         waits.append(asyncio.create_task(late.pull(number + 1)))
         answers = sorted(1000 * (when - receipt) for when in await asyncio.gather(*waits))
         spent = 1000 * (self._seconds() - server), 1000 * (time.process_time() - clients)
-        await asyncio.sleep(0.5)
+        *bare, ratio = await self._wait_at_bare(number, spent[0])
         size = sum(path.stat().st_size for path in self._state.rglob("*.*") if "spool" not in path.parts)
-        told = [answers[0], statistics.median(answers), answers[-1], *spent, before, waiting, self._peak]
-        told.append((self._state / "run.json").stat().st_size / 1000)
+        told = [answers[0], statistics.median(answers), answers[-1], *spent, *bare]
+        memory = [before, waiting, self._peak, (self._state / "run.json").stat().st_size / 1000]
         start, end = [str(len(self._members)), str(number), f"{pushed:.1f}"], f"{os.getloadavg()[0]:.1f}"
-        return [*start, *(f"{value:.0f}" for value in told), f"{size / 1e6:.1f}", end]
+        numbers = [*(f"{value:.0f}" for value in told), f"{ratio:.1f}", *(f"{value:.0f}" for value in memory)]
+        return [*start, *numbers, f"{size / 1e6:.1f}", end]
+
+    async def _wait_at_bare(self, number: int, ours: float) -> list[float]:
+        """Last answer there, its CPU, the clients', all in ms, and how many times the second `ours` is."""
+        if self._bare is None:
+            answer = b"".join(len(m).to_bytes(4, "big") + m for m in self._members[0].answer)
+            (self._place / "answer").write_bytes(answer)
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = str(free.getsockname()[1])
+            files = str(self._place / "server"), port, str(self._place / "answer")
+            self._bare = psutil.Popen([sys.executable, "-m", "benchmarks.waiting_bare", *files])
+            for member in self._members:
+                member.dial_bare(int(port))
+        waits = [asyncio.create_task(member.pull(number, bare=True)) for member in self._members]
+        await asyncio.gather(*(member.waits.wait() for member in self._members))
+        await asyncio.sleep(self._settle)
+        server, clients = sum(self._bare.cpu_times()[:2]), time.process_time()
+        await self._members[0].bare.RoundStatus(pb.RoundStatusRequest())
+        receipt = time.monotonic()
+        last = max(await asyncio.gather(*waits)) - receipt
+        spent = sum(self._bare.cpu_times()[:2]) - server
+        return [1000 * last, 1000 * spent, 1000 * (time.process_time() - clients), ours / (1000 * spent)]
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, Any]], at_once: int) -> None:
@@ -184,30 +218,45 @@ class _Member:
 
     def __init__(self, kit: Kit, port: int) -> None:
         self._name, self._roster, self._run = kit.directory.name, kit.roster, ""
+        self.channels: list[aio.Channel] = []
         self._protection = Protection(Identity.of(kit), kit.roster, "", None)
         files = (kit.authority, kit.tls_key, kit.tls_certificate)
-        credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
+        self._credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
+        self.answer: list[bytes] = []
+        self.waits = asyncio.Event()
+        self._stub = self._dialled(port)
+
+    def dial_bare(self, port: int) -> None:
+        """Be ready to wait at the bare server too."""
+        self.bare = self._dialled(port)
+
+    def _dialled(self, port: int) -> "FederationAsyncStub":
         options = (
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES),
         )
-        self.channel = aio.secure_channel(f"localhost:{port}", credentials, options=options)
-        self._stub = FederationStub(self.channel)
+        self.channels.append(aio.secure_channel(f"localhost:{port}", self._credentials, options=options))
+        return FederationStub(self.channels[-1])
 
     async def enrol(self) -> None:
         """Join, as soon as the server is there."""
         request = wire.encode(enrolment(self._roster), pb.EnrolRequest)
         self._run = (await self._stub.Enrol(request, timeout=_CALL_SECONDS, wait_for_ready=True)).run_id
 
-    async def pull(self, number: int) -> float:
+    async def pull(self, number: int, *, bare: bool = False) -> float:
         """When the aggregate was here, in seconds of the monotonic clock."""
+        self.waits.clear()
         while True:
-            request = pb.PullRequest(round=number, wait_milliseconds=60_000)
-            parts = [
-                part.WhichOneof("part") async for part in self._stub.Pull(request, timeout=_CALL_SECONDS)
-            ]
-            if "header" in parts:
-                return time.monotonic()
+            request, parts = pb.PullRequest(round=number, wait_milliseconds=60_000), []
+            stub = self.bare if bare else self._stub
+            async for part in stub.Pull(request, timeout=_CALL_SECONDS, wait_for_ready=True):
+                self.waits.set()
+                if not part.HasField("waiting"):
+                    parts.append(part)
+            if parts:
+                arrived = time.monotonic()
+                self.answer = self.answer if bare else [part.SerializeToString() for part in parts]
+                return arrived
 
     async def push(self, number: int) -> float:
         """When the receipt was here."""

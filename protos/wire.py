@@ -110,10 +110,9 @@ def encode_aggregate_header(
 
     It is put into the `buffer`, where one is given: rows of a thousand names take long to copy.
     """
-    content = {**vars(aggregate), "sections": ()}
     buffer = pb.AggregateHeader() if buffer is None else buffer
-    told = pb.AggregateHeader(**content, sha256=sha256, resume_offset=resume_offset)
-    buffer.CopyFrom(told)
+    content = {**vars(aggregate), "sections": ()}
+    buffer.CopyFrom(pb.AggregateHeader(**content, sha256=sha256, resume_offset=resume_offset))
     for section, size in zip(aggregate.sections, sizes, strict=True):
         content = {key: value for key, value in vars(section).items() if key not in ("row", "payload")}
         added = buffer.sections.add(**content, size=size)

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
 _STATUS_LINE_SECONDS: Final = 30.0
-_BREATH_SECONDS: Final = 0.001
+_BREATH_SECONDS: Final = 0.002
 """For each member: those who wait are answered before anything is written about the round."""
 
 

@@ -68,10 +68,7 @@ class Rounds:
         return keys_changed or bool(due) or closing or extended
 
     def tidy(self) -> None:
-        """Remove payloads that nobody asks for any more, and write what is due about the run.
-
-        Uploads of the last closed round may be needed.
-        """
+        """Remove what nobody asks for, beside uploads of the last closed round, and write what is due."""
         number = self._run.round.number
         if number != self._tidied:
             self._run.blobs.remove_before("aggregates", number)

@@ -1,5 +1,6 @@
 """What all tests share: the devices of this machine, and how property tests draw their examples."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,17 @@ settings.register_profile(
 # `make test-slow` looks for new counterexamples, and prints how to repeat the one it finds.
 settings.register_profile("searching", settings.get_profile("repeatable"), derandomize=False, print_blob=True)
 settings.load_profile("repeatable")
+
+
+# A model's libraries make a million objects that stay to the end: no collection is to walk over them, neither
+# while test modules import them, nor in every test, nor when the process ends.
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _devices() -> Iterator[object]:

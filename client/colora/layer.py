@@ -244,7 +244,8 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             for name in self.active_adapters:
                 delta = self._delta(x, name) if name in self.settings else None
                 if delta is not None:
-                    result = (result + delta).to(result.dtype)
+                    # Widened first: one sum over two types is several times slower on a processor.
+                    result = (result.to(delta.dtype) + delta).to(result.dtype)
         return result
 
     def __repr__(self) -> str:

@@ -156,43 +156,34 @@ class BranchedLoraLinear(CoLoraLayer):
             getattr(self, f"colora_lora_A_{branch}")[adapter_name] = down
             getattr(self, f"colora_lora_B_{branch}")[adapter_name] = up
 
-    def pair(self, adapter_name: str, branch: str) -> tuple[nn.Linear, nn.Linear]:
-        """Return a branch's A (weight (r, d_in)) and B (weight (d_out, r))."""
-        down: nn.Linear = getattr(self, f"colora_lora_A_{branch}")[adapter_name]
-        up: nn.Linear = getattr(self, f"colora_lora_B_{branch}")[adapter_name]
-        return down, up
-
     def branch_tensors(self, adapter_name: str, branch: str) -> tuple[torch.Tensor, ...]:
         """A (r, d_in) and B (d_out, r)."""
-        return tuple(part.weight for part in self.pair(adapter_name, branch))
+        return tuple(getattr(self, f"colora_lora_{side}_{branch}")[adapter_name].weight for side in "AB")
 
-    def _weights(self, adapter_name: str) -> dict[str, torch.Tensor | float]:
-        """The scale s times the weight of each active branch."""
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """s·[w_b B_b]_b (d_out, k) and [A_b]_b (k, d_in), over active branches b with weights w_b."""
         settings = self.settings[adapter_name]
         weights: dict[str, torch.Tensor | float] = dict.fromkeys(settings.in_order, settings.scaling)
         if "local" in weights and "global" in weights:
             gate = self._gate(adapter_name)
             weights["local"] = settings.scaling * (1.0 - gate)
             weights["global"] = settings.scaling * gate
-        return weights
+        none = self.colora_gate[adapter_name]
+        lefts, rights = [none.new_zeros(self.out_features, 0)], [none.new_zeros(0, self.in_features)]
+        for branch, weight in weights.items():
+            down, up = self.branch_tensors(adapter_name, branch)
+            lefts.append(weight * up)
+            rights.append(down)
+        return torch.cat(lefts, dim=1), torch.cat(rights)
 
     def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
-        total: torch.Tensor | None = None
-        x = x.to(self.colora_gate[adapter_name].dtype)
-        for branch, weight in self._weights(adapter_name).items():
-            down, up = self.pair(adapter_name, branch)
-            part: torch.Tensor = up(weight * down(x))
-            total = part if total is None else total + part
-        return total
+        if not self.settings[adapter_name].active:
+            return None
+        # All branches in one product: wide sums over one product each would take as long as these.
+        left, right = self._factors(adapter_name)
+        return functional.linear(functional.linear(x.to(right.dtype), right), left)
 
     @torch.no_grad()
     def merge_delta(self, adapter_name: str) -> MergeDelta:
         """The factors of s·Σ w_b B_b A_b, stacked along the rank."""
-        gate = self.colora_gate[adapter_name]
-        lefts = [gate.new_zeros(self.out_features, 0)]
-        rights = [gate.new_zeros(0, self.in_features)]
-        for branch, weight in self._weights(adapter_name).items():
-            down, up = self.pair(adapter_name, branch)
-            lefts.append(weight * up.weight)
-            rights.append(down.weight)
-        return MergeDelta(left=torch.cat(lefts, dim=1), right=torch.cat(rights, dim=0), bias=None)
+        return MergeDelta(*self._factors(adapter_name), bias=None)

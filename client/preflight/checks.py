@@ -245,7 +245,8 @@ class Preflight:
             self.reading.append(f"{found.words()}; the longest has {read.longest:,} tokens, {share}")
             self.warnings += [read.warning] if read.warning else []
         if self._releases_profile:
-            tokenizer = load_tokenizer(probe.path, gguf_file=probe.gguf_file)
+            same = self.base is None and (probe.path, probe.gguf_file) == (named.path, named.gguf_file)
+            tokenizer = own if same else load_tokenizer(probe.path, gguf_file=probe.gguf_file)
             plain = read_as_text(tokenizer, data.train.examples)
             told = replace(data.train, examples=plain)
             read = read_lengths(tokenizer, told, settings.profile_max_length, "profile_max_length")

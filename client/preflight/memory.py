@@ -35,8 +35,8 @@ _NF4_BYTES: Final = 0.5 + 1.0 / 64 + 4.0 / (64 * 256)
 """Of one weight: 4 bits, 8 bits for the scale of 64, 32 bits for the scale of 256 scales."""
 _CUDA_CONTEXT: Final = 600 << 20
 """Of the driver, its kernels and cuBLAS's workspace; PyTorch does not count it as its own."""
-_SMALL: Final = 500
-"""How often a model's weights fit into what is free where it is not worth a second to work out the rest."""
+_HELD: Final = 8
+"""How often each value that enters or leaves a linear module is held in float32, with much to spare."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,32 @@ def check_memory(
     """
     device = choose_device(settings.model.device)
     free, _ = free_memory(device)
-    weights = weight_bytes(empty_model(settings.model), settings.model)
-    if _SMALL * weights < free:
-        return f"{_mib(weights)} of weights, {_mib(free)} free on {device}", True
     longest = min(lengths.longest, settings.training.max_length) if lengths else 0
+    most = most_bytes(settings, adapter.rank, longest or settings.training.max_length)
+    if 2 * most < free:
+        # Not worth the seconds that the rest takes.
+        return f"memory on {device}: below {_mib(most)} needed, {_mib(free)} free", True
     supervised = settings.training.per_device_train_batch_size * lengths.learned if lengths else 0
     need = memory_need(settings, adapter, longest=longest, supervised=min(supervised, longest))
     if need.weights > need.total:
         raise ModelError(f"the model cannot be loaded; {need.words()}")
     return need.words(), need.fits
+
+
+def most_bytes(settings: ClientSettings, rank: int, longest: int) -> int:
+    """More bytes than a client needs whose longest example has `longest` tokens, counted in a moment."""
+    tokens = settings.training.per_device_train_batch_size * longest
+    total = _CUDA_CONTEXT
+    for named, positions in ((settings.model, tokens), (settings.probe, settings.profile_max_length)):
+        model = empty_model(named)
+        config = model.config.get_text_config()
+        # Weights of attention, too, where it is not the fused one; and two values of the adapter per rank.
+        width = config.num_hidden_layers * config.num_attention_heads * positions
+        linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+        width += sum(module.in_features + module.out_features for module in linear)
+        weights = sum(tensor.nbytes for _, tensor in _tensors(model))
+        total += 2 * weights + 4 * _HELD * (positions + 2 * rank) * width
+    return total
 
 
 def memory_need(

@@ -9,17 +9,18 @@ unchanged to the final RMSNorm, so it follows from the logits alone:
     u_t = γ ⊙ Wᵀ e_t
     δ_t = ρ_t u_t - (ρ_t³ / d) h_t ⟨h_t, u_t⟩
 
-Every example goes through decoder, head and public map by itself. In a batch its neighbours decide the
-padding and the order of additions, so leaving one example out would move the last bits of all others, which
-the bound of one clipping norm does not allow for.
+Every example goes through decoder, head and public map in products of its own. In a batch its neighbours
+decide the padding and the order of additions, so leaving one example out would move the last bits of all
+others, which the bound of one clipping norm does not allow for.
 
 Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from fedmosaic.protos.errors import ModelError
 
 VOCABULARY_PER_CHUNK = 2**11
 """Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
+EXAMPLES_PER_WALK = 8
+"""For so many examples a row of the head is read once."""
 _TOLERANCE = 1e-3
 # A half-precision autograd graph is itself only good to a few per cent.
 _HALF_TOLERANCE = 0.1
@@ -118,10 +121,12 @@ def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Genera
     its end, or closed, the decoder is in evaluation mode; then every module is in its own again.
     """
     with training_mode(probe.decoder, False):
-        for example in examples:
+        remaining = iter(examples)
+        while part := list(islice(remaining, EXAMPLES_PER_WALK)):
             with torch.inference_mode():
-                delta_TD, inputs_TF = _factors(probe, example)
-            yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
+                factors = _factors(probe, part)
+            for delta_TD, inputs_TF in factors:
+                yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
@@ -131,56 +136,65 @@ def _weight(module: nn.Module) -> torch.Tensor:
     return weight
 
 
-def _factors(probe: Probe, example: EncodedExample) -> tuple[torch.Tensor, torch.Tensor]:
-    device = _weight(probe.norm).device
-    targets_L = torch.full_like(example.labels, IGNORED)
-    targets_L[:-1] = example.labels[1:]
-    targets_L = targets_L.to(device)
-    chosen_L = targets_L != IGNORED
-    with _captured(probe.down_proj) as inputs, _captured(probe.norm) as hidden:
-        probe.decoder(input_ids=example.input_ids[None].to(device), use_cache=False)
-    delta_TD = _delta(probe, hidden[0][0, chosen_L].float(), targets_L[chosen_L])
-    return delta_TD.cpu(), inputs[0][0, chosen_L].float().cpu()
+def _factors(probe: Probe, examples: Sequence[EncodedExample]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """δ (T, D) and x (T, F) of every example, each as it would be without the others."""
+    device, gamma_D = _weight(probe.norm).device, _weight(probe.norm).float()
+    hiddens, inputs, targets = [], [], []
+    for example in examples:
+        targets_L = torch.full_like(example.labels, IGNORED)
+        targets_L[:-1] = example.labels[1:]
+        targets_L = targets_L.to(device)
+        chosen_L = targets_L != IGNORED
+        with _captured(probe.down_proj) as entering, _captured(probe.norm) as leaving:
+            probe.decoder(input_ids=example.input_ids[None].to(device), use_cache=False)
+        hiddens.append(leaving[0][0, chosen_L].float())
+        inputs.append(entering[0][0, chosen_L].float().cpu())
+        targets.append(targets_L[chosen_L])
+    rhos = [(hidden_TD.square().mean(1) + probe.epsilon).rsqrt() for hidden_TD in hiddens]
+    normed = [h_TD * rho_T[:, None] * gamma_D for h_TD, rho_T in zip(hiddens, rhos, strict=True)]
+    errors = _through_head(probe.head, normed, targets)
+    factors = []
+    for hidden_TD, rho_T, errors_TD, inputs_TF in zip(hiddens, rhos, errors, inputs, strict=True):
+        upstream_TD = errors_TD * (gamma_D / len(errors_TD))
+        radial_T = (hidden_TD * upstream_TD).mean(1)
+        delta_TD = rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
+        factors.append((delta_TD.cpu(), inputs_TF))
+    return factors
 
 
-def _delta(probe: Probe, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    if not len(targets_T):
-        return hidden_TD
-    gamma_D = _weight(probe.norm).float()
-    rho_T = (hidden_TD.square().mean(1) + probe.epsilon).rsqrt()
-    errors_TD = _through_head(probe.head, hidden_TD * rho_T[:, None] * gamma_D, targets_T)
-    upstream_TD = errors_TD * (gamma_D / len(targets_T))
-    radial_T = (hidden_TD * upstream_TD).mean(1)
-    return rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
-
-
-def _through_head(head: nn.Module, normed_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """Gradients of the tokens' cross entropies with respect to the head's input, in float32.
+def _through_head(
+    head: nn.Module, normed: list[torch.Tensor], targets: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Gradients of the tokens' cross entropies with respect to the head's input, float32, by example.
 
     The softmax is taken chunk by chunk over the vocabulary with a running maximum, so every row of the
-    head is read (and, in half precision, converted) once, and no more than a chunk of logits is held.
+    head is read (and, in half precision, converted) once for all examples, and no more than a chunk of one
+    example's logits is held. No product has rows of two examples.
 
     Reference:
         Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
     weight_VD = _weight(head)
     bias_V = getattr(head, "bias", None)
-    maximum_T = normed_TD.new_full((len(normed_TD), 1), -torch.inf)
-    normaliser_T = torch.zeros_like(maximum_T)
-    expected_TD = torch.zeros_like(normed_TD)
+    maxima = [normed_TD.new_full((len(normed_TD), 1), -torch.inf) for normed_TD in normed]
+    normalisers = [torch.zeros_like(maximum_T) for maximum_T in maxima]
+    expected = [torch.zeros_like(normed_TD) for normed_TD in normed]
+    walks = list(zip(normed, maxima, normalisers, expected, strict=True))
     for start in range(0, len(weight_VD), VOCABULARY_PER_CHUNK):
         chunk = slice(start, start + VOCABULARY_PER_CHUNK)
         weight_CD = weight_VD[chunk].float()
-        scores_TC = normed_TD @ weight_CD.T
-        if bias_V is not None:
-            scores_TC += bias_V[chunk]
-        raised_T = torch.maximum(maximum_T, scores_TC.amax(1, keepdim=True))
-        scores_TC.sub_(raised_T).exp_()
-        decay_T = (maximum_T - raised_T).exp_()
-        normaliser_T.mul_(decay_T).add_(scores_TC.sum(1, keepdim=True))
-        expected_TD.mul_(decay_T).addmm_(scores_TC, weight_CD)
-        maximum_T = raised_T
-    return expected_TD / normaliser_T - weight_VD[targets_T].float()
+        for normed_TD, maximum_T, normaliser_T, expected_TD in walks:
+            scores_TC = normed_TD @ weight_CD.T
+            if bias_V is not None:
+                scores_TC += bias_V[chunk]
+            raised_T = torch.maximum(maximum_T, scores_TC.amax(1, keepdim=True))
+            scores_TC.sub_(raised_T).exp_()
+            decay_T = (maximum_T - raised_T).exp_()
+            normaliser_T.mul_(decay_T).add_(scores_TC.sum(1, keepdim=True))
+            expected_TD.mul_(decay_T).addmm_(scores_TC, weight_CD)
+            maximum_T.copy_(raised_T)
+    found = zip(expected, normalisers, targets, strict=True)
+    return [e_TD / n_T - weight_VD[targets_T].float() for e_TD, n_T, targets_T in found]
 
 
 @contextmanager
@@ -197,7 +211,7 @@ def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
 def _check_closed_form(probe: Probe, base: Any) -> None:
     ids = torch.arange(4) % len(_weight(probe.head))
     with torch.no_grad():
-        delta_TD, _ = _factors(probe, EncodedExample("closed-form check", ids, ids))
+        ((delta_TD, _),) = _factors(probe, [EncodedExample("closed-form check", ids, ids)])
     with cut_at(probe.down_proj) as leaves, torch.enable_grad():
         # The whole model, so that scaled or capped logits are found out.
         output = base(input_ids=ids[None].to(_weight(probe.norm).device), use_cache=False)

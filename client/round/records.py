@@ -34,7 +34,7 @@ CLIPPING: Final = "clipping.json"
 _ONE_READER: Final = threading.Lock()
 _LENGTH: Final = struct.Struct("<Q")
 _ARCHIVE_ERRORS: Final = (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError)
-_HEADER_ERRORS: Final = (SyntaxError, tokenize.TokenError, MemoryError)
+_HEADER_ERRORS: Final = (SyntaxError, TypeError, tokenize.TokenError, MemoryError)
 _ARRAY_ERRORS: Final = (OSError, ValueError, EOFError, *_HEADER_ERRORS, *_ARCHIVE_ERRORS)
 """Everything that NumPy says of a file that is no array, or no archive of arrays."""
 _LOST_PROFILE: Final = (

@@ -125,9 +125,9 @@ def _make_models(cache: Path, depths: Sequence[int]) -> None:
 def _profile_name(scenario: Scenario) -> str:
     """Names a fitted profile by all that decides what it holds; the probe's folder carries its recipe."""
     public = hashlib.sha256(scenario.profile.public_data.read_bytes()).hexdigest()
-    parts = [RECIPE, public, Path(scenario.probe.path).name]
     settings = scenario.profile.model_dump(mode="json", exclude={"public_data"})
-    return hashlib.sha256(json.dumps([*parts, settings]).encode()).hexdigest()[:12]
+    recipe = [RECIPE, public, Path(scenario.probe.path).name, settings]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
 def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoData) -> Scenario:

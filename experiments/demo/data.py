@@ -87,10 +87,7 @@ _MANIFEST: Final = "manifest.json"
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's data; clients with equal tasks hold different texts.
-
-    `train` are examples mostly of two of the task's classes, `test` as many of each of them.
-    """
+    """Texts of one client alone: `train` are mostly of two of the task's classes, `test` as many of each."""
 
     client: str
     task: str
@@ -153,7 +150,14 @@ def build_demo_data(cache: Path, *, draw: int = 0, console: Console | None = Non
             built.mkdir()
             _write(built, wheels, draw)
             move_into_place(built, directory, _FILES)
-    return _describe(directory)
+    clients = (
+        ClientData(
+            client, owner.task.name, directory / f"{client}.train.jsonl", directory / f"{client}.test.jsonl"
+        )
+        for owner in _OWNERS
+        for client in owner.clients
+    )
+    return DemoData(directory, tuple(clients))
 
 
 def _write(directory: Path, wheels: dict[Asset, Path], draw: int) -> None:
@@ -195,17 +199,6 @@ def _public_examples(wheel: Path, seen: set[str]) -> tuple[Example, ...]:
     return tuple(
         sorted(candidates, key=lambda example: labelled.stable_hash("public", example.prompt))[:PUBLIC_ROWS]
     )
-
-
-def _describe(directory: Path) -> DemoData:
-    clients = tuple(
-        ClientData(
-            client, owner.task.name, directory / f"{client}.train.jsonl", directory / f"{client}.test.jsonl"
-        )
-        for owner in _OWNERS
-        for client in owner.clients
-    )
-    return DemoData(directory, clients)
 
 
 def _recipe_digest(draw: int) -> str:

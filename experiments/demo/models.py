@@ -67,7 +67,7 @@ def shallow_demo_models(
     """Models of the first layers of SmolLM2-135M-Instruct, with heads refitted on the public examples.
 
     A prompt is followed by a line break, not put into chat turns, whose meaning these few layers have not
-    learned yet. Gives a folder for each depth, from 1 to 30 layers; errors as of `demo_model`.
+    learned yet. Gives a folder for each depth, from 1 to 29 layers; errors as of `demo_model`.
     """
     folders = model_folders(cache, depths)
     missing = [depth for depth, folder in folders.items() if not is_complete(folder, MODEL_FILES)]

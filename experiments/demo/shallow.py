@@ -12,16 +12,14 @@ Reference: Belrose et al., "Eliciting Latent Predictions from Transformers with 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from fedmosaic.client.colora import find_decoder_layers
+from fedmosaic.client.model.examples import EncodedExample, collate, length_buckets
 from fedmosaic.protos.errors import ConfigurationError
 
 _BATCH = 16
@@ -48,20 +46,28 @@ def fit_readouts(
     name, layers = find_decoder_layers(model)
     for depth in depths:
         _check_depth(depth, len(layers))
-    if not any(len(sequence) > 1 for sequence in sequences):
-        raise ConfigurationError("there is no text of at least two tokens to fit a readout to; give some")
     decoder = model.get_submodule(name.rpartition(".")[0])
-    gain_H = cast(torch.Tensor, decoder.get_submodule("norm").weight).detach()
-    collected: dict[int, list[torch.Tensor]] = {depth: [] for depth in {*depths, len(layers)}}
-    with _captured({depth: layers[depth - 1] for depth in collected}) as states, torch.no_grad():
-        for input_ids, mask in _batches(sequences):
-            decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            read = mask.bool()
+    texts = [EncodedExample("", ids, ids) for sequence in sequences if len(ids := torch.tensor(sequence)) > 1]
+    if not texts:
+        raise ConfigurationError("there is no text of at least two tokens to fit a readout to; give some")
+    targets: list[torch.Tensor] = []
+    collected: dict[int, list[torch.Tensor]] = {depth: [] for depth in depths}
+    with torch.no_grad():
+        for bucket in length_buckets([len(text.input_ids) for text in texts], _BATCH):
+            batch = collate([texts[index] for index in bucket], 0)
+            read = batch["attention_mask"].bool()
+            del batch["labels"]
+            output = decoder(**batch, use_cache=False, output_hidden_states=True)
             read[:, 0] = False
-            for depth, state in states.items():
-                collected[depth].append(_normalised(state[read], float(model.config.rms_norm_eps)))
-    target_NH = torch.cat(collected[len(layers)]) * gain_H
-    return {depth: _ridge_solution(torch.cat(collected[depth]), target_NH, ridge) for depth in depths}
+            targets.append(output.last_hidden_state[read])
+            for depth, states in collected.items():
+                state_NH = output.hidden_states[depth][read]
+                square_N = state_NH.pow(2).mean(1, keepdim=True)
+                states.append(state_NH * torch.rsqrt(square_N + float(model.config.rms_norm_eps)))
+    target_NH = torch.cat(targets)
+    return {
+        depth: _ridge_solution(torch.cat(states), target_NH, ridge) for depth, states in collected.items()
+    }
 
 
 def cut_model(model: PreTrainedModel, depth: int, readout: Readout) -> PreTrainedModel:
@@ -95,44 +101,6 @@ def _ridge_solution(states_NH: torch.Tensor, target_NH: torch.Tensor, ridge: flo
     return Readout(norm_H=norm_H.float(), map_HH=map_HH.float())
 
 
-def _normalised(state_NH: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return state_NH * torch.rsqrt(state_NH.pow(2).mean(1, keepdim=True) + epsilon)
-
-
-def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and mask, (B, T) int64 each, sequences of similar length together, padded on the right."""
-    ordered = sorted((sequence for sequence in sequences if len(sequence) > 1), key=len)
-    for start in range(0, len(ordered), _BATCH):
-        rows = ordered[start : start + _BATCH]
-        input_ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
-        for row, sequence in enumerate(rows):
-            input_ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        yield input_ids, mask
-
-
-@contextmanager
-def _captured(layers: Mapping[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
-    """Keeps the (B, T, H) output of layers, by depth, of the last forward pass."""
-    states: dict[int, torch.Tensor] = {}
-
-    def keep(depth: int) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _arguments: object, output: object) -> None:
-            state = output[0] if isinstance(output, tuple) else output
-            if isinstance(state, torch.Tensor):
-                states[depth] = state
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(depth)) for depth, layer in layers.items()]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _check_depth(depth: int, layers: int) -> None:
-    if not 1 <= depth <= layers:
-        raise ConfigurationError(f"depth is {depth}; the model has {layers} layers, choose 1 to {layers}")
+    if not 1 <= depth < layers:
+        raise ConfigurationError(f"depth is {depth}; the model has {layers} layers, choose 1 to {layers - 1}")

@@ -231,7 +231,7 @@ def run(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
     )
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = ("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
+    command = ("fedmosaic.cli", "server", "--kit", str(directory / "federation" / "server"))
     server = ManagedProcess("server", command, directory / "server.log")
     clients = [managed.client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
     try:

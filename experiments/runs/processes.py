@@ -150,7 +150,7 @@ def client_process(
     }
     path = place / "client.json"
     path.write_text(json.dumps(settings, indent=2) + "\n")
-    return ManagedProcess(client.id, ("fedmosaic.client", str(path)), directory / f"{client.id}.log")
+    return ManagedProcess(client.id, ("fedmosaic.cli", "client", str(path)), directory / f"{client.id}.log")
 
 
 def _data_file(

@@ -71,13 +71,13 @@ async def nothing_came(context: Context, call: str, who: str) -> NoReturn:
     raise AssertionError("abort returns by raising")
 
 
-async def next_message(messages: AsyncIterator[T], *instead: "asyncio.Future[Any]") -> T | None:
-    """The next message of a call, None after the last; None too once one of `instead` is done.
+async def next_message(coming: Awaitable[T], *instead: "asyncio.Future[Any]") -> T | None:
+    """The message of a call that is coming; None once one of `instead` is done.
 
     A read that gRPC has begun is never cancelled, since it would forget to free what it reads into, some
     hundred bytes each time; it ends with its call. TimeoutError if nothing comes for `MESSAGE_SECONDS`.
     """
-    reading = asyncio.ensure_future(anext(messages, None))
+    reading = asyncio.ensure_future(coming)
     reading.add_done_callback(lambda read: read.cancelled() or read.exception())
     either = asyncio.FIRST_COMPLETED
     done, _ = await asyncio.wait((reading, *instead), timeout=MESSAGE_SECONDS, return_when=either)
@@ -121,12 +121,14 @@ class Gate(aio.ServerInterceptor):
     ) -> Callable[[Any, Context], Any]:
         async def admitted(request: Any, context: Context) -> Any:
             who = await self.admit(context)
-            messages = _parsed(request, parse)
             try:
-                first = None if streamed else await next_message(messages)
-                if not streamed and first is None:
+                if streamed:
+                    return method(_parsed(request, parse), context)
+                # Not from the iterator, whose generator nobody ends: ending it later costs a task a call.
+                content = await next_message(context.read())
+                if content is None or content is grpc.aio.EOF:
                     raise WireError("the call ended without a request")
-                return method(messages if streamed else first, context)
+                return method(_message(content, parse), context)
             except WireError as error:
                 await refuse(context, self.audit, "a call", who, malformed(str(error)))
             except TimeoutError:
@@ -172,11 +174,14 @@ class Gate(aio.ServerInterceptor):
 
 async def _parsed(contents: AsyncIterator[bytes], parse: Callable[[bytes], T]) -> AsyncIterator[T]:
     async for content in contents:
-        try:
-            message = parse(content)
-        except DecodeError:
-            raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
-        yield message
+        yield _message(content, parse)
+
+
+def _message(content: bytes, parse: Callable[[bytes], T]) -> T:
+    try:
+        return parse(content)
+    except DecodeError:
+        raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
 
 
 def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:

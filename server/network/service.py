@@ -36,7 +36,7 @@ from fedmosaic.server.uploads import Ticket
 
 log = logging.getLogger(__name__)
 STATUS_SECONDS: Final = 2.0
-"""How often a waiting client is told what it waits for."""
+"""How often a waiting client is told what it waits for; where more than 200 wait, less often."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
 _SMALL_BYTES: Final = 1 << 16
@@ -162,7 +162,8 @@ class FederationService(rpc.FederationServicer):
                 sent += waiting.ByteSize()
                 yield waiting
                 left = deadline - time.monotonic()
-                await self._changes.until("round", opened, min(STATUS_SECONDS, left))
+                pause = max(STATUS_SECONDS, 0.01 * len(settings.members))
+                await self._changes.until("round", opened, min(pause, left))
             if not opened() and self._coordinator.settings is settings:
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
@@ -300,7 +301,7 @@ async def _next(
     requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]"
 ) -> pb.PushRequest | None:
     """The next message of a push, None after the last, until a newer push of the client begins."""
-    message = None if newer.done() else await next_message(requests, newer)
+    message = None if newer.done() else await next_message(anext(requests, None), newer)
     if newer.done():
         raise _SupersededError
     return message

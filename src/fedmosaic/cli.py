@@ -3,6 +3,7 @@
 Loading late matters: `fedmosaic server` must answer within two seconds and must not import torch.
 """
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,14 @@ def _run(given: Sequence[str]) -> int:
     if given[0] not in COMMANDS:
         print(f"fedmosaic: no command {given[0]!r}; `fedmosaic --help` lists them", file=sys.stderr)
         return WRONG_INPUT
-    module = importlib.import_module(COMMANDS[given[0]][0])
+    # A model's libraries make a million objects that stay to the end. The collector would walk over them as
+    # they are made, in training, and at the end: 2 of 5.4 seconds of processor time to start and end.
+    gc.disable()
+    try:
+        module = importlib.import_module(COMMANDS[given[0]][0])
+    finally:
+        gc.freeze()
+        gc.enable()
     return int(module.main(given[1:]) or 0)
 
 

@@ -376,7 +376,7 @@ def task(place: Path) -> str:
 
 def test_a_core_moved_to_a_twin_does_what_it_did_at_home(place: Path, tmp_path: Path, task: str) -> None:
     out = tmp_path / "twins"
-    settings = AlignmentSettings(rank=3, blocks=2, max_length=24, method="activations")
+    settings = AlignmentSettings(rank=3, blocks=2, max_length=24)
     run(arguments(place, out, model=(f"twin={place / 'anchor'}",), settings=settings), silent)
     scores, (agreement,) = evaluate.evaluate(
         evaluate.Arguments(

@@ -1,11 +1,14 @@
 """The transfer ratio and what stands beside it, on cases whose answer is known."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from fedmosaic.alignment.evaluate import _table
 from fedmosaic.alignment.moments import MomentSums
 from fedmosaic.alignment.transfer import (
     MOVED,
@@ -20,6 +23,7 @@ from fedmosaic.alignment.transfer import (
     ratio,
     ratios,
     reading_agreement,
+    summary,
 )
 
 
@@ -137,3 +141,13 @@ def test_a_rotated_model_reads_the_same(scale: float) -> None:
         pytest.approx(math.copysign(1.0, scale), rel=1e-4),
         pytest.approx(1 / abs(scale), rel=1e-4),
     )
+
+
+def test_tables_keep_the_names_of_tasks_on_a_narrow_terminal() -> None:
+    names = ("intents-of-one-kind", "intents-of-one-kind-letters")
+    found = [s for name in names for s in scores_of(name, 0, zero=(1.4, 0.3), moved=(0.8, 0.6))]
+    console = Console(width=60, file=io.StringIO(), record=True)
+    console.print(_table("Scores", summary(found), ("task", "bases", "variant")))
+    text = console.export_text()
+    assert "Scores" in text
+    assert "…" not in text

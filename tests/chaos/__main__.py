@@ -25,9 +25,9 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="fedmosaic-chaos-"))
     print(f"SEED={chosen.seed}, in {place}", flush=True)
     # The kills first: processes are forked, and that only goes well before gRPC has begun.
-    terms = chosen.seed, chosen.hours * 3600, chosen.kills, place, chosen.modes
-    runs = campaign(*terms) if chosen.modes else []
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    asked = chosen.seed, chosen.hours * 3600, chosen.kills, place, chosen.modes
+    runs = campaign(*asked) if chosen.modes else []
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     faults = [f"run {number}: {fault}" for number, run in enumerate(runs) for fault in run.faults]
     mutated = 0
     if chosen.messages:
@@ -36,9 +36,8 @@ def main() -> int:
         mutated, found = mutate_everything(place / "mutations", chosen.seed, chosen.messages)
         faults += found
     befallen = dict(sum((run.killed for run in runs), Counter()))
-    kills, seconds = sum(run.ended for run in runs), used.ru_utime + used.ru_stime
-    print(f"{kills} killed with SIGKILL; the processes took {seconds:.0f} s of the processor")
-    print(f"{len(runs)} runs: {befallen}; {mutated} mutated messages and files; {len(faults)} faults")
+    print(f"{len(runs)} runs, {used:.0f} s of the processor: {befallen}")
+    print(f"{mutated} mutated messages and files; {len(faults)} faults")
     for fault in faults:
         print(f"  {fault}")
     if faults:

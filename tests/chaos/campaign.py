@@ -7,12 +7,10 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +22,6 @@ from end_to_end import test_group_sums as sums
 from end_to_end.ports import free_port
 from fedmosaic.privacy.federation.terms import Terms
 
-T = TypeVar("T")
 _PATIENT = {"round_deadline_seconds": 900, "gathering_seconds": 300, "key_patience_seconds": 300}
 _LIMIT_SECONDS = 420.0
 """A run that takes longer hangs."""
@@ -41,16 +38,14 @@ def _changed(terms: Terms, part: str, **values: object) -> Terms:
 
 _PLAIN = fv.terms("plain", 3, **_PATIENT)
 _MASKED = fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)
+_SUMMED = _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20)
 MODES = {
     "none": (fv.MEMBERS, _PLAIN),
     "mask": (fv.MEMBERS, _MASKED),
     "ckks": (fv.MEMBERS, fv.terms("ckks", 3, **_PATIENT)),
     "dp": (fv.MEMBERS, _changed(_PLAIN, "adapter", protection="dp")),
     "dp+mask": (fv.MEMBERS, _changed(_MASKED, "adapter", protection="dp+encrypted")),
-    "distributed-dp": (
-        sums.MEMBERS[:8],
-        _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20),
-    ),
+    "distributed-dp": (sums.MEMBERS[:8], _SUMMED),
 }
 """Members and terms by what protects the adapter."""
 
@@ -106,11 +101,6 @@ class Run:
         if self.database is not None:
             self.database.kill()
         return final_vectors(self.place, self.members, terms.schedule.rounds)
-
-    @property
-    def ended(self) -> int:
-        """Processes and databases that were killed."""
-        return sum(self.killed[what] for what in ("server", "client", "database"))
 
     def _start(self, name: str) -> None:
         step, what = 0, faults.STEPS.get(self.fault, faults.kill)
@@ -175,22 +165,21 @@ class Run:
         """End the server as its operator would; one that has just been killed has to come back for it."""
         process = next(process for process, name in self.live.items() if name == "server")
         os.kill(process, signal.SIGTERM)
-        if (ended := _comes(self._ended)) is None:
-            self.faults.append("the server goes on after SIGTERM")
-            return
-        code = ended[1]
+        deadline = time.monotonic() + 120.0
+        while (ended := self._ended()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        code = None if ended is None else ended[1]
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             self.killed["server"] += code == -signal.SIGKILL
             summary = self.place / "f" / "server" / "state" / "run.json"
             summary.unlink(missing_ok=True)
             self.kills = 0
             self._start("server")
-            if _comes(lambda: summary.exists() or None):
-                self._stop()
-            else:
-                self.faults.append("the server that was started again writes no run.json")
+            while not summary.exists():
+                time.sleep(0.1)
+            self._stop()
         elif code != 0:
-            self.faults.append(f"the server ended with exit status {code} after SIGTERM")
+            self.faults.append(f"the server ended with exit status {code} after SIGTERM (None: not at all)")
 
     def _ended(self) -> tuple[str, int] | None:
         for process in list(self.live):
@@ -198,14 +187,6 @@ class Run:
             if found:
                 return self.live.pop(process), os.waitstatus_to_exitcode(status)
         return None
-
-
-def _comes(look: Callable[[], T | None]) -> T | None:
-    """What is found within two minutes, or None."""
-    deadline = time.monotonic() + 120.0
-    while (found := look()) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
 
 
 def _possible() -> list[str]:
@@ -218,19 +199,14 @@ def _possible() -> list[str]:
 
 
 def campaign(seed: int, seconds: float, kills: int, place: Path, modes: list[str]) -> list[Run]:
-    """Runs of every mode in turn until the time is over, or so many processes and databases are killed.
-
-    At least one of each with every fault; a line for each.
-    """
+    """Runs of every mode in turn, of each one with every fault, for a time or until so many are killed."""
     gc.freeze()  # what was imported stays one copy for all processes that are forked from this one
     runs: list[Run] = []
     possible = _possible()
     undisturbed: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
     began = time.monotonic()
-    least = (1 + len(possible)) * len(modes)
-    while (number := len(runs)) < least or (
-        sum(run.ended for run in runs) < kills if kills else time.monotonic() - began < seconds
-    ):
+    ended, least = 0, (1 + len(possible)) * len(modes)
+    while (number := len(runs)) < least or (ended < kills if kills else time.monotonic() - began < seconds):
         mode = modes[number % len(modes)]
         draw = random.Random(f"{seed} {number}")
         calm = mode not in undisturbed
@@ -241,6 +217,7 @@ def campaign(seed: int, seconds: float, kills: int, place: Path, modes: list[str
         if calm:
             undisturbed[mode] = (run.seconds, final)
         runs.append(run)
+        ended += sum(run.killed[what] for what in ("server", "client", "database"))
         print(
             f"run {number:4d}  {mode:14s} {fault:10s} {run.seconds:6.1f} s  {dict(run.killed)}  "
             f"{'; '.join(run.faults) or 'as it should be'}",

@@ -250,10 +250,15 @@ def mutate_contents(
     return tried, [f"{fault} ({number} times)" for fault, number in faults.items()]
 
 
+def found_federation(directory: Path) -> Path:
+    """One whose round does not close while it is mutated."""
+    schedule = {"round_deadline_seconds": 36_000, "gathering_seconds": 300, "key_patience_seconds": 300}
+    return fv.make_federation(directory, fv.terms("mask", 3, **schedule))
+
+
 def mutate_everything(directory: Path, seed: int, count: int) -> tuple[int, list[str]]:
     """Both, `count` times each call and format; returns how many mutations were tried, and the faults."""
-    schedule = {"round_deadline_seconds": 36_000, "gathering_seconds": 300, "key_patience_seconds": 300}
-    federation = fv.make_federation(directory / "f", fv.terms("mask", 3, **schedule))
+    federation = found_federation(directory / "f")
     sent, faults, kept = mutate_messages(federation, seed, count)
     with closing(fv.coordinator_of(federation)) as run:
         asked, refused = mutate_contents(federation, calls(run, kept), seed, count)

@@ -8,16 +8,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-try:
-    import atheris
-except ImportError:
-    sys.exit("atheris is not installed here: pip install atheris")
+import atheris
 
 with atheris.instrument_imports(include=["fedmosaic"], enable_loader_override=False):
     from chaos import formats
@@ -43,9 +39,9 @@ def recorded(directory: Path) -> tuple[dict[str, list[bytes]], list[str]]:
 
 def fuzz(place: Path, name: str, original: bytes, read: formats.Reader, seconds: int) -> None:
     """Mutate one for so long; what is no refusal is told once for each place it comes from. Never returns."""
-    corpus, found = place / "corpus", Counter[str]()
-    corpus.mkdir()
-    (corpus / "original").write_bytes(original)
+    found = set[str]()
+    (place / "corpus").mkdir()
+    (place / "corpus" / "original").write_bytes(original)
 
     def once(content: bytes) -> None:
         try:
@@ -53,21 +49,19 @@ def fuzz(place: Path, name: str, original: bytes, read: formats.Reader, seconds:
         except FedMosaicError:
             pass
         except Exception as error:
-            found[where(error)] += 1
-            if found[where(error)] == 1:
+            if where(error) not in found:
+                found.add(where(error))
                 (place / f"fault-{len(found)}").write_bytes(content)
                 print(f"FAULT {name}: {where(error)}: {error}", file=sys.stderr, flush=True)
 
-    limits = f"-max_total_time={seconds}", "-print_final_stats=1", "-rss_limit_mb=0"
-    atheris.Setup([name, *limits, str(corpus)], once)
+    atheris.Setup([name, f"-max_total_time={seconds}", "-rss_limit_mb=0", str(place / "corpus")], once)
     atheris.Fuzz()
 
 
 def main(seconds: int) -> int:
     """All of them, one after the other; a line for each."""
     place, faults = Path(tempfile.mkdtemp(prefix="fedmosaic-guided-")), 0
-    patient = {"round_deadline_seconds": 36_000, "gathering_seconds": 300, "key_patience_seconds": 300}
-    origin = fv.make_federation(place / "origin", fv.terms("mask", 3, **patient))
+    origin = formats.found_federation(place / "origin")
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         kept, names = pool.submit(recorded, origin).result()
     for number, name in enumerate(names):
@@ -78,10 +72,10 @@ def main(seconds: int) -> int:
             fuzz(directory, name, *contents(directory, kept)[name], seconds)
         os.waitpid(child, 0)
         said = log.read_text(errors="replace")
-        edges, tries = re.findall(r"cov: (\d+)", said), re.findall(r"executed_units: *(\d+)", said)
-        told = re.findall("^FAULT .*", said, re.MULTILINE) + (["FAULT: it ended early"] if not tries else [])
+        marks = re.findall(r"^#(\d+)\s+(?:INITED|DONE)\s+(cov: \d+)", said, re.MULTILINE)
+        told = re.findall("^FAULT .*", said, re.MULTILINE) + ["FAULT: it ended early"] * ("DONE" not in said)
         faults += len(told)
-        reached = f"{tries[0]:>8s} tried, {edges[0]} to {edges[-1]} edges" if tries else ""
+        reached = "; ".join(f"{tried} tried, {edges}" for tried, edges in marks)
         print(f"{name:45s} {reached}", *told, sep="\n  ", flush=True)
     print(f"{len(names)} targets, {faults} faults; what the runs left is in {place}")
     return 1 if faults else 0

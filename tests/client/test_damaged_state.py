@@ -212,9 +212,11 @@ def test_a_channel_that_saw_no_example_has_no_share(tmp_path: Path) -> None:
     assert record.shares() == {}
 
 
-@pytest.mark.parametrize("change", [(b"(32,", b"(32["), (b"}", b"\x00")])
-def test_an_array_whose_header_is_no_python_is_damaged(change: tuple[bytes, bytes], tmp_path: Path) -> None:
-    """NumPy parses the header as Python, and lets errors of the tokenizer through."""
+@pytest.mark.parametrize("change", [(b"(32,", b"(32["), (b"}", b"\x00"), (b"'shape'", b"B'shape'")])
+def test_an_array_whose_header_numpy_cannot_read_is_damaged(
+    change: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """NumPy parses the header as Python, and lets errors of the tokenizer and of odd keys through."""
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(32, dtype=np.float32))
     path = tmp_path / "profile.npy"

@@ -74,6 +74,21 @@ def test_before_round_one_there_is_nothing_and_before_a_round_opens_one_waits(
         coordinator.pull("clinic-a", 5)
 
 
+def test_a_round_is_open_before_anything_is_written_about_the_one_before(
+    federation: Any, coordinator: Any
+) -> None:
+    state = coordinator.settings.state_dir
+    federation.play(coordinator, 1)
+    federation.push(coordinator, 2, federation.clients)
+    before = json.loads((state / "run.json").read_text())
+    assert coordinator.move()
+    assert coordinator.available_round == 3
+    assert json.loads((state / "run.json").read_text()) == before
+    coordinator.tidy()
+    assert json.loads((state / "run.json").read_text())["open_round"] == 3
+    assert sorted(path.name for path in (state / "uploads").iterdir()) == ["000002"]
+
+
 def test_repeated_late_and_changed_pushes(federation: Any, coordinator: Any, clock: Any) -> None:
     run = coordinator.run_id
     upload = federation.upload(run, "clinic-a", 1)

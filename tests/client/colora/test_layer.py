@@ -54,8 +54,8 @@ def branch_output(layer: CoLoraLayer, branch: str, x: torch.Tensor) -> torch.Ten
         inner = torch.einsum("qr,btr->btq", core.weight.double(), reduced) + core.bias.double()
         return SCALE * torch.einsum("or,btr->bto", b, inner)
     assert isinstance(layer, BranchedLoraLinear)
-    down, up = layer.pair("default", branch)
-    return SCALE * torch.einsum("or,rd,btd->bto", up.weight.double(), down.weight.double(), x)
+    down, up = layer.branch_tensors("default", branch)
+    return SCALE * torch.einsum("or,rd,btd->bto", up.double(), down.double(), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from fedmosaic.client.colora import (
     CoLoraConfig,
@@ -98,9 +98,7 @@ def test_layers_are_chosen_by_relative_depth_and_written_into_the_configuration(
     assert with_lora == {str(layer) for layer in range(depth)} - with_core
 
 
-def test_unknown_modules_are_refused_with_what_exists() -> None:
-    with pytest.raises(ModelError, match=r"\['c_attn'\].*self_attn\.v_proj"):
-        get_peft_model(tiny(), config(target_modules=["c_attn"]))
+def test_a_rank_above_the_width_of_a_module_is_refused() -> None:
     with pytest.raises(ModelError, match="Rank 40 is above the width 32"):
         get_peft_model(tiny(), config(r=40))
 
@@ -140,7 +138,7 @@ def test_loading_with_meta_tensors_first_gives_the_same(tmp_path: Path) -> None:
 
 def test_auto_classes_load_base_and_adapter(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "base")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config())
     fill(model)
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
@@ -176,10 +174,7 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
     "groups", [set(), {"local"}, {"personal", "gate"}, {"global"}, {"local", "global", "personal", "gate"}]
 )
 def test_leaving_disable_adapter_changes_nothing(groups: set[str]) -> None:
-    base = tiny()
-    before = base(IDS).logits
-    model = get_peft_model(base, config(personal_branch=True))
-    fill(model)
+    before, model = tiny()(IDS).logits, filled(personal_branch=True)
     set_trainable(model, groups)
     set_active_branches(model, {"local", "personal"}, layers="shared")
     adapted, trained = model(IDS).logits, flags(model)
@@ -271,10 +266,7 @@ def test_merging_an_adapter_that_learned_nothing_changes_nothing_and_warns_of_no
 
 
 def test_disabling_a_merged_adapter_gives_the_base_model() -> None:
-    base = tiny()
-    before = base(IDS).logits
-    model = get_peft_model(base, config())
-    fill(model, 0.1)
+    before, model = tiny()(IDS).logits, filled(scale=0.1)
     adapted = model(IDS).logits
     model.merge_adapter()
     torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)

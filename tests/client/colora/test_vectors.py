@@ -136,9 +136,10 @@ def test_the_family_vector_holds_a_then_b_of_each_module() -> None:
     assert read_family(model).any(), "clients of one architecture start alike, in both branches"
     vector = numbers(read_family(model).size)
     write_family(model, vector, "local")
-    down, up = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").pair("default", "local")
-    np.testing.assert_array_equal(down.weight.detach().numpy(), vector[: 4 * 64].reshape(4, 64))
-    np.testing.assert_array_equal(up.weight.detach().numpy(), vector[4 * 64 : 4 * 96].reshape(32, 4))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    down, up = layer.branch_tensors("default", "local")
+    np.testing.assert_array_equal(down.detach().numpy(), vector[: 4 * 64].reshape(4, 64))
+    np.testing.assert_array_equal(up.detach().numpy(), vector[4 * 64 : 4 * 96].reshape(32, 4))
 
 
 @pytest.mark.parametrize("layers", ["all", "shared", "family"])

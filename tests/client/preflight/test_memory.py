@@ -1,6 +1,7 @@
 """What a run will need is worked out without loading anything, and follows what is really held."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,17 +32,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def need(
+def settings_for(
     folder: Path, *, quantization: str | None = None, dtype: str = "float32", **training: object
-) -> MemoryNeed:
+) -> ClientSettings:
     probe = ModelSettings(path=str(folder), device="cpu")
     parts = {
         "model": probe.model_copy(update={"dtype": dtype, "quantization": quantization}),
         "data": DataSettings(train=folder),
         "training": TrainingSettings(**{"max_length": 64, "per_device_train_batch_size": 4} | training),
     }
-    settings = ClientSettings(kit=folder, server="localhost:1", state_dir=folder, probe=probe, **parts)
-    return memory_need(settings, AdapterTerms(), supervised=8)
+    return ClientSettings(kit=folder, server="localhost:1", state_dir=folder, probe=probe, **parts)
+
+
+def need(folder: Path, **changes: Any) -> MemoryNeed:
+    return memory_need(settings_for(folder, **changes), AdapterTerms(), supervised=8)
 
 
 def adapted(folder: Path) -> PeftModel:
@@ -68,6 +72,21 @@ def test_a_step_is_what_a_real_one_holds(folder: Path) -> None:
     with memory._Meter() as meter:
         train_local(model, examples, settings, pad_token_id=0)
     assert need(folder).training == pytest.approx(meter.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("changes", [{"max_length": 8}, {"dtype": "bfloat16"}])
+def test_what_is_counted_in_a_moment_is_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Where twice that is free, nothing else is worked out."""
+    monkeypatch.setattr(memory, "_CUDA_CONTEXT", 0)
+    settings, terms = settings_for(folder, **changes), AdapterTerms()
+    most = memory.most_bytes(settings, terms.rank, settings.training.max_length)
+    assert memory_need(settings, terms).needed < most
+    monkeypatch.setattr(memory, "free_memory", lambda _: (2 * most + 1, 2 * most + 1))
+    words, fits = memory.check_memory(settings, terms)
+    assert fits
+    assert "below" in words
 
 
 def test_what_is_said_to_help_does(folder: Path) -> None:
