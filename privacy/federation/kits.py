@@ -210,9 +210,9 @@ def unaligned(roster: Roster) -> str:
             "relevance.across_families = false"
         )
     return (
-        f"{begun} on one aligned basis, which was shown to carry what they learn only between depths of one "
-        "model: measure the transfer ratio with `fedmosaic align evaluate`, and where its interval holds 0 "
-        "found the federation with relevance.across_families = false"
+        f"{begun} on one aligned basis, which was shown to carry what they learn only between models that "
+        "compute nearly the same: measure the transfer ratio with `fedmosaic align evaluate`, and where its "
+        "interval holds 0 found the federation with relevance.across_families = false"
     )
 
 

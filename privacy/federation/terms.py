@@ -180,7 +180,7 @@ class RelevanceTerms(Frozen):
     """Weight of earlier releases in a profile's moving average."""
     across_families: bool = False
     """Whether members receive from other families than their own. What one model learnt was shown to help
-    another only between depths of one model; `fedmosaic align evaluate` measures it for yours."""
+    another only if both compute nearly the same; `fedmosaic align evaluate` measures it for yours."""
 
 
 class ScheduleTerms(Frozen):
