@@ -44,13 +44,17 @@ def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
             ),
             "profile": PROFILE,
             "schedule": {
-                "rounds": rounds, "quorum": 4, "round_deadline_seconds": 120, "gathering_seconds": 120,
-                "key_patience_seconds": 120, **schedule,
+                "rounds": rounds,
+                "quorum": 4,
+                "round_deadline_seconds": 120,
+                "gathering_seconds": 120,
+                "key_patience_seconds": 120,
+                **schedule,
             },
             "encryption": {"backend": backend},
             "allow_plaintext": plain,
         }
-    )  # fmt: skip
+    )
 
 
 @dataclass

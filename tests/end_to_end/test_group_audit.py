@@ -32,16 +32,22 @@ TERMS = Terms.model_validate(
     {
         "adapter": AdapterTerms(rank=4, alpha=8, blocks=2, protection="distributed-dp"),
         "adapter_privacy": {
-            "steps_per_round": 1, "expected_batch_size": BATCH, "target_epsilon": 50.0, "clipping_norm": 0.2,
+            "steps_per_round": 1,
+            "expected_batch_size": BATCH,
+            "target_epsilon": 50.0,
+            "clipping_norm": 0.2,
         },
         "group_sums": {
-            "minimum_contributors": 8, "colluders": 2, "noise_multiplier": SIGMA, "learning_rate": 0.01,
+            "minimum_contributors": 8,
+            "colluders": 2,
+            "noise_multiplier": SIGMA,
+            "learning_rate": 0.01,
         },
         "profile": PROFILE,
         "schedule": ScheduleTerms(rounds=SUMS + 1, quorum=4, round_deadline_seconds=120),
         "encryption": {"backend": "plain"},
     }
-)  # fmt: skip
+)
 TEXTS = random_texts([6] * CANARIES, answer=2)
 COINS = np.random.default_rng(3).random(CANARIES) < 0.5
 

@@ -212,9 +212,13 @@ def test_an_aggregate_that_cannot_be_trained_with_is_left_out_and_told_at_home(
 ) -> None:
     caplog.set_level(logging.ERROR, "fedmosaic.client.learner")
     outcome = take_part(
-        tmp_path / "f", "encrypted", model, kind=Overflowing, received={2: signs(4.0, 0)},
+        tmp_path / "f",
+        "encrypted",
+        model,
+        kind=Overflowing,
+        received={2: signs(4.0, 0)},
         training={"steps": STEPS, "blend_received": 0.5},
-    )  # fmt: skip
+    )
     assert outcome.errors == {}
     (line,) = caplog.messages
     assert line.startswith("round 2: the loss of step 1 is not finite")

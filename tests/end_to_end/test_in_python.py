@@ -151,18 +151,22 @@ def test_objects_take_part_with_conversations(
     other = AutoModelForCausalLM.from_pretrained(place / "model")
     clients = {
         "a": Client(
-            settings(served, place, "a"), model=model, tokenizer=tokenizer, examples=chats(0),
-            test=chats(90, 4), ledger=home / "books-a",
+            settings(served, place, "a"),
+            model=model,
+            tokenizer=tokenizer,
+            examples=chats(0),
+            test=chats(90, 4),
+            ledger=home / "books-a",
         ),
         "b": Client(
-            settings(served, place, "b", data={"ledger": home / "books-b"}), model=other, tokenizer=tokenizer,
+            settings(served, place, "b", data={"ledger": home / "books-b"}),
+            model=other,
+            tokenizer=tokenizer,
             examples=datasets.Dataset.from_list(pairs(2000)),
         ),
-        "c": Client(
-            settings(served, place, "c", **own_model), examples=pairs(4000), ledger=home / "books-c"
-        ),
+        "c": Client(settings(served, place, "c", **own_model), examples=pairs(4000), ledger=home / "books-c"),
         "d": Client(settings(served, place, "d", **own_model, data={"train": home / "folder"})),
-    }  # fmt: skip
+    }
     results: dict[str, ClientResult] = {}
 
     def run(name: str) -> None:

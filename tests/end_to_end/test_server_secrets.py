@@ -187,8 +187,11 @@ def _nothing_can_be_read_without_the_key(directory: Path, aggregate: Aggregate, 
     assert abs(cipher.decrypt(section.payload, real, context, row)).max() > 0.1
     public = {name: getattr(real, name) for name in ("federation", "epoch", "members", "parameters_hash")}
     guess = GroupKey(
-        **public, transcript=real.transcript, fingerprint=real.fingerprint, master=bytes(32),
+        **public,
+        transcript=real.transcript,
+        fingerprint=real.fingerprint,
+        master=bytes(32),
         ckks_secret=bytes(range(1, 7)) * (len(real.ckks_secret) // 6),
-    )  # fmt: skip
+    )
     with pytest.raises((CiphertextError, EncryptionError)):
         cipher.decrypt(section.payload, guess, context, row)

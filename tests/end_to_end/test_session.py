@@ -61,9 +61,12 @@ def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
 
     coordinator.push = noting
     clients = fv.played(
-        directory, coordinator, ("cid",), lambda line: fv.Dying(line, push=2),
+        directory,
+        coordinator,
+        ("cid",),
+        lambda line: fv.Dying(line, push=2),
         pause=lambda: kept.append(read_upload(path)),
-    )  # fmt: skip
+    )
     assert kept[0] == kept[1]
     trained = clients["cid"].learner.trained
     assert trained == [3], "round 2 was trained before the kill and must not be trained again"
@@ -103,9 +106,13 @@ def test_a_client_whose_ledger_was_put_back_from_an_older_copy_is_refused_by_nam
             shutil.copy(file, state)
 
     fv.played(
-        directory, coordinator, ("cid",), lambda line: fv.Dying(line, push=2),
-        prepare=lambda _: back_up(state, tmp_path / "older"), pause=put_back,
-    )  # fmt: skip
+        directory,
+        coordinator,
+        ("cid",),
+        lambda line: fv.Dying(line, push=2),
+        prepare=lambda _: back_up(state, tmp_path / "older"),
+        pause=put_back,
+    )
 
 
 def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(founded: Any) -> None:

@@ -32,10 +32,18 @@ def test_digest_is_the_documented_encoding() -> None:
         b"fedmosaic/profile/v1\x00" + struct.pack("<IdI2f", 2, 0.25, 3, 1.0, -2.0)
     ).digest()
     fields = [
-        b"fedmosaic/upload/v1", b"fed", b"0" * 32, struct.pack("<Q", 2), b"clinic-a",
-        struct.pack("<Q", 1), struct.pack("<Q", 1), b"shared", struct.pack("<Q", 3),
-        hashlib.sha256(b"abc").digest(), profile,
-    ]  # fmt: skip
+        b"fedmosaic/upload/v1",
+        b"fed",
+        b"0" * 32,
+        struct.pack("<Q", 2),
+        b"clinic-a",
+        struct.pack("<Q", 1),
+        struct.pack("<Q", 1),
+        b"shared",
+        struct.pack("<Q", 3),
+        hashlib.sha256(b"abc").digest(),
+        profile,
+    ]
     expected = hashlib.sha256(b"".join(map(field, fields))).digest()
     assert upload_digest(**BASE) == expected  # type: ignore[arg-type]
 
@@ -43,15 +51,23 @@ def test_digest_is_the_documented_encoding() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"federation": "fee"}, {"run_id": "1" * 32}, {"round_number": 3}, {"client_id": "clinic-b"},
-        {"key_epoch": 2}, {"sections": ()}, {"sections": (SectionHeader("family", 3, SECTION.sha256),)},
+        {"federation": "fee"},
+        {"run_id": "1" * 32},
+        {"round_number": 3},
+        {"client_id": "clinic-b"},
+        {"key_epoch": 2},
+        {"sections": ()},
+        {"sections": (SectionHeader("family", 3, SECTION.sha256),)},
         {"sections": (SectionHeader("shared", 4, SECTION.sha256),)},
-        {"sections": (SectionHeader("shared", 3, bytes(32)),)}, {"profile": None},
-        {"profile": Profile(PROFILE.vector, 0.25, 4)}, {"profile": Profile(PROFILE.vector, 0.5, 3)},
-        {"profile": Profile(-PROFILE.vector, 0.25, 3)}, {"ledger": LedgerHead(bytes(32))},
+        {"sections": (SectionHeader("shared", 3, bytes(32)),)},
+        {"profile": None},
+        {"profile": Profile(PROFILE.vector, 0.25, 4)},
+        {"profile": Profile(PROFILE.vector, 0.5, 3)},
+        {"profile": Profile(-PROFILE.vector, 0.25, 3)},
+        {"ledger": LedgerHead(bytes(32))},
     ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_no_part_can_be_changed_without_changing_the_digest(change: dict[str, object]) -> None:
     assert upload_digest(**(BASE | change)) != upload_digest(**BASE)  # type: ignore[arg-type]
 

@@ -20,6 +20,12 @@ def test_names_that_clients_of_other_languages_rely_on() -> None:
     service = pb.DESCRIPTOR.services_by_name["Federation"]
     assert service.full_name == "fedmosaic.v1.Federation"
     assert {method.name for method in service.methods} == {
-        "Enrol", "Pull", "UploadStatus", "Push", "RoundStatus", "Report", "PostKeyMessage",
+        "Enrol",
+        "Pull",
+        "UploadStatus",
+        "Push",
+        "RoundStatus",
+        "Report",
+        "PostKeyMessage",
         "ReadKeyMessages",
-    }  # fmt: skip
+    }

@@ -90,8 +90,8 @@ key_messages = st.builds(
 def weight_rows(draw: st.DrawFn) -> messages.WeightRow:
     contributors = draw(st.lists(ids, unique=True, min_size=1, max_size=8))
     bits = draw(st.integers(4, 20))
-    cuts = sorted(draw(st.lists(st.integers(0, 1 << bits), min_size=len(contributors) - 1,
-                                max_size=len(contributors) - 1)))  # fmt: skip
+    count = len(contributors) - 1
+    cuts = sorted(draw(st.lists(st.integers(0, 1 << bits), min_size=count, max_size=count)))
     edges = [0, *cuts, 1 << bits]
     return messages.WeightRow(tuple(contributors), tuple(b - a for a, b in itertools.pairwise(edges)), bits)
 

@@ -142,7 +142,7 @@ def test_a_damaged_file_of_the_kit_is_named_and_never_given_to_grpc(
 
 
 def test_a_key_of_another_certificate_is_named(kit: Path, dial: Any, authority: Authority) -> None:
-    (kit / "tls.key").write_bytes(builders.issue_client(authority, "fed", "clinic-a").key_pem)
+    (kit / "tls.key").write_bytes(builders.issue_client(authority, "fed", "clinic-b").key_pem)
     with pytest.raises(IdentityError, match=r"tls\.key is not the key of .*tls\.pem; take both from one kit"):
         dial("localhost:1")
 
