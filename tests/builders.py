@@ -79,10 +79,14 @@ def tls_key(client: str) -> ec.EllipticCurvePrivateKey:
 
 
 def issue_client(
-    authority: identity.Authority, federation: str, client: str, now: dt.datetime | None = None
+    authority: identity.Authority,
+    federation: str,
+    client: str,
+    now: dt.datetime | None = None,
+    key: ec.EllipticCurvePrivateKey | None = None,
 ) -> TlsIdentity:
-    """A certificate for a client's key."""
-    key = tls_key(client)
+    """A certificate for a client's key, the one of all tests unless another is given."""
+    key = key or tls_key(client)
     certificate = identity.certify_client(authority, key.public_key(), federation, client, now)
     return TlsIdentity(certificate, identity.private_pem(key))
 

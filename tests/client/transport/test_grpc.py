@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import builders
@@ -439,7 +440,7 @@ def test_a_certificate_that_was_installed_meanwhile_is_shown_by_the_next_call(
 
     transport = dial(f"127.0.0.1:{serving(servicer=Service())}")
     transport.report(b"{}")
-    new = builders.issue_client(authority, "fed", "clinic-a")
+    new = builders.issue_client(authority, "fed", "clinic-a", key=ec.generate_private_key(ec.SECP256R1()))
     (kit / "tls.key").write_bytes(new.key_pem)
     transport.report(b"{}")
     assert "going on with the connection of before" in caplog.text
