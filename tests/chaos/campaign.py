@@ -97,7 +97,7 @@ class Run:
                 os.waitpid(process, 0)
         self.seconds = time.monotonic() - began
         if not self.faults:
-            self.faults += faults_of(self.place, self.members, undisturbed)
+            self.faults += faults_of(self.place, self.members, undisturbed, flipped=self.fault == "bit-flip")
         if self.database is not None:
             self.database.kill()
         return final_vectors(self.place, self.members, terms.schedule.rounds)

@@ -42,7 +42,11 @@ def final_vectors(place: Path, members: tuple[str, ...], rounds: int) -> dict[st
 
 
 def faults_of(
-    place: Path, members: tuple[str, ...], undisturbed: Mapping[str, np.ndarray] | None
+    place: Path,
+    members: tuple[str, ...],
+    undisturbed: Mapping[str, np.ndarray] | None,
+    *,
+    flipped: bool = False,
 ) -> Iterator[str]:
     """Everything that is wrong with a finished run; nothing if it is as it should be.
 
@@ -50,6 +54,7 @@ def faults_of(
         place: directory of the run.
         members: of the federation.
         undisturbed: what the same run left without a kill; None for that run itself.
+        flipped: whether bits of files were flipped. Without that, no file of a key may be damaged.
     """
     terms = open_kit(place / "f" / "server").roster.terms
     grouped = terms.adapter.in_group_sums
@@ -79,7 +84,7 @@ def faults_of(
     final = final_vectors(place, members, rounds)
     # A flipped bit in a group key: its member says so, trains a round alone, and all later rounds differ.
     told = "".join((place / f"{name}.log").read_text(errors="replace") for name in members)
-    alike = not absent and "its key is lost" not in told
+    alike = not absent and not (flipped and "its key is lost" in told)
     if missing := set(members) - final.keys() - absent.get(rounds, set()):
         yield f"no adapter of the last round at {', '.join(sorted(missing))}"
     elif grouped or (undisturbed is not None and alike):
