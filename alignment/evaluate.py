@@ -215,14 +215,7 @@ def _transfers(
     arguments: Arguments, label: str, folder: Path, pair: Sequence[LoadedModel], task: Task, seed: int
 ) -> Iterator[Score]:
     """All scores of one run: both cores are trained, each is the other direction's retrained one."""
-    settings = TrainingSettings(
-        shared_learning_rate=arguments.learning_rate,
-        steps=arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        seed=seed,
-    )
-    few = settings.model_copy(update={"steps": max(1, arguments.steps // 4)})
+    settings = _training(arguments, seed, arguments.steps)
     cores, own = [], []
     for model in pair:
         with model.mounted(folder / model.name) as adapted:
@@ -233,31 +226,37 @@ def _transfers(
         named = {ZERO_SHOT: model.score(model.base, task, arguments.max_length), RETRAINED: own[target]}
         # One way, all that is asked of the source is that it has learnt the task.
         if target == 1 or not arguments.one_way:
-            named |= _moved(arguments, folder, model, task, core, few)
+            named |= _moved(arguments, folder, model, task, core, seed)
         for variant, values in named.items():
             yield Score(task.name, pair[source].name, model.name, label, variant, seed, *values)
 
 
+def _training(arguments: Arguments, seed: int, steps: int) -> TrainingSettings:
+    return TrainingSettings(
+        shared_learning_rate=arguments.learning_rate,
+        steps=steps,
+        per_device_train_batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        seed=seed,
+    )
+
+
 def _moved(
-    arguments: Arguments,
-    folder: Path,
-    model: LoadedModel,
-    task: Task,
-    core: np.ndarray,
-    few: TrainingSettings,
+    arguments: Arguments, folder: Path, model: LoadedModel, task: Task, core: np.ndarray, seed: int
 ) -> dict[str, tuple[float, float]]:
     """Calibrated loss and accuracy of a core in another model than its own, and of the controls."""
+    few = _training(arguments, seed, max(1, arguments.steps // 4))
     named = {}
     with model.mounted(folder / model.name) as adapted:
         rank = next(iter(get_basis(adapted).values()))[0].shape[0]
-        for variant, given in ((MOVED, core), (RANDOM_CORE, random_core(core, rank, few.seed))):
+        for variant, given in ((MOVED, core), (RANDOM_CORE, random_core(core, rank, seed))):
             write_shared(adapted, given, "local")
             named[variant] = model.score(adapted, task, arguments.max_length)
         for variant, given in ((FEW, 0.0 * core), (TUNED, core)):
             write_shared(adapted, given, "local")
             model.train(adapted, task.train[: arguments.few_labels], few)
             named[variant] = model.score(adapted, task, arguments.max_length)
-        scramble(adapted, few.seed)
+        scramble(adapted, seed)
         write_shared(adapted, core, "local")
         named[RANDOM_BASES] = model.score(adapted, task, arguments.max_length)
     return named

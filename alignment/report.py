@@ -53,26 +53,21 @@ def print_transfer(
     for row in agreements:
         table.add_row(*map(_shown, row.values()))
     console.print(table)
-    for title, rows, keys in (
-        (
-            "Calibrated scores (mean ± half of the 95 % interval over seeds)",
-            summary(scores),
-            ("task", "bases", "variant"),
-        ),
-        (
-            "Transfer ratio over the tasks that both models learnt (± half of the 95 % interval)",
-            ratios(scores),
-            ("bases", "variant", "tasks"),
-        ),
-    ):
-        table = _folded(title, (*keys, "direction", "accuracy", "loss"))
-        for row in rows:
-            table.add_row(
-                *(str(len(row[key]) if key == "tasks" else row[key]) for key in keys),
-                f"{row['source']} → {row['target']}",
-                *(f"{row[name]:.3f} ± {row[f'{name}_half_width']:.3f}" for name in ("accuracy", "loss")),
-            )
-        console.print(table)
+    title = "Calibrated scores (mean ± half of the 95 % interval over seeds)"
+    console.print(_scored(title, summary(scores), ("task", "bases", "variant")))
+    title = "Transfer ratio over the tasks that both models learnt (± half of the 95 % interval)"
+    console.print(_scored(title, ratios(scores), ("bases", "variant", "tasks")))
+
+
+def _scored(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
+    table = _folded(title, (*keys, "direction", "accuracy", "loss"))
+    for row in rows:
+        table.add_row(
+            *(str(len(row[key]) if key == "tasks" else row[key]) for key in keys),
+            f"{row['source']} → {row['target']}",
+            *(f"{row[name]:.3f} ± {row[f'{name}_half_width']:.3f}" for name in ("accuracy", "loss")),
+        )
+    return table
 
 
 def line_of(values: Mapping[str, Any]) -> str:

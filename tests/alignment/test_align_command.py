@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from fedmosaic.alignment import evaluate
 from fedmosaic.alignment.__main__ import Arguments, run
@@ -217,6 +218,11 @@ def test_other_inputs_are_refused_in_the_same_place(
         run(arguments(place, aligned[0], "wide", settings=AlignmentSettings(rank=2, blocks=2)), silent)
     with pytest.raises(StateError, match="another anchor"):
         run(arguments(place, aligned[0], "wide", samples=30), silent)
+    shutil.copytree(aligned[0], tmp_path, dirs_exist_ok=True)
+    bases = tmp_path / "anchor" / "adapter_model.safetensors"
+    save_file({name: tensor[:2].clone() for name, tensor in load_file(bases).items()}, bases)
+    with pytest.raises(StateError, match="another shape"):
+        run(arguments(place, tmp_path, "wide"), silent)
     (tmp_path / "manifest.json").write_text('{"version": 1}')
     with pytest.raises(StateError, match="not a manifest"):
         read_manifest(tmp_path)
