@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, settings
 
 import devices
 
-# A slow or busy machine says nothing about the code, so no example has a deadline.
-settings.register_profile(
-    "repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+# A slow or busy machine says nothing about the code, so no example has a deadline. The same few examples
+# every time tell what a change has broken; `make test-slow` looks for new ones, and prints how to repeat
+# the one it finds.
+repeatable = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=50
 )
-# `make test-slow` looks for new counterexamples, and prints how to repeat the one it finds.
-settings.register_profile("searching", settings.get_profile("repeatable"), derandomize=False, print_blob=True)
+settings.register_profile("repeatable", repeatable)
+settings.register_profile("searching", repeatable, derandomize=False, print_blob=True, max_examples=300)
 settings.load_profile("repeatable")
 
 

@@ -1,8 +1,9 @@
 """Tiny random models and texts for unit tests."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -120,13 +121,25 @@ def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=raw, **unknown, **special)
 
 
+_MADE: Final[dict[str, tuple[nn.Module, torch.Tensor]]] = {}
+
+
 def tiny_colora(
     dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None, **changes: Any
 ) -> nn.Module:
-    """A `tiny_llama` with Co-LoRA of rank 4 in two blocks, and a personal branch."""
-    model = tiny_llama(dtype=dtype, **changes)
-    fields: dict[str, Any] = {"r": 4, "alpha": 8, "blocks": 2, "personal_branch": True}
-    return get_peft_model(model, CoLoraConfig(**(fields | {"task_type": "CAUSAL_LM"} | (options or {}))))
+    """A `tiny_llama` with Co-LoRA of rank 4 in two blocks, and a personal branch.
+
+    Made once and copied, which is three times as fast; the generator goes on as after making it.
+    """
+    key = repr((dtype, options, changes))
+    if key not in _MADE:
+        base = tiny_llama(dtype=dtype, **changes).cpu()
+        fields: dict[str, Any] = {"r": 4, "alpha": 8, "blocks": 2, "personal_branch": True}
+        fields |= {"task_type": "CAUSAL_LM"} | (options or {})
+        _MADE[key] = get_peft_model(base, CoLoraConfig(**fields)), torch.get_rng_state()
+    model, state = _MADE[key]
+    torch.set_rng_state(state)
+    return here(copy.deepcopy(model))
 
 
 def random_texts(lengths: Sequence[int], seed: int = 1, answer: int = 2) -> list[EncodedExample]:
