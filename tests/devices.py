@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-_chosen: Final = [torch.device("cpu")]
+CHOSEN: Final = [torch.device("cpu")]
 
 
 def choose(device: torch.device) -> None:
     """Compute on this device from now on."""
-    _chosen[0] = device
+    CHOSEN[0] = device
 
 
 def here(module: AnyModule) -> AnyModule:
     """The module, moved to the device."""
-    return module.to(_chosen[0])
+    return module.to(CHOSEN[0])
