@@ -2,12 +2,13 @@
 
 import gc
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-import devices
+if TYPE_CHECKING:  # the process that hands tests out to workers needs none of it
+    import torch
 
 # A slow or busy machine says nothing about the code, so no example has a deadline. The same few examples
 # every time tell what a change has broken; `make test-slow` looks for new ones, and prints how to repeat
@@ -32,6 +33,8 @@ def pytest_collection_finish() -> None:
 
 
 def _devices() -> Iterator[object]:
+    import torch
+
     yield pytest.param("cpu", id="cpu")
     # The marks let `make test-gpu` run these alone.
     if torch.cuda.is_available():
@@ -40,9 +43,14 @@ def _devices() -> Iterator[object]:
         yield pytest.param("mps", id="mps", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(scope="session", params=list(_devices()))
-def device(request: pytest.FixtureRequest) -> torch.device:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", list(_devices()), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> "torch.device":
     """Each device that this machine has: a privacy test that touches tensors runs on all of them."""
-    chosen = torch.device(request.param)
-    devices.choose(chosen)
-    return chosen
+    import devices
+
+    return devices.choose(request.param)

@@ -9,9 +9,10 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 CHOSEN: Final = [torch.device("cpu")]
 
 
-def choose(device: torch.device) -> None:
-    """Compute on this device from now on."""
-    CHOSEN[0] = device
+def choose(name: str) -> torch.device:
+    """Compute on the device of this name from now on."""
+    CHOSEN[0] = torch.device(name)
+    return CHOSEN[0]
 
 
 def here(module: AnyModule) -> AnyModule:
