@@ -40,6 +40,7 @@ from fedmosaic.privacy.federation.terms import (
     ScheduleTerms,
 )
 from fedmosaic.privacy.federation.terms_checks import LARGEST_DELTA
+from fedmosaic.privacy.terminal import ending_children
 
 RECIPE: Final = 1
 """Raised whenever the fitting of the profile's basis changes, so that no cache serves an old one."""
@@ -80,6 +81,7 @@ class Arguments:
     """Afterwards, every client also trains a model without the others, for comparison; about a minute."""
 
 
+@ending_children()
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic demo` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic demo")
