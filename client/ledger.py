@@ -200,14 +200,20 @@ class DataLedger:
             )
         if self.named:
             return
-        for other in filter(has_begun, sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}"))):
-            rows = read_ledger(other)
-            if rows[-1].kind not in ("CLOSED", "MOVED") and any(row.data_epoch == epoch for row in rows):
-                raise LedgerError(
-                    f"{other.parent} is the privacy ledger of a data set with exactly these example ids. If "
-                    f"the data were renamed, `fedmosaic ledger move {other.parent} {self.place}`; if they "
-                    "are other data with the same ids, name a directory for their ledger in data.ledger"
-                )
+        found = filter(has_begun, sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}")))
+        beside = [(other.parent, read_ledger(other)) for other in found]
+        # One that is here goes before one that went elsewhere, which says where it is. One that is closed and
+        # not moved, as a kill leaves it, or a backup, is as good as open: what it holds is charged nowhere.
+        for other, rows in sorted(beside, key=lambda each: each[1][-1].kind == "MOVED"):
+            if not any(row.data_epoch == epoch for row in rows):
+                continue
+            if rows[-1].kind == "MOVED":
+                check_open(rows)
+            raise LedgerError(
+                f"{other} is the privacy ledger of a data set with exactly these example ids. If the data "
+                f"were renamed, `fedmosaic ledger move {other} {self.place}`; if they are other data with "
+                "the same ids, name a directory for their ledger in data.ledger"
+            )
 
 
 def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:

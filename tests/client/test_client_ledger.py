@@ -143,9 +143,22 @@ def test_renamed_data_find_their_ledger(site: Site) -> None:
     renamed = site.train.rename(site.place / "renamed.jsonl")
     with pytest.raises(LedgerError, match="exactly these example ids"):
         site.open("second", train=renamed)
-    move(site.place / "train.jsonl.ledger", site.place / "renamed.jsonl.ledger")
+    old, new = site.place / "train.jsonl.ledger", site.place / "renamed.jsonl.ledger"
+
+    def killed(step: str) -> None:
+        raise KeyboardInterrupt(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        move(old, new, killed)
+    with pytest.raises(LedgerError, match=f"fedmosaic ledger move {old} {new}"):
+        site.open("second", train=renamed)
+    move(old, new)
     with site.open("second", train=renamed) as ledger:
         assert ledger.events() == [PROFILE]
+    move(new, site.place / "books")
+    again = renamed.rename(site.place / "again.jsonl")
+    with pytest.raises(LedgerError, match=r"moved to \S+; name that directory in data\.ledger"):
+        site.open("third", train=again)
 
 
 def test_an_older_ledger_put_back_is_behind_what_the_state_has_seen(site: Site) -> None:
