@@ -29,6 +29,8 @@ from fedmosaic.protos.errors import LedgerError
 
 PROFILES = "profile-*.npy"
 """Noised profiles that may be sent again free of charge; they go wherever the ledger goes."""
+UNFINISHED = ".new"
+"""At the end of a directory's name: it is being made there, or was when a move or a backup was cut short."""
 
 
 def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) -> int:
@@ -167,7 +169,7 @@ def _copy(store: LedgerStore, place: Path, kind: Kind, mechanism: dict[str, obje
 @contextmanager
 def _building(directory: Path) -> Iterator[Path]:
     """A directory to fill, put in its place when it is complete; what a crash left behind is done anew."""
-    temporary = directory.with_name(directory.name + ".new")
+    temporary = directory.with_name(directory.name + UNFINISHED)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True, mode=0o700)

@@ -161,6 +161,23 @@ def test_renamed_data_find_their_ledger(site: Site) -> None:
         site.open("third", train=again)
 
 
+def test_no_fresh_ledger_where_one_was_to_be_moved_before_a_kill(site: Site) -> None:
+    with site.open() as ledger:
+        spend(ledger, "first")
+    old, new = site.place / "train.jsonl.ledger", site.place / "books" / "train"
+
+    def killed(step: str) -> None:
+        raise KeyboardInterrupt(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        move(old, new, killed)
+    with pytest.raises(LedgerError, match=f"fedmosaic ledger move OLD {new}"):
+        site.open("second", named=new)
+    move(old, new)
+    with site.open("second", named=new) as ledger:
+        assert ledger.events() == [PROFILE]
+
+
 def test_an_older_ledger_put_back_is_behind_what_the_state_has_seen(site: Site) -> None:
     site.open().close()
     place = site.place / "train.jsonl.ledger"
