@@ -13,12 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, BertModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, read_shared
 from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
