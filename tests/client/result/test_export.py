@@ -212,7 +212,7 @@ def test_refusals_leave_nothing_behind(leave: Leave, tmp_path: Path) -> None:
     with pytest.raises(StateError, match="no client's state directory"):
         export.main([str(left.state), "--out", str(tmp_path / "out")])
     (left.state / "session.json").touch()
-    with pytest.raises(StateError, match=r"of a version before.*--config"):
+    with pytest.raises(StateError, match=r"no model.json.*start `fedmosaic client`"):
         export.main([str(left.state), "--out", str(tmp_path / "out")])
     record.write_text("{}")
     with pytest.raises(StateError, match="delete that file"):
