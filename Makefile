@@ -11,9 +11,10 @@ demo: $(STAMP)
 	@$(BIN)/fedmosaic demo
 
 # The whole fast suite: style, types, layering, then the tests. OpenMP is held to one thread per
-# worker so that the two workers do not fight over the cores; texts are UTF-8 whatever the locale.
+# worker so that the two workers do not fight over the cores; texts are UTF-8 whatever the locale. The tests
+# of a file stay with one worker while there are others for the second, so that what they share is made once.
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # The slow tests, and the property tests with examples that nobody has tried yet.
 test-slow: $(STAMP)

@@ -24,9 +24,13 @@ EPOCH = data_epoch(["a", "b", "c"])
 DIGEST = "a" * 64
 
 
-def tiny_mechanism(**changes: Any) -> ProfileMechanism:
-    """The mechanism of a task profile of 32 numbers, of a probe that nobody has to have."""
-    reduction = Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32)
+def tiny_mechanism(sizes: tuple[int, int, int] = (8, 16, 32), **changes: Any) -> ProfileMechanism:
+    """The mechanism of a task profile, by default of a probe that nobody has to have.
+
+    The sizes are the probe's hidden and intermediate one, and how many numbers a profile has.
+    """
+    names = ("hidden_size", "intermediate_size", "projection_dimensions")
+    reduction = Reduction(**dict(zip(names, sizes, strict=True)))
     fields = {"probe": "tiny", "probe_sha256": "0" * 64, "reduction": reduction}
     return ProfileMechanism.model_validate(fields | changes)
 

@@ -19,12 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import tyro
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end.ports import free_port
 from fedmosaic import cli
@@ -32,6 +27,7 @@ from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.witness import WitnessSettings
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation.kits import FederationConfig
+from tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -166,30 +162,6 @@ def _tests_of(module: str) -> set[str]:
     }
 
 
-def save_tiny_model(folder: Path) -> None:
-    """A causal model wide enough for the default task profile, with random weights."""
-    unknown, end = "<unk>", "</s>"
-    words = [unknown, end, "yes", "no", *(f"w{i}" for i in range(60))]
-    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
-    raw.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # a read-only property in the stubs only
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end, unk_token=unknown)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=1,
-        bos_token_id=1,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def fedmosaic(command: str, place: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "fedmosaic.cli", *shlex.split(command)[1:]]
     return subprocess.run(words, cwd=place, capture_output=True, text=True, check=False, **options)
@@ -243,7 +215,11 @@ def found(place: Path) -> None:
 @pytest.mark.slow
 def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
     model, port = tmp_path / "model", free_port()
-    save_tiny_model(model)
+    # Wide enough for the default task profile.
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+    vocabulary = ["yes", "no", *(f"w{i}" for i in range(60))]
+    save_tiny_model(model, vocabulary, special, bos_token_id=1, max_position_embeddings=512, **sizes)
     write_lines(tmp_path / "public.jsonl", "public", 300, public=True)
     # Step 1.
     probe = command_with("fedmosaic probe").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from builders import tiny_mechanism
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.result.saved import SavedModel
@@ -19,7 +20,6 @@ from fedmosaic.client.statement import HANDED_OVER, STATEMENT
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import ClientInputs, PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import shareable
@@ -62,7 +62,6 @@ def write_rows(path: Path, count: int, start: int = 0) -> Path:
 
 
 def agreed(protection: str, family: str) -> Terms:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "projection_dimensions": 16}
     adapter = AdapterTerms(rank=4, blocks=2, protection=protection)
     if family:
         # q, k, v, o, gate, up and down of the one layer that carries no Co-LoRA.
@@ -70,7 +69,7 @@ def agreed(protection: str, family: str) -> Terms:
         adapter = adapter.model_copy(update={"family_dimensions": {family: 4 * sum(widths)}})
     return Terms(
         adapter=adapter,
-        profile=ProfileMechanism(probe="tiny", probe_sha256="0" * 64, reduction=Reduction(**shape)),
+        profile=tiny_mechanism((32, 48, 16)),
         encryption={"backend": "ckks" if "encrypted" in protection else "plain"},
         allow_plaintext="encrypted" not in protection,
     )

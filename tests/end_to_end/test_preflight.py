@@ -16,7 +16,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from builders import charge
+from builders import charge, founding, tiny_mechanism
 from end_to_end.federation_of_vectors import run_all
 from fedmosaic.client import client, command
 from fedmosaic.client.learner import SAMPLER
@@ -33,10 +33,8 @@ from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import consortium, identity
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.terms import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
@@ -74,21 +72,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(model: Path, directory: Path, protection: str = "none", **schedule: int) -> Path:
     """A federation whose probe is a tiny model."""
     probe = open_probe(load_base_model(model)[0])
-    mechanism = ProfileMechanism(
-        probe="tiny",
-        probe_sha256=probe.sha256,
-        reduction=Reduction(hidden_size=16, intermediate_size=24, projection_dimensions=32),
-    )
-    terms = Terms(
+    config = founding(
+        *MEMBERS,
+        name="f",
         adapter=AdapterTerms(rank=2, blocks=2, protection=protection),
         # Every example in the one step of a round: what the accountant is quickest with.
-        adapter_privacy=AdapterPrivacyTerms(expected_batch_size=100, steps_per_round=1),
-        profile=mechanism,
-        schedule=ScheduleTerms(**{"rounds": 2, "quorum": 4, **schedule}),
+        adapter_privacy={"expected_batch_size": 100, "steps_per_round": 1},
+        profile=tiny_mechanism((16, 24, 32), probe_sha256=probe.sha256),
+        schedule={"rounds": 2, "quorum": 4, **schedule},
         encryption={"backend": "plain"},
         allow_plaintext=True,
     )
-    config = FederationConfig(federation="f", members=tuple(MemberEntry(id=m) for m in MEMBERS), terms=terms)
     consortium.create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return directory

@@ -2,13 +2,13 @@
 
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from waiting import at_once
 
 from fedmosaic.client.client import Client
 from fedmosaic.client.transport.grpc import GrpcTransport
@@ -38,24 +38,14 @@ def open_to_others(place: Path) -> dict[str, str]:
     return found
 
 
-def take_part(scenario: Any, directory: Path, port: int) -> list[BaseException]:
-    """Run every client as `fedmosaic client` does, each in a thread; returns what they raised."""
-    errors: list[BaseException] = []
+def take_part(scenario: Any, directory: Path, port: int) -> None:
+    """Run every client as `fedmosaic client` does, each in a thread."""
 
     def run(entry: Any) -> None:
         client_process(scenario, entry, directory, port)
-        path = directory / "federation" / "clients" / entry.id / "client.json"
-        try:
-            Client(path).run()
-        except BaseException as error:
-            errors.append(error)
+        Client(directory / "federation" / "clients" / entry.id / "client.json").run()
 
-    threads = [threading.Thread(target=run, args=(entry,), daemon=True) for entry in scenario.clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return errors
+    at_once(run, scenario.clients)
 
 
 @pytest.mark.usefixtures("no_umask")
@@ -94,8 +84,7 @@ def test_a_whole_run_leaves_nothing_that_others_can_read(
     monkeypatch.setattr(GrpcTransport, "push", watched)
     settings = settings_from_kit(kits / "server").model_copy(update={"listen": "127.0.0.1:0"})
     with Server(settings).background() as port:
-        errors = take_part(scenario, tmp_path, port)
-        assert errors == []
+        take_part(scenario, tmp_path, port)
         look()
     for name, state in states.items():
         assert bad[name] == {}, name

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import at_once
 
 from fedmosaic.privacy.encryption.records import HEADER_BYTES
 from fedmosaic.privacy.mechanism.profile import Reduction
@@ -485,20 +485,11 @@ def test_old_payloads_are_removed(federation: Any, coordinator: Any, tmp_path: P
 
 def test_pushes_from_many_threads_are_each_stored_once(federation: Any, coordinator: Any) -> None:
     uploads = {c: federation.upload(coordinator.run_id, c, 1) for c in federation.clients}
-    answers: list[tuple[str, ReceiptStatus]] = []
 
-    def push(client: str) -> None:
-        for _ in range(4):
-            answers.append((client, coordinator.push(client, uploads[client]).status))
+    def push(client: str) -> list[ReceiptStatus]:
+        return [coordinator.push(client, uploads[client]).status for _ in range(4)]
 
-    threads = [threading.Thread(target=push, args=(c,)) for c in federation.clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for client in federation.clients:
-        mine = [status for name, status in answers if name == client]
-        assert (mine.count(ACCEPTED), mine.count(DUPLICATE)) == (1, 3)
+    assert at_once(push, federation.clients) == [[ACCEPTED, DUPLICATE, DUPLICATE, DUPLICATE]] * 5
     assert coordinator.advance()
 
 

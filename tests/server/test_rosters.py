@@ -143,8 +143,7 @@ def test_a_roster_is_never_rolled_back(
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
 @pytest.mark.parametrize(
-    "terms",
-    [{"adapter": {"family_dimensions": {"llama": 4}}, "relevance": {"across_families": True}}, {}],
+    "terms", [{"adapter": {"family_dimensions": {"llama": 4}}, "relevance": {"across_families": True}}, {}]
 )
 def test_a_member_keeps_its_family_in_a_run(
     begin: Any, federation: Any, clock: Any, terms: dict[str, Any], restarted: bool

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+from waiting import at_once
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, read_shared
 from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
@@ -57,6 +60,23 @@ def test_a_folder_is_loaded_as_it_was_saved(folder: Path, dtype: torch.dtype | s
         assert torch.equal(model.get_parameter(name), tensor.to(expected))
     assert not model.training
     assert tokenizer("w5 w6")["input_ids"] == [5, 6]
+
+
+def test_models_are_loaded_one_after_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading: list[Path] = []
+    most: list[int] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        loading.append(folder)
+        most.append(len(loading))
+        found = real(*arguments, **options)
+        loading.pop()
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    at_once(load_base_model, [folder] * 3)
+    assert max(most) == 1
 
 
 def test_a_missing_padding_token_is_set_and_padding_is_on_the_right(folder: Path) -> None:

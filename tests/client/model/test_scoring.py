@@ -14,12 +14,7 @@ from fedmosaic.client.model.examples import (
     padding_token,
     prompt_tokens,
 )
-from fedmosaic.client.model.scoring import (
-    BY_CHOICE,
-    BY_WRITING,
-    Examiner,
-    same_words,
-)
+from fedmosaic.client.model.scoring import BY_CHOICE, BY_WRITING, Examiner, same_words
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 from tiny import tiny_llama, word_tokenizer

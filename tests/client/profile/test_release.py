@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from builders import tiny_mechanism
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.profile.release import clipped_profile
@@ -39,16 +40,10 @@ def dataset(count: int) -> list[EncodedExample]:
 
 
 def mechanism(probe: Probe, **changes: object) -> ProfileMechanism:
-    fields: dict[str, object] = {
-        "probe": "tiny",
-        "probe_sha256": probe.sha256,
-        "reduction": Reduction(
-            kind="tensor_sketch", hidden_size=16, intermediate_size=24, projection_dimensions=32
-        ),
-        "noise_multiplier": 2.0,
-        "clipping_norm": 0.5,
-    }
-    return ProfileMechanism.model_validate(fields | changes)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "projection_dimensions": 32}
+    fields = {"probe_sha256": probe.sha256, "noise_multiplier": 2.0, "clipping_norm": 0.5}
+    fields["reduction"] = Reduction(kind="tensor_sketch", **sizes)
+    return tiny_mechanism(**(fields | changes))
 
 
 def summed(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from builders import tiny_mechanism
 from fedmosaic.client.colora import set_active_branches
 from fedmosaic.client.dp import training as dp_training
 from fedmosaic.client.dp.engine import clip_and_sum, example_gradient, only_shared_branch, private_parameters
@@ -49,13 +50,7 @@ class Scaled:
 
 
 def mechanism(sigma: float) -> profile.ProfileMechanism:
-    return profile.ProfileMechanism(
-        probe="tiny",
-        probe_sha256="0" * 64,
-        reduction=profile.Reduction(hidden_size=4, intermediate_size=8, projection_dimensions=K),
-        noise_multiplier=sigma,
-        minimum_examples=1,
-    )
+    return tiny_mechanism((4, 8, K), noise_multiplier=sigma, minimum_examples=1)
 
 
 def factors(count: int) -> list[GradientFactors]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
+from builders import tiny_mechanism
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import adapt, load_base_model
@@ -89,8 +90,7 @@ def test_gram_matrices_of_factors_are_those_of_the_gradients() -> None:
 def test_membership_is_certain_without_protection_and_at_its_ceiling_with_it() -> None:
     probe = open_probe(tiny_model())
     factors = list(gradient_factors(probe, random_texts([9] * 60, answer=6)))
-    reduction = Reduction(hidden_size=64, intermediate_size=96, projection_dimensions=128)
-    mechanism = ProfileMechanism(probe="tiny", probe_sha256=probe.sha256, reduction=reduction)
+    mechanism = tiny_mechanism((64, 96, 128), probe_sha256=probe.sha256)
     results = profile_membership(
         factors, PublicMap(mechanism), SeededTestNoise(0), releases=150, rate=0.2, seed=0
     )

@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -24,39 +20,20 @@ from fedmosaic.client.model.examples import Example, prompt_tokens
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.demo import models as demo_models
 from fedmosaic.experiments.demo.data import CHAT_TEMPLATE, SMOLLM2
-from fedmosaic.experiments.demo.models import (
-    demo_model,
-    shallow_demo_models,
-    write_model_folder,
-)
+from fedmosaic.experiments.demo.models import demo_model, shallow_demo_models, write_model_folder
 from fedmosaic.experiments.scenario.participants import write_examples
+from tiny import tiny_llama, word_tokenizer
 
 
 def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        pad_token_id=2,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    tokens = {"vocab_size": 8, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_llama(tie_word_embeddings=True, **tokens, **sizes).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "hello", "world", "a"]
-    special = {"bos": words[1], "eos": words[2], "pad": words[2], "unk": words[0]}
-    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, words[0]))
-    core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, **{f"{role}_token": word for role, word in special.items()}
-    )
+    tokenizer = word_tokenizer(words, bos_token=words[1], eos_token=words[2], pad_token=words[2])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -2,25 +2,17 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from fedmosaic.experiments.demo.shallow import Readout, cut_model, fit_readouts
 from fedmosaic.protos.errors import ConfigurationError
+from tiny import tiny_llama
 
 
 def make_model(layers: int = 4, tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=12,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_llama(1, tie_word_embeddings=tied, initializer_range=0.3, **sizes, **heads).eval()
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.rand(12) + 0.5)
     return model

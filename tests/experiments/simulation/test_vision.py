@@ -380,12 +380,7 @@ def _last_scores(directory: Path) -> dict[str, float]:
 
 
 def test_images_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Path) -> None:
-    training = {
-        "steps": 60,
-        "per_device_train_batch_size": 8,
-        "max_length": 16,
-        "learning_rate": 0.005,
-    }
+    training = {"steps": 60, "per_device_train_batch_size": 8, "max_length": 16, "learning_rate": 0.005}
     seen = runner.run_here(
         seeing(method="local", training=training), tmp_path, tmp_path / "a", Console(quiet=True)
     )

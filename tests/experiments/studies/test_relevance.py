@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from builders import tiny_mechanism
 from fedmosaic.client.model.examples import IGNORED, Example, encode_examples
 from fedmosaic.client.profile.probe import gradient_factors, open_probe
 from fedmosaic.experiments.studies.relevance import command as relevance
@@ -18,7 +19,7 @@ from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS, load_public, load_task_set
 from fedmosaic.privacy.mechanism.gaussian import GRID
 from fedmosaic.privacy.mechanism.noise import IntArray
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.protos.errors import ConfigurationError
 from tiny import tiny_llama, word_tokenizer
 
@@ -32,12 +33,7 @@ def test_top_match_ignores_the_diagonal() -> None:
 
 
 def mechanism(noise_multiplier: float) -> ProfileMechanism:
-    return ProfileMechanism(
-        probe="tiny",
-        probe_sha256="0" * 64,
-        reduction=Reduction(hidden_size=4, intermediate_size=4, projection_dimensions=16),
-        noise_multiplier=noise_multiplier,
-    )
+    return tiny_mechanism((4, 4, 16), noise_multiplier=noise_multiplier)
 
 
 def task_units(tasks: int, rows: int) -> list[IntArray]:

@@ -39,9 +39,7 @@ def settings(tmp_path: Path, tiny_folder: Path) -> sharing.Settings:
     )
 
 
-def test_gradients_through_merged_weights_are_those_of_each_example_alone(
-    settings: sharing.Settings,
-) -> None:
+def test_gradients_through_merged_weights_are_those_of_each_example_alone(settings: sharing.Settings) -> None:
     bench = sharing._Bench(settings)
     model, tokenizer = bench._model, bench._tokenizer
     bench._start = np.random.default_rng(0).normal(size=len(bench._start))
@@ -60,9 +58,7 @@ def test_gradients_through_merged_weights_are_those_of_each_example_alone(
             assert np.allclose(row, alone, rtol=1e-3, atol=1e-5 * np.abs(alone).max())
 
 
-def test_a_model_cut_to_its_last_layer_computes_what_the_whole_one_does(
-    settings: sharing.Settings,
-) -> None:
+def test_a_model_cut_to_its_last_layer_computes_what_the_whole_one_does(settings: sharing.Settings) -> None:
     whole, tokenizer = load_base_model(settings.model)
     cut = sharing._Bench(sharing.replace(settings, layers=1))._model
     texts = [Example("", "w1 w2 w3 " * length, "yes", ("yes", "no")) for length in range(1, 6)]

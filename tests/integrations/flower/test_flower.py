@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders import tiny_mechanism
 from end_to_end.ports import free_port
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from tiny import save_tiny_model
 
 pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` installs it")
@@ -60,11 +60,7 @@ class Place:
         folder.mkdir()
         terms = Terms(
             adapter=AdapterTerms(rank=2, blocks=2, protection="encrypted"),
-            profile=ProfileMechanism(
-                probe="tiny",
-                probe_sha256=open_probe(load_base_model(model)[0]).sha256,
-                reduction=Reduction(hidden_size=16, intermediate_size=24, projection_dimensions=32),
-            ),
+            profile=tiny_mechanism((16, 24, 32), probe_sha256=open_probe(load_base_model(model)[0]).sha256),
             schedule=ScheduleTerms(rounds=2, quorum=4, round_deadline_seconds=600),
             encryption={"backend": "mask"},
         )

@@ -3,12 +3,12 @@
 import datetime as dt
 import json
 import math
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import at_once
 
 from builders import DIGEST, EPOCH, charge
 from fedmosaic.privacy.accounting.epsilon import epsilon
@@ -395,11 +395,7 @@ def test_threads_share_one_ledger_without_losing_a_charge(ledger: Ledger) -> Non
         for round in range(start, start + 5):
             ledger.released(reserve(ledger, round=round), DIGEST)
 
-    threads = [threading.Thread(target=work, args=(100 * index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(0, 400, 100))
     assert len(ledger.events()) == 20
     ledger.verify()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
 
+from builders import tiny_mechanism
 from fedmosaic.client.dp import engine, training
 from fedmosaic.privacy.mechanism import profile
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum, clip, clipped_sum, noisy_sum
@@ -121,13 +122,7 @@ def test_both_channels_give_the_bytes_they_always_gave() -> None:
     """Golden values, of rows and noise whose every intermediate result is exact in any order."""
     rows = np.array([[3.0, 4.0], [0.375, 0.5], [math.nan, 1.0], [0.0, -1e30]], dtype=np.float32)
     noise = FixedNoise(0.3125)
-    described = profile.ProfileMechanism(
-        probe="tiny",
-        probe_sha256="0" * 64,
-        reduction=profile.Reduction(hidden_size=2, intermediate_size=2, projection_dimensions=2),
-        clipping_norm=2.0,
-        noise_multiplier=4.0,
-    )
+    described = tiny_mechanism((2, 2, 2), clipping_norm=2.0, noise_multiplier=4.0)
     total = profile.clipped_sum(rows, described)
     assert (total.units.tolist(), total.clipped, total.rejected, total.rows) == ([13212056, 838860], 2, 1, 4)
     assert profile.release(total, described, noise).tobytes().hex() == "6666824066662640"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from builders import tiny_mechanism
 from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap
 from fedmosaic.protos.errors import MechanismError
@@ -146,14 +147,10 @@ def test_overflow_on_the_way_becomes_a_row_that_clipping_rejects() -> None:
 
 
 def mechanism(basis: PublicBasis | None, standardise: str, kind: str = "tensor_sketch") -> ProfileMechanism:
-    return ProfileMechanism.model_validate(
-        {
-            "probe": "tiny",
-            "probe_sha256": "0" * 64,
-            "reduction": reduction(kind, normalise=True),
-            "standardise": standardise,
-            "basis_sha256": None if basis is None else basis.sha256,
-        }
+    return tiny_mechanism(
+        reduction=reduction(kind, normalise=True),
+        standardise=standardise,
+        basis_sha256=None if basis is None else basis.sha256,
     )
 
 

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from waiting import wait_until
+from waiting import at_once, wait_until
 
 from end_to_end.ports import free_port
 from fedmosaic.privacy.encryption.parameters import MaskParameters
@@ -70,9 +70,7 @@ def run_id_of(federation: Any, *transports: Any) -> str:
 
 
 def test_a_run_of_five_clients(federation: Any, server: Any, connect: Any) -> None:
-    results: dict[str, Any] = {}
-
-    def live(client: str) -> None:
+    def live(client: str) -> Any:
         transport = connect(server, client)
         enrolled = transport.enrol(federation.enrolment())
         for number in range(1, enrolled.rounds + 1):
@@ -82,15 +80,9 @@ def test_a_run_of_five_clients(federation: Any, server: Any, connect: Any) -> No
             assert transport.push(upload).status is ReceiptStatus.DUPLICATE
         last = transport.pull(enrolled.rounds + 1)
         transport.report(federation.statement(enrolled.run_id, client))
-        results[client] = (last, transport.status(), transport.traffic().as_dict())
+        return last, transport.status(), transport.traffic().as_dict()
 
-    threads = [threading.Thread(target=live, args=(client,)) for client in federation.clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert set(results) == set(federation.clients)
-    for last, status, traffic in results.values():
+    for last, status, traffic in at_once(live, federation.clients):
         (section,) = last.sections
         uploads = np.stack([federation.vector(c, 3) for c in section.row.contributors])
         expected = np.array(section.row.weights) / 2**section.row.bits @ uploads
@@ -161,7 +153,8 @@ def test_two_gibibytes_are_refused_at_once_with_one_line(
     assert chunks << 18 < 1 << 28, "no more than what was under way is sent"
     assert refusal.reason == "UPLOAD_TOO_LARGE"
     assert "2147483648 bytes" in refusal.message
-    lines = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    told = [r for r in caplog.records if r.name.startswith("fedmosaic.server")]
+    lines = [r for r in told if r.levelno >= logging.WARNING]
     assert len(lines) == 1
     assert "refused push of clinic-a: UPLOAD_TOO_LARGE" in lines[0].getMessage()
 
@@ -361,23 +354,17 @@ def sealed(federation: Any, authority: Any, tmp_path: Path, start_server: Any) -
 
 def test_key_messages_wait_for_their_readers(federation: Any, sealed: Any, connect: Any) -> None:
     transports = {c: connect(sealed, c) for c in federation.clients}
-    found: dict[str, dict[str, bytes]] = {}
 
-    def agree(client: str) -> None:
+    def agree(client: str) -> dict[str, bytes]:
         transport = transports[client]
         transport.enrol(federation.enrolment())
         transport.post_key_message(KeyMessage(1, "join", "", b"here"))
         members = transport.read_key_messages(1, "join", 4, 20.0)
         transport.post_key_message(KeyMessage(1, "opening", "", client.encode()))
-        found[client] = transport.read_key_messages(1, "opening", len(members), 20.0)
+        found: dict[str, bytes] = transport.read_key_messages(1, "opening", len(members), 20.0)
+        return found
 
-    threads = [threading.Thread(target=agree, args=(c,)) for c in federation.clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    expected = {c: c.encode() for c in federation.clients}
-    assert all(found[c] == expected for c in federation.clients)
+    assert at_once(agree, federation.clients) == [{c: c.encode() for c in federation.clients}] * 5
     started = time.monotonic()
     assert transports["clinic-a"].read_key_messages(1, "confirmation", 5, 0.6) == {}
     assert 0.5 < time.monotonic() - started < 60.0

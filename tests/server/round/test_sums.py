@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from waiting import at_once
 
 from fedmosaic.client.round.group_session import take_part
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
@@ -82,11 +83,7 @@ class Round:
                     self.alive.discard(name)
                     self.move()
 
-        threads = [threading.Thread(target=member, args=(name,)) for name in self.identities]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(member, self.identities)
         return self.sums.totals()
 
 
