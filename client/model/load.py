@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,8 @@ from fedmosaic.protos.errors import ModelError
 
 _LOADING_ERRORS = (*FOREIGN_ERRORS, OSError, ImportError, SafetensorError)
 """What transformers and its readers raise for files that they cannot use."""
+_ONE_AT_A_TIME = threading.Lock()
+"""While transformers loads a model it changes its own module: of two threads, one would lack weights."""
 _CARD = """# Co-LoRA adapter of a client of fedmosaic
 
 **Keep it inside.** It holds all branches, the personal one and the gate included, which were trained on
@@ -120,7 +123,7 @@ def load_base_model(
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         _cut_config(config, keep_layers)
-        with _unused_weights_untold() if keep_layers is not None else nullcontext():
+        with _ONE_AT_A_TIME, _unused_weights_untold() if keep_layers is not None else nullcontext():
             loaded = _model_class(config).from_pretrained(
                 source,
                 config=config,
