@@ -27,7 +27,7 @@ CLIENT_ENVIRONMENT: Final = {
 }
 _FORKING: Final = get_context("forkserver")
 # Clients are forked from a process that has read their libraries, which takes seconds, and done no more.
-_FORKING.set_forkserver_preload(["fedmosaic.client.__main__", "fedmosaic.client.client"])
+_FORKING.set_forkserver_preload(["fedmosaic.client.command"])
 
 
 @dataclass
