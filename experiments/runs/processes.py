@@ -21,6 +21,7 @@ from fedmosaic.protos.errors import ConfigurationError
 CLIENT_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a driver that is asked for its GPUs before a fork serves no child
     # Freed memory is kept for the next step: giving it back and asking anew takes a twentieth of a step.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
