@@ -154,7 +154,8 @@ class Uploads:
     ) -> Receipt:
         if status is ReceiptStatus.ACCEPTED:
             taken = f"upload of {client} accepted ({header.size} bytes)"
-            log.info("%s; %s", taken if header.sections else f"{client} abstains", self._run.state_line())
+            abstains = not header.sections and self._run.sums is None
+            log.info("%s; %s", f"{client} abstains" if abstains else taken, self._run.state_line())
         else:
             answer = f"upload of {client} answered {status.name}; round {self._run.round.number} is open"
             log.info("round %d: %s", header.round, answer)

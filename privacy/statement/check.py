@@ -37,7 +37,10 @@ def check_received(content: object, client: str, run_id: str | None = None) -> P
     for where, value in _leaves(statement, ""):
         if isinstance(value, str) and not (value.isprintable() or not value):
             raise PrivacyError(f"its {where} has characters that cannot be printed")
-        if isinstance(value, int | float) and not _showable(value):
+        # Compared as it is: an integer may be beyond every float.
+        if isinstance(value, int | float) and not (
+            value in (0, math.inf) or 1 / _LARGEST <= abs(value) <= _LARGEST
+        ):
             raise PrivacyError(f"its {where} is no figure that can be shown")
     return statement
 
@@ -62,11 +65,6 @@ def _leaves(value: object, where: str) -> Iterator[tuple[str, object]]:
             yield from _leaves(each, where)
     else:
         yield where, value
-
-
-def _showable(value: float) -> bool:
-    # Without converting: an integer may be beyond every float.
-    return value == 0 or value == math.inf or 1 / _LARGEST <= abs(value) <= _LARGEST
 
 
 def _line(text: str) -> str:

@@ -93,9 +93,7 @@ class RoundSums:
 
     def totals(self) -> RoundTotals:
         """What came of it."""
-        totals = [
-            (group.contributors, total) if (total := group.total) else ((), b"") for group in self._groups
-        ]
+        totals = [(g.contributors, total) if (total := g.total) else ((), b"") for g in self._groups]
         return RoundTotals(self.round, tuple(c for c, _ in totals), tuple(total for _, total in totals))
 
     def _group_of(self, member: str) -> "_GroupSum":

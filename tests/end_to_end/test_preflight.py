@@ -18,8 +18,7 @@ import torch
 
 from builders import charge
 from end_to_end.federation_of_vectors import run_all
-from fedmosaic.client import __main__ as command
-from fedmosaic.client import client
+from fedmosaic.client import client, command
 from fedmosaic.client.learner import SAMPLER
 from fedmosaic.client.ledger import SEEN
 from fedmosaic.client.model.load import load_base_model

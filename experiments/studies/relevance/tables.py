@@ -43,7 +43,8 @@ def markdown(cells: Iterable[Cell]) -> str:
         rows = []
         for design in dict.fromkeys(design for design, _, _ in found):
             row = [found[(design, *column)] for column in columns]
-            rows.append([design, str(row[0].dimensions), *(_figures(cell) for cell in row)])
+            figures = (f"{c.auc:.3f} / {c.top1:.2f}{'†' if c.bootstrapped else ''}" for c in row)
+            rows.append([design, str(row[0].dimensions), *figures])
         parts.append("\n".join([f"### {task_set}, probe {probe}", "", *markdown_table(head, rows)]))
     legend = (
         "AUC / top-1 of the corrected cosine, averaged over trials; ε of one release. "
@@ -84,7 +85,3 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 
 def _epsilon(epsilon: float) -> str:
     return "∞" if math.isinf(epsilon) else f"{epsilon:g}"
-
-
-def _figures(cell: Cell) -> str:
-    return f"{cell.auc:.3f} / {cell.top1:.2f}{'†' if cell.bootstrapped else ''}"
