@@ -210,7 +210,7 @@ class Client:
             result = ResultFile(state.directory / RESULT)
             result.put("certificate_expires", kit.expires.isoformat())
             if not result.has("before"):
-                result.put_scores("before", learner.evaluate())
+                result.put_scores("before", learner.evaluate(adapted=False))
                 tracker.log_scores(result.scores("before"))
             started = time.monotonic()
             member.session.run()

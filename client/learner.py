@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class ModelLearner:
         check_ids(self._model, (e.input_ids for e in self._encoded), self._data.train.label, "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         self._received: set[str] = set()
-        self._fresh = self._adapter_tensors() if settings.compare_alone else {}
+        # From where training alone goes on: tensors, place in the data, rounds done.
+        self._alone = self._stand(0)
         if terms.adapter.private:
             private_round.check_model(self._model, terms, settings.training)
         if self._shares_family:
@@ -165,6 +167,8 @@ class ModelLearner:
         # What the server sees of a failure tells about the data, and about what was decrypted.
         may_fail = round_number == 1 and not private
         self._train_locally(round_number, None if may_fail else give_up)
+        if may_fail:
+            self._alone = self._stand(1)  # nothing was received yet, so this round is the same alone
 
     def _training_of(self, round_number: int) -> TrainingSettings:
         if self._terms.adapter.in_group_sums:
@@ -252,13 +256,14 @@ class ModelLearner:
             for section in sorted(self._received):
                 copy_branch(self._model, "global", "local", share=share, layers=section)
 
-    def evaluate(self) -> dict[str, Score]:
-        """Score the client's own test set ("self") and the others', by name. Stays local."""
+    def evaluate(self, *, adapted: bool = True) -> dict[str, Score]:
+        """Score the own test set ("self") and the others', by name, or so the base model. Stays local."""
         scores: dict[str, Score] = {}
         self._progress.stage(0, "scoring", len(self._data.tests))
-        for done, (name, found) in enumerate(self._data.tests.items(), start=1):
-            scores[name] = self._score(name, found.examples)
-            self._progress.advance(done)
+        with nullcontext() if adapted else self._model.disable_adapter():
+            for done, (name, found) in enumerate(self._data.tests.items(), start=1):
+                scores[name] = self._score(name, found.examples)
+                self._progress.advance(done)
         return scores
 
     def _score(self, name: str, examples: Sequence[Example]) -> Score:
@@ -285,10 +290,12 @@ class ModelLearner:
             return None
         federated, sampler, received = self._adapter_tensors(), self._sampler, self._received
         try:
-            set_peft_model_state_dict(self._model, self._fresh, adapter_name=_ADAPTER)
+            tensors, place, done = self._alone
+            set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
             self._sampler = EpochSampler(len(self._encoded), self._settings.training.seed)
+            self._sampler.load_state_dict(place)
             self._received = set()
-            for number in range(1, rounds + 1):
+            for number in range(done + 1, rounds + 1):
                 for section in self.sections():
                     self.keep_own(section)
                 self._open_personal_parts()
@@ -300,6 +307,10 @@ class ModelLearner:
         finally:
             set_peft_model_state_dict(self._model, federated, adapter_name=_ADAPTER)
             self._sampler, self._received = sampler, received
+
+    def _stand(self, rounds: int) -> tuple[dict[str, torch.Tensor], dict[str, int], int]:
+        tensors = self._adapter_tensors() if self._settings.compare_alone else {}
+        return tensors, self._sampler.state_dict(), rounds
 
     def _adapter_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}

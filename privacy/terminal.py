@@ -96,7 +96,7 @@ def ending_children() -> Iterator[None]:
     import psutil
 
     def end(number: int, _frame: object) -> None:
-        for child in psutil.Process().children():
+        for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.terminate()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -184,7 +184,7 @@ def read_set(
     return ExampleSet(label_of(source), tuple(examples) if named else _named(examples), listed, named)
 
 
-def read_questions(path: Path) -> list[Example]:
+def read_questions(path: Path, columns: ColumnSettings = ColumnSettings()) -> list[Example]:  # noqa: B008  # frozen
     """Read rows to be answered; what they have besides prompt, choices and id is left alone.
 
     The answer of one with choices stands for none. ConfigurationError if a row has no prompt, or choices that
@@ -192,8 +192,8 @@ def read_questions(path: Path) -> list[Example]:
     """
     found: list[Example] = []
     for where, row in rows_of(path):
-        record = _record(row, {part: part for part in _PARTS}, where, others=True)
-        _check_text(record.get("prompt"), "prompt", where)
+        record = _record(row, {getattr(columns, part): part for part in _PARTS}, where, others=True)
+        _check_text(record.get("prompt"), columns.prompt, where)
         choices: Any = listed(record.get("choices"))
         texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
         if not texts or len(set(choices)) != len(choices) or len(choices) == 1:

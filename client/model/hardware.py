@@ -1,5 +1,6 @@
 """Where a model computes and in which floating point type; what is chosen is logged with its reason."""
 
+import functools
 import logging
 import time
 from typing import Final
@@ -52,20 +53,23 @@ def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype
     return torch.bfloat16 if narrow else torch.float32
 
 
+@functools.cache
 def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """Best time of several products of the size of a small decoder's.
 
     Processors with bfloat16 units (AVX-512 BF16, AMX) are two to three times as fast in bfloat16; those
-    without are about ten times as slow. A processor's name does not tell which, a product does.
+    without are about ten times as slow. A processor's name does not tell which, a product does. There its own
+    time counts, measured once in a process, so that other work on a busy machine does not decide.
     """
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
     inputs = torch.zeros(128, 576, dtype=dtype, device=device)
     weight = torch.zeros(1536, 576, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(_PRODUCTS):
-        start = time.perf_counter()
+        start = clock()
         functional.linear(inputs, weight)
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best
 
 

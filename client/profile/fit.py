@@ -17,6 +17,7 @@ from typing import Final, Literal
 import numpy as np
 import scipy.linalg
 import tyro
+from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, encode_examples, read_public_examples
 from fedmosaic.client.model.load import load_model
@@ -270,6 +271,7 @@ def as_toml(mechanism: ProfileMechanism) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic probe` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic probe")
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     mechanism = fit(parsed)
     print(f"# Put this into federation.toml and pass --basis {parsed.out / BASIS} to `fedmosaic keys init`.")
     print(as_toml(mechanism))

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -11,6 +11,7 @@ import tyro
 from fedmosaic.client.data.records import read_questions
 from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.result.saved import Opening
+from fedmosaic.client.settings import ColumnSettings
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -23,6 +24,8 @@ class Arguments(Opening):
     """Rows with prompt, choices and id, in any format of `data.train`; without choices the model writes."""
     out: Path
     """JSON lines of {"id": …, "answer": …}, in the same order; written when all are answered."""
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    """As `[data.columns]` of the client."""
     batch_size: int = 16
     """Rows at once."""
     max_new_tokens: int = 64
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigurationError(f"--{name} is {value}; give at least 1")
     if parsed.out.resolve() == parsed.data.resolve():
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
-    rows = read_questions(parsed.data)
+    rows = read_questions(parsed.data, parsed.columns)
     opened = parsed.open(needs=rows)
     examiner = Examiner(opened.model, opened.tokenizer, parsed.batch_size, opened.saved.max_length)
     lines = []

@@ -232,15 +232,14 @@ def run(
     console.print(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
     )
-    threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = ("fedmosaic.cli", "server", "--kit", str(directory / "federation" / "server"))
+    command = ("server", "--kit", str(directory / "federation" / "server"))
     server = ManagedProcess("server", command, directory / "server.log")
     clients = [managed.client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
     try:
         server.start({})
         managed.wait_for_port(port, server, seconds=20.0)
         for client in clients:
-            client.start(threads)
+            client.start(managed.CLIENT_ENVIRONMENT)
         _watch(scenario, server, clients, directory, console)
     finally:
         for process in (*clients, server):

@@ -3,61 +3,75 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from fedmosaic import cli
 from fedmosaic.client.data.records import read_examples
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario, ScenarioClient
 from fedmosaic.protos.errors import ConfigurationError
 
+CLIENT_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a driver that is asked for its GPUs before a fork serves no child
+    # Freed memory is kept for the next step: giving it back and asking anew takes a twentieth of a step.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+_FORKING: Final = get_context("forkserver")
+# Clients are forked from a process that has read their libraries, which takes seconds, and done no more.
+_FORKING.set_forkserver_preload(["fedmosaic.client.command"])
+
 
 @dataclass
 class ManagedProcess:
-    """One of our modules in a process of its own, and the log file that it writes to."""
+    """One of our commands in a process of its own, and the log file that it writes to."""
 
     name: str
     arguments: Sequence[str]
     log: Path
-    _process: subprocess.Popen[bytes] | None = None
+    _process: BaseProcess | None = None
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start the process; its output goes to the log file only."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603  # our own modules, arguments as a list
-                [sys.executable, "-m", *self.arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment},
-            )
+        context = _FORKING if self.arguments[0] == "client" else get_context("spawn")
+        self._process = context.Process(target=_command, args=(self.arguments, self.log), name=self.name)
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
     @property
     def running(self) -> bool:
         """Whether the process was started and has not ended yet."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.exitcode is None
 
     @property
     def status(self) -> int | None:
         """With which it ended; None before."""
-        return None if self._process is None else self._process.poll()
+        return None if self._process is None else self._process.exitcode
 
     def stop(self) -> None:
         """Ask the process to end, and insist after a while."""
-        if self._process is None:
+        if self._process is None or self._process.pid is None:
             return
         self._process.terminate()
-        try:
-            self._process.wait(15.0)
-        except subprocess.TimeoutExpired:
+        self._process.join(15.0)
+        if self.running:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
 
     def end(self) -> str:
         """Where its log is and what that ends with, for an error message."""
@@ -66,6 +80,13 @@ class ManagedProcess:
         except OSError:
             lines = ["(no log)"]
         return "\n".join((f"{self.log} ends with:", *lines))
+
+
+def _command(arguments: Sequence[str], log: Path) -> None:
+    with log.open("ab") as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    sys.exit(cli.main(arguments))
 
 
 def free_port() -> int:
@@ -150,7 +171,7 @@ def client_process(
     }
     path = place / "client.json"
     path.write_text(json.dumps(settings, indent=2) + "\n")
-    return ManagedProcess(client.id, ("fedmosaic.cli", "client", str(path)), directory / f"{client.id}.log")
+    return ManagedProcess(client.id, ("client", str(path)), directory / f"{client.id}.log")
 
 
 def _data_file(

@@ -1,6 +1,7 @@
 """One model on every device present: the same rows, the same state, the same noise; and on a 4-bit base."""
 
 import importlib.util
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from torch import nn
+from torch.nn import functional
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
 from fedmosaic.client.dp.checks import check_engine
@@ -223,3 +225,11 @@ def test_the_faster_type_is_the_one_that_takes_less_time(
     assert "since a small product took" in caplog.text
     monkeypatch.undo()
     assert product_seconds(torch.float32, torch.device("cpu")) > 0
+
+
+def test_other_work_on_a_busy_processor_does_not_decide_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits_its_turn(*_: object) -> None:
+        time.sleep(0.05)
+
+    monkeypatch.setattr(functional, "linear", waits_its_turn)
+    assert product_seconds.__wrapped__(torch.bfloat16, torch.device("cpu")) < 0.01

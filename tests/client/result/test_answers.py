@@ -23,10 +23,10 @@ def ask(left: Any, prompt: str, tokens: int) -> str:
 
 def test_rows_with_and_without_choices_are_answered_in_order(leave: Leave, tmp_path: Path) -> None:
     left = leave("llama")
-    rows = [{"prompt": "w1 w2"}, {"id": "b", "prompt": "w3", "choices": ["yes", "no"]}, {"prompt": "w4"}]
+    rows = [{"text": "w1 w2"}, {"id": "b", "text": "w3", "choices": ["yes", "no"]}, {"text": "w4"}]
     data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--data", str(data), "--out", str(out), "--max-new-tokens", "5"]
+    options = ["--data", str(data), "--out", str(out), "--max-new-tokens", "5", "--columns.prompt", "text"]
     assert predict.main([str(left.state), *options, "--batch-size", "2"]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in found] == ["row-1", "b", "row-3"]

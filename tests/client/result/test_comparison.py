@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from fedmosaic.client.model import training as training_module
 from fedmosaic.client.model.scoring import Score
@@ -74,6 +74,23 @@ def test_training_alone_repeats_and_leaves_the_client_as_it_was(leave: Leave, pr
     after = get_peft_model_state_dict(left.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert learner._sampler.state_dict() == order
+
+
+def test_alone_the_first_round_is_not_trained_again_and_no_bit_differs(
+    leave: Leave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = leave("llama", "none", gate_learning_rate=1e-5, blend_received=0.5).learner
+    rates = rates_of(learner, monkeypatch)
+    ends: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(learner, "_score", lambda *_: ends.append(learner._adapter_tensors()))
+    learner.score_alone(3)
+    set_peft_model_state_dict(learner._model, learner._alone[0], adapter_name="default")
+    for section in learner.sections():
+        learner.keep_own(section)
+    learner.train(1, None, lambda: None)
+    learner.score_alone(3)
+    assert len(rates) == 3 + 1 + 2
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 def rates_of(learner: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:

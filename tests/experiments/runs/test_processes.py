@@ -38,11 +38,11 @@ def test_a_signal_to_a_run_ends_all_of_its_processes(
     with subprocess.Popen(command, cwd=tmp_path, **silent) as run:
         started: list[psutil.Process] = []
 
-        def server_and_a_client() -> bool:
-            started[:] = psutil.Process(run.pid).children()
-            return len(started) > 1
+        def a_client_is_there() -> bool:
+            started[:] = psutil.Process(run.pid).children(recursive=True)
+            return any(process.ppid() != run.pid for process in started)
 
-        wait_until(server_and_a_client)
+        wait_until(a_client_is_there)
         run.send_signal(number)
         assert run.wait(60) == 128 + number
     _, left = psutil.wait_procs(started, 20)
