@@ -167,6 +167,7 @@ class _Load:
         await _all([member.push(number) for member in early], self._at_once)
         pushed = time.monotonic() - started
         waits = [asyncio.create_task(member.pull(number + 1)) for member in early]
+        await asyncio.gather(*(member.waits.wait() for member in early))
         await asyncio.sleep(self._settle)
         waiting, server, clients = self._memory(), self._seconds(), time.process_time()
         receipt = await late.push(number)

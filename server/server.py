@@ -1,6 +1,7 @@
 """A server of a federation, put together and run: settings, coordinator, network and clockwork."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _THREADS = 32
+_COLLECTED_AFTER = 20_000
+"""New objects; thousands for each member that is answered, which make no cycles."""
 
 
 class Server:
@@ -62,6 +65,9 @@ class Server:
         )
         loop.add_signal_handler(signal.SIGHUP, log.info, text)
         async with self.running(over):
+            # Else the collector of cycles looks through all that was loaded while members are answered.
+            gc.freeze()
+            gc.set_threshold(_COLLECTED_AFTER)
             return await over
 
     @asynccontextmanager

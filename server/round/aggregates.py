@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmosaic.protos.errors import StateError, WireError
@@ -61,12 +61,14 @@ class Download:
 class Offer:
     """What clients may load before the open round, by recipient, and the rows that it was made with.
 
-    Replaced whole when the next one opens.
+    Replaced whole when the next one opens. `made` has the sections, as `sections` tells them, that are at
+    hand because this process has just made them.
     """
 
     round: int
     stored: Mapping[str, StoredAggregate]
     rows: Rows
+    made: Mapping[str, list[tuple[AggregateSection, Place]]] = field(default_factory=dict)
 
     def download(
         self, settings: ServerSettings, blobs: Blobs, client: str, epoch: int, head: bytes
@@ -93,6 +95,8 @@ class Offer:
 
     def sections(self, settings: ServerSettings, client: str) -> list[tuple[AggregateSection, Place]]:
         """Sections of a client's aggregate, without payloads, and where these are; StateError if damaged."""
+        if client in self.made:
+            return self.made[client]
         try:
             return [
                 self._section(record, client, section_label(record["name"], settings.family(client)))

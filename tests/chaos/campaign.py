@@ -169,7 +169,9 @@ class Run:
         while (ended := self._ended()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         code = None if ended is None else ended[1]
-        if code in (-signal.SIGKILL, -signal.SIGTERM):
+        log = (self.place / "server.log").read_text(errors="replace").rpartition("\n")[0]
+        told = code == 1 and self.fault in _FAILING and "is older than the run" in log.rpartition("\n")[2]
+        if told or code in (-signal.SIGKILL, -signal.SIGTERM):
             self.killed["server"] += code == -signal.SIGKILL
             summary = self.place / "f" / "server" / "state" / "run.json"
             summary.unlink(missing_ok=True)
