@@ -7,8 +7,8 @@ Reference: Kornblith et al., "Similarity of Neural Network Representations Revis
 arXiv 2506.11024, "block-wise aggregation" (equal relative depth).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,13 +30,12 @@ _FEWEST_ROWS: Final = 4
 
 @dataclass(frozen=True, eq=False)
 class LayerSimilarity:
-    """Linear CKA of all layer pairs of two models, (L, M) float64, over a number of aligned positions.
+    """Linear CKA of all layer pairs of two models, (L, M) float64, over aligned positions.
 
     It is at most 1; an unbiased estimate may fall slightly below 0.
     """
 
     cka_LM: torch.Tensor = field(repr=False)
-    rows: int
 
     def mean_deviation(self) -> float:
         """Mean distance between the most similar layer and equal relative depth, in [0, 1].
@@ -112,7 +111,6 @@ class HsicSums:
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []
-        self._rows = 0
 
     def update(self, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
         """Add (G, H) states of the same positions after each of L layers of the anchor and M of the model."""
@@ -120,15 +118,12 @@ class HsicSums:
         for start in range(0, rows, _MINIBATCH_ROWS):
             size = min(_MINIBATCH_ROWS, rows - start)
             # The estimator divides by n(n − 3); small minibatches are weighted by the same number.
-            if size < max(_FEWEST_ROWS, _MINIBATCH_ROWS // 4) and start:
-                continue
-            if size < _FEWEST_ROWS:
+            if size < (_MINIBATCH_ROWS // 4 if start else _FEWEST_ROWS):
                 continue
             self._add(
                 torch.stack([_hollow_gram(states[start : start + size]) for states in left]),
                 torch.stack([_hollow_gram(states[start : start + size]) for states in right]),
             )
-            self._rows += size
 
     def _add(self, left_LNN: torch.Tensor, right_MNN: torch.Tensor) -> None:
         own_L, own_M = (
@@ -151,7 +146,7 @@ class HsicSums:
         between_LM, left_L, right_M = self._sums
         if not bool((left_L > 0).all()) or not bool((right_M > 0).all()):
             raise ModelError("The states after a layer do not vary on the public text; give other text.")
-        return LayerSimilarity(between_LM / torch.sqrt(torch.outer(left_L, right_M)), self._rows)
+        return LayerSimilarity(between_LM / torch.sqrt(torch.outer(left_L, right_M)))
 
 
 def _hollow_gram(states_NH: torch.Tensor) -> torch.Tensor:
@@ -174,23 +169,14 @@ def _hsic(left_LNN: torch.Tensor, right_MNN: torch.Tensor) -> torch.Tensor:
 
 
 def _layer_states(model: PreTrainedModel, batch: Batch, spans: Spans) -> list[torch.Tensor]:
-    _, layers = find_decoder_layers(model)
-    with _captured(dict(enumerate(layers))) as states, torch.no_grad():
+    """After each layer; by hooks, because a decoder's own `hidden_states` have the last one normalised."""
+    states: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer in find_decoder_layers(model)[1]:
+            stack.callback(layer.register_forward_hook(keep).remove)
         run_decoder(model, batch)
-    return [spans.mean(states[index]) for index in range(len(layers))]
-
-
-@contextmanager
-def _captured(layers: Mapping[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
-    states: dict[int, torch.Tensor] = {}
-
-    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            states[index] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    with ExitStack() as stack:
-        for index, layer in layers.items():
-            stack.callback(layer.register_forward_hook(keep(index)).remove)
-        yield states
+    return [spans.mean(found) for found in states]

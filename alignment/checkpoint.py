@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from fedmosaic.alignment.activations import ModuleKey, Side
 from fedmosaic.alignment.anchor import BasisPair
-from fedmosaic.client.colora import CoLoraConfig, get_basis, set_basis
+from fedmosaic.client.colora import CoLoraConfig, set_basis
 from fedmosaic.client.model.load import adapt, save_adapter
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import ConfigurationError, StateError
 
 MANIFEST: Final = "manifest.json"
 _CHECKPOINT_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})
@@ -60,6 +60,13 @@ class Manifest(Frozen):
     label: str
     anchor: Finished
     models: tuple[Finished, ...] = ()
+
+    def of(self, name: str) -> Finished:
+        """The checkpoint of a model by the name of its folder; `ConfigurationError` if there is none."""
+        known = {entry.folder: entry for entry in (self.anchor, *self.models)}
+        if name not in known:
+            raise ConfigurationError(f"There is no aligned model {name!r}; there are {', '.join(known)}.")
+        return known[name]
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -141,15 +148,13 @@ def read_checkpoint(folder: Path, side: Side, config: CoLoraConfig) -> dict[Modu
         raise StateError(
             f"{folder}: the checkpoint cannot be read ({type(error).__name__}); align again."
         ) from None
-    adapted = adapt(side.model, config)
-    current = get_basis(adapted)
-    adapted.unload()
     bases: dict[ModuleKey, BasisPair] = {}
     for key, name in side.names.items():
-        pair = [_tensor(tensors, name, part, folder) for part in ("colora_A", "colora_B")]
-        if any(new.shape != old.shape for new, old in zip(pair, current[name], strict=True)):
+        a, b = (_tensor(tensors, name, part, folder) for part in ("colora_A", "colora_B"))
+        linear = side.linear(key)
+        if (a.shape, b.shape) != ((config.r, linear.in_features), (linear.out_features, config.r)):
             raise StateError(f"{folder}: the bases of {name} have another shape; align again.")
-        bases[key] = (pair[0].double(), pair[1].double())
+        bases[key] = (a.double(), b.double())
     return bases
 
 

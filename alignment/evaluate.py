@@ -8,7 +8,7 @@ random bases, and the target trained on a few labels, from nothing and from the 
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,15 +19,15 @@ import torch
 import tyro
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Column, Table
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fedmosaic.alignment.activations import collect, open_side
-from fedmosaic.alignment.checkpoint import Finished, Manifest, read_manifest
+from fedmosaic.alignment.checkpoint import Manifest, read_manifest
 from fedmosaic.alignment.pairing import Reading
+from fedmosaic.alignment.report import line_of, print_transfer
 from fedmosaic.alignment.sources import parse_source
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.alignment.transfer import (
@@ -116,7 +116,7 @@ class LoadedModel:
         self.name = name
         self.base: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
-        self.base, self.tokenizer = parse_source(find_model(manifest, name).model, dtype).load()
+        self.base, self.tokenizer = parse_source(manifest.of(name).model, dtype).load()
 
     @contextmanager
     def mounted(self, folder: Path) -> Iterator[PeftModel]:
@@ -157,23 +157,17 @@ class LoadedModel:
         """
         rows = []
         cores = [module.core(adapted.active_adapter, "local") for module in shared_modules(adapted)]
+        parameters = [parameter for core in cores for parameter in (core.weight, core.bias)]
         with training_mode(adapted, False):
             for example in examples:
-                adapted.zero_grad()
                 spoken = [replace(example, answer=choice) for choice in example.choices]
                 batch = collate(
                     encode_examples(self.tokenizer, spoken, max_length), padding_token(self.tokenizer)
                 )
                 logs_C = functional.log_softmax(-example_losses(adapted, on_device_of(adapted, batch)), dim=0)
-                (-logs_C[example.choices.index(example.answer)]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                rows.append(
-                    torch.stack(
-                        [
-                            torch.cat([p.grad.flatten() for p in (c.weight, c.bias) if p.grad is not None])
-                            for c in cores
-                        ]
-                    )
-                )
+                answer = example.choices.index(example.answer)
+                found = torch.autograd.grad(-logs_C[answer], parameters)
+                rows.append(torch.cat([gradient.flatten() for gradient in found]).view(len(cores), -1))
         return torch.stack(rows).double().cpu()
 
 
@@ -196,7 +190,7 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[list[Score], list[
     first = next(iter(manifests.values()))
     for manifest in manifests.values():
         for name in arguments.pair:
-            if find_model(manifest, name).model != find_model(first, name).model:
+            if manifest.of(name).model != first.of(name).model:
                 raise ConfigurationError(f"The alignments were made with different models called {name!r}.")
     pair = [LoadedModel(name, first, arguments.dtype) for name in arguments.pair]
     scores: list[Score] = []
@@ -206,13 +200,14 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[list[Score], list[
             for label, folder in folders.items():
                 if seed == 0:
                     agreements.append(_agreement(arguments, label, folder, pair, task))
-                    console.print(_line(agreements[-1]), soft_wrap=True, highlight=False)
+                    console.print(line_of(agreements[-1]), soft_wrap=True, highlight=False)
                 found = list(_transfers(arguments, label, folder, pair, task, seed))
                 scores += found
                 # After every run: hours of them must not be lost with the last.
-                _write(arguments.out, arguments, scores, agreements)
+                if arguments.out is not None:
+                    _write(arguments, scores, agreements, arguments.out)
                 for score in found:
-                    console.print(_line(asdict(score)), soft_wrap=True, highlight=False)
+                    console.print(line_of(asdict(score)), soft_wrap=True, highlight=False)
     return scores, agreements
 
 
@@ -220,14 +215,7 @@ def _transfers(
     arguments: Arguments, label: str, folder: Path, pair: Sequence[LoadedModel], task: Task, seed: int
 ) -> Iterator[Score]:
     """All scores of one run: both cores are trained, each is the other direction's retrained one."""
-    settings = TrainingSettings(
-        shared_learning_rate=arguments.learning_rate,
-        steps=arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        seed=seed,
-    )
-    few = settings.model_copy(update={"steps": max(1, arguments.steps // 4)})
+    settings = _training(arguments, seed, arguments.steps)
     cores, own = [], []
     for model in pair:
         with model.mounted(folder / model.name) as adapted:
@@ -236,26 +224,42 @@ def _transfers(
     for source, target in (0, 1), (1, 0):
         model, core = pair[target], cores[source]
         named = {ZERO_SHOT: model.score(model.base, task, arguments.max_length), RETRAINED: own[target]}
+        # One way, all that is asked of the source is that it has learnt the task.
+        if target == 1 or not arguments.one_way:
+            named |= _moved(arguments, folder, model, task, core, seed)
         for variant, values in named.items():
             yield Score(task.name, pair[source].name, model.name, label, variant, seed, *values)
-        if arguments.one_way and target == 0:
-            # That the source has learnt the task is all that is asked of it.
-            return
-        named = {}
-        with model.mounted(folder / model.name) as adapted:
-            rank = next(iter(get_basis(adapted).values()))[0].shape[0]
-            for variant, given in ((MOVED, core), (RANDOM_CORE, random_core(core, rank, seed))):
-                write_shared(adapted, given, "local")
-                named[variant] = model.score(adapted, task, arguments.max_length)
-            for variant, given in ((FEW, 0.0 * core), (TUNED, core)):
-                write_shared(adapted, given, "local")
-                model.train(adapted, task.train[: arguments.few_labels], few)
-                named[variant] = model.score(adapted, task, arguments.max_length)
-            scramble(adapted, seed)
-            write_shared(adapted, core, "local")
-            named[RANDOM_BASES] = model.score(adapted, task, arguments.max_length)
-        for variant, values in named.items():
-            yield Score(task.name, pair[source].name, model.name, label, variant, seed, *values)
+
+
+def _training(arguments: Arguments, seed: int, steps: int) -> TrainingSettings:
+    return TrainingSettings(
+        shared_learning_rate=arguments.learning_rate,
+        steps=steps,
+        per_device_train_batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        seed=seed,
+    )
+
+
+def _moved(
+    arguments: Arguments, folder: Path, model: LoadedModel, task: Task, core: np.ndarray, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Calibrated loss and accuracy of a core in another model than its own, and of the controls."""
+    few = _training(arguments, seed, max(1, arguments.steps // 4))
+    named = {}
+    with model.mounted(folder / model.name) as adapted:
+        rank = next(iter(get_basis(adapted).values()))[0].shape[0]
+        for variant, given in ((MOVED, core), (RANDOM_CORE, random_core(core, rank, seed))):
+            write_shared(adapted, given, "local")
+            named[variant] = model.score(adapted, task, arguments.max_length)
+        for variant, given in ((FEW, 0.0 * core), (TUNED, core)):
+            write_shared(adapted, given, "local")
+            model.train(adapted, task.train[: arguments.few_labels], few)
+            named[variant] = model.score(adapted, task, arguments.max_length)
+        scramble(adapted, seed)
+        write_shared(adapted, core, "local")
+        named[RANDOM_BASES] = model.score(adapted, task, arguments.max_length)
+    return named
 
 
 def _agreement(
@@ -273,8 +277,7 @@ def _agreement(
                 random = model.core_gradients(adapted, examples, arguments.max_length)
     modules = manifest.settings.get("target_modules") or None
     left, right = (
-        open_side(model.base, model.tokenizer, find_model(manifest, model.name).layers, modules)
-        for model in pair
+        open_side(model.base, model.tokenizer, manifest.of(model.name).layers, modules) for model in pair
     )
     texts = [PublicText(example.answer, example.prompt) for example in examples]
     inputs = collect(left, right, texts, Reading(arguments.max_length, _SCORED_AT_ONCE), None).inputs
@@ -315,40 +318,6 @@ def scramble(adapted: PeftModel, seed: int) -> None:
     set_basis(adapted, fresh, label=RANDOM_BASES)
 
 
-def _folded(title: str, headings: Iterable[str]) -> Table:
-    """A table that loses no letter on a narrow terminal: cut there, two tasks would have one name."""
-    return Table(*(Column(name, overflow="fold") for name in headings), title=title)
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
-    table = _folded(title, (*keys, "direction", "accuracy", "loss"))
-    for row in rows:
-        table.add_row(
-            *(str(len(row[key]) if key == "tasks" else row[key]) for key in keys),
-            f"{row['source']} → {row['target']}",
-            *(f"{row[name]:.3f} ± {row[f'{name}_half_width']:.3f}" for name in ("accuracy", "loss")),
-        )
-    return table
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    return ", ".join(map(_shown, values.values()))
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_shown, value))
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def find_model(manifest: Manifest, name: str) -> Finished:
-    """The checkpoint of a model by the name of its folder."""
-    known = {entry.folder: entry for entry in (manifest.anchor, *manifest.models)}
-    if name not in known:
-        raise ConfigurationError(f"There is no aligned model {name!r}; there are {', '.join(known)}.")
-    return known[name]
-
-
 def find_manifest(folder: Path) -> Manifest:
     """What a folder of `fedmosaic align` holds."""
     manifest = read_manifest(folder)
@@ -375,13 +344,8 @@ def read_task(text: str, test_examples: int) -> Task:
 
 
 def _write(
-    out: Path | None,
-    arguments: Arguments,
-    scores: Sequence[Score],
-    agreements: Sequence[Mapping[str, Any]],
+    arguments: Arguments, scores: Sequence[Score], agreements: Sequence[Mapping[str, Any]], out: Path
 ) -> None:
-    if out is None:
-        return
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "arguments": asdict(arguments),
@@ -398,15 +362,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic align evaluate")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     scores, agreements = evaluate(parsed, Console(stderr=True))
-    console = Console()
-    table = _folded("Agreement before training, on the tasks' examples", agreements[0])
-    for row in agreements:
-        table.add_row(*map(_shown, row.values()))
-    console.print(table)
-    title = "Calibrated scores (mean ± half of the 95 % interval over seeds)"
-    console.print(_table(title, summary(scores), ("task", "bases", "variant")))
-    title = "Transfer ratio over the tasks that both models learnt (± half of the 95 % interval)"
-    console.print(_table(title, ratios(scores), ("bases", "variant", "tasks")))
+    print_transfer(agreements, scores, Console())
     return 0
 
 

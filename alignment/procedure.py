@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -19,7 +19,7 @@ import torch
 
 from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side, collect, open_side
 from fedmosaic.alignment.anchor import BasisPair, principal_basis, random_basis, weight_basis
-from fedmosaic.alignment.blocks import LayerSimilarity, choose_layers, measure_similarity
+from fedmosaic.alignment.blocks import choose_layers, measure_similarity
 from fedmosaic.alignment.checkpoint import (
     Bases,
     Finished,
@@ -51,8 +51,22 @@ from fedmosaic.protos.errors import ConfigurationError, StateError
 
 log = logging.getLogger(__name__)
 
-Kept = dict[str, dict[ModuleKey, torch.Tensor]]
-"""What stays of a model until all are read: by purpose and module."""
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What stays of one module of a model until all are read.
+
+    A (k, d_in) and B (d_out, k) for k ≥ r directions of the anchor, not orthonormal yet, and how much of them
+    the model shares.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    inputs: Sharing
+    outputs: Sharing
+
+
+Kept = dict[ModuleKey, _Kept]
 Stage = Callable[[str], Callable[[int, int], None]]
 """Called with the name of a stage; gives a function that is called with what is done and the total."""
 
@@ -169,7 +183,9 @@ class _Run:
         side = open_side(model, tokenizer, layers, self._settings.target_modules or None)
         moments = self._moments(side, f"{source.name}: activations")
         kept = self._aligned(moments)
-        self._draw(source, similarity, layers)
+        pairs = zip(self._anchor.layers, layers, strict=True)
+        figure = self._out / f"cka-{source.name}.svg"
+        heat_map(similarity, self._source.name, source.name, pairs, figure)
         report = _quality(moments, self._bases, kept, self._settings.rank) | {
             "texts": moments.texts,
             "positions": moments.positions,
@@ -185,33 +201,18 @@ class _Run:
         self._waiting.append((source, finished, kept))
 
     def _aligned(self, moments: PairMoments) -> Kept:
-        kept: Kept = {
-            "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}
-        }  # fmt: skip
+        kept: Kept = {}
         progress = self._stage("bases")
-        for done, (key, (a, b)) in enumerate(self._bases.items(), start=1):
-            effects = moments.effects[key]
-            model_a = align_inputs(moments.inputs[key], a)
-            model_b = align_outputs(effects, b, self._settings.method)
-            found_in, found_out = sharing(moments.inputs[key], a), sharing(effects, b.T)
-            values = (
-                model_a, model_b,
-                found_in.explained_RR, found_in.latent_RR, found_out.explained_RR, found_out.latent_RR,
-            )  # fmt: skip
-            for purpose, value in zip(kept, values, strict=True):
-                kept[purpose][key] = value
-            progress(done, len(self._bases))
+        for key, (a, b) in self._bases.items():
+            inputs, effects = moments.inputs[key], moments.effects[key]
+            kept[key] = _Kept(
+                a=align_inputs(inputs, a),
+                b=align_outputs(effects, b, self._settings.method),
+                inputs=sharing(inputs, a),
+                outputs=sharing(effects, b.T),
+            )
+            progress(len(kept), len(self._bases))
         return kept
-
-    def _draw(self, source: ModelSource, similarity: LayerSimilarity, layers: Sequence[int]) -> None:
-        heat_map(
-            similarity.cka_LM,
-            anchor=self._source.name,
-            model=source.name,
-            pairs=list(zip(self._anchor.layers, layers, strict=True)),
-            mean_deviation=similarity.mean_deviation(),
-            path=self._out / f"cka-{source.name}.svg",
-        )
 
     def finish(self) -> Manifest:
         """Turn the latent, and write what is not written yet."""
@@ -231,7 +232,7 @@ class _Run:
         for source, finished, kept in self._waiting:
             model, tokenizer = source.load()
             side = open_side(model, tokenizer, finished.layers, self._settings.target_modules or None)
-            found = _turned({key: (kept["A"][key], kept["B"][key]) for key in self._bases}, turns)
+            found = _turned({key: (kept[key].a, kept[key].b) for key in self._bases}, turns)
             bases = {
                 key: (nearest_orthonormal_rows(a), nearest_orthonormal_rows(b.T).T)
                 for key, (a, b) in found.items()
@@ -244,12 +245,14 @@ class _Run:
         return self._manifest
 
     def _rotations(self) -> dict[ModuleKey, tuple[torch.Tensor, torch.Tensor]]:
-        def of(purpose: str, key: ModuleKey) -> torch.Tensor:
-            return shared_rotation(
-                [Sharing(kept[purpose][key], kept[f"{purpose}_all"][key]) for _, _, kept in self._waiting]
-            )[: self._settings.rank]
-
-        return {key: (of("in", key), of("out", key)) for key in self._bases}
+        rank, models = self._settings.rank, [kept for _, _, kept in self._waiting]
+        return {
+            key: (
+                shared_rotation([kept[key].inputs for kept in models])[:rank],
+                shared_rotation([kept[key].outputs for kept in models])[:rank],
+            )
+            for key in self._bases
+        }
 
 
 def _turned(
@@ -268,21 +271,16 @@ def _known(settings: AlignmentSettings) -> dict[str, Any]:
     return known | {"anchor_basis": method, "output_method": output}
 
 
-def _quality(
-    moments: PairMoments,
-    anchor: Bases,
-    kept: Mapping[str, Mapping[ModuleKey, torch.Tensor]],
-    rank: int,
-) -> dict[str, Any]:
+def _quality(moments: PairMoments, anchor: Bases, kept: Kept, rank: int) -> dict[str, Any]:
     """Mean squared correlation of aligned directions, by block, of those that this model shares best."""
     shares: dict[str, dict[int, list[float]]] = {"inputs": {}, "outputs": {}}
     for key in sorted(anchor):
-        a, b = anchor[key]
-        for side, found, left, right, of in (
-            ("inputs", moments.inputs[key], a, kept["A"][key], "in"),
-            ("outputs", moments.effects[key], b.T, kept["B"][key].T, "out"),
+        (a, b), own = anchor[key], kept[key]
+        for side, found, left, right, shared in (
+            ("inputs", moments.inputs[key], a, own.a, own.inputs),
+            ("outputs", moments.effects[key], b.T, own.b.T, own.outputs),
         ):
-            turn = shared_rotation([Sharing(kept[of][key], kept[f"{of}_all"][key])])[:rank]
+            turn = shared_rotation([shared])[:rank]
             share = prediction_share(found, turn @ left, turn @ right)
             shares[side].setdefault(key[0], []).append(float(share.mean()))
     return {

@@ -44,8 +44,6 @@ class Arguments:
 
     ranks: tuple[int, ...] = (16, 32, 128)
     members: tuple[int, ...] = (10, 100)
-    budget: float = 1.0
-    """Seconds of repetitions for each operation."""
     note: Path | None = None
     """Write a Markdown page with all tables."""
 
@@ -134,7 +132,7 @@ def main() -> None:
     cells: list[Cell] = []
     for members in arguments.members:
         for rank in arguments.ranks:
-            work = make_work(rank, members, arguments.budget)
+            work = make_work(rank, members)
             cells += [peer(work) for peer in PEERS]
             cells += [ours(work, parameters) for parameters in OURS]
             print(f"measured rank {rank}, {members} members", file=sys.stderr)

@@ -53,14 +53,13 @@ class Work:
     """Adapters and weights of one cell.
 
     (N, d) float64 adapters of N client ids at a rank; (N, N) real weights, zero on the diagonal, rows sum to
-    1, capped at one half; and the seconds to spend on repetitions of one operation.
+    1, capped at one half.
     """
 
     rank: int
     names: tuple[str, ...]
     vectors: NDArray[np.float64]
     shares: NDArray[np.float64]
-    budget: float
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -77,11 +76,11 @@ class Work:
         return result
 
     def measure(self, operation: Callable[[], object], repetitions: int = 3) -> Timing:
-        """Time an operation until the budget is spent."""
-        return measure(operation, repetitions, self.budget)
+        """Time an operation for a second."""
+        return measure(operation, repetitions, budget=1.0)
 
 
-def make_work(rank: int, members: int, budget: float) -> Work:
+def make_work(rank: int, members: int) -> Work:
     """Draw adapters N(0, 0.02²) and softmax weights of standard normal scores, as in a trained federation."""
     generator = np.random.default_rng(rank * 1000 + members)
     dimensions = BLOCKS * MODULES * (rank**2 + rank)
@@ -89,7 +88,7 @@ def make_work(rank: int, members: int, budget: float) -> Work:
     shares = np.exp(generator.normal(size=(members, members)))
     np.fill_diagonal(shares, 0.0)
     shares = np.array([spread_weights(cap_weights(row.tolist(), 0.5), 0.36, 8) for row in shares])
-    return Work(rank, tuple(f"client-{index:03d}" for index in range(members)), vectors, shares, budget)
+    return Work(rank, tuple(f"client-{index:03d}" for index in range(members)), vectors, shares)
 
 
 def plain_numpy(work: Work, name: str, kind: np.dtype) -> Cell:

@@ -80,8 +80,6 @@ class Arguments:
     """Clients that take part in a round; 0 for all."""
     actors: int = 0
     """Run the clients in so many processes of Ray; 0 for one."""
-    server_only: bool = False
-    """Leave the clients' side out."""
     plot: Path | None = None
     """Also draw how the figures grow, as an SVG."""
 
@@ -97,10 +95,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"clients is {parsed.clients}; give at least 4, which the policy needs")
     found: dict[int, Figures] = {}
     for count in parsed.clients:
-        sides = (server_side,) if parsed.server_only else (clients_side, server_side)
-        found[count] = {}
-        for side in sides:
-            found[count] |= in_own_process(side, parsed, count)
+        figures = (in_own_process(side, parsed, count) for side in (clients_side, server_side))
+        found[count] = {key: value for side in figures for key, value in side.items()}
         print(f"{count} clients: {found[count]}", file=sys.stderr, flush=True)
     print("\n".join(as_table(found)))
     if parsed.plot is not None:

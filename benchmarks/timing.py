@@ -16,6 +16,7 @@ import torch
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.experiments.scenario.metrics import markdown_table
+from fedmosaic.privacy.terminal import ending_children
 
 T = TypeVar("T")
 Step = Callable[[], object]
@@ -53,6 +54,7 @@ def measure(operation: Step, repetitions: int = 3, budget: float = 0.0) -> Timin
     return Timing(min(seconds), statistics.median(seconds))
 
 
+@ending_children()
 def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
     """What a function of a module returns in a fresh process, whose peak of memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

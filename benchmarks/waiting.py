@@ -35,6 +35,7 @@ from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.privacy.terminal import ending_children
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+@ending_children()
 def federation(parsed: Arguments, count: int) -> list[list[str]]:
     """Found one and run it; a row per round."""
     with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as free:

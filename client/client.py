@@ -48,7 +48,7 @@ from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import shareable
-from fedmosaic.protos.errors import ConfigurationError, ModelError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, RefusedError, TransportError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
@@ -56,6 +56,10 @@ TRAFFIC = "traffic.json"
 NOTHING_RECEIVED = (
     "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
     "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
+)
+_NOT_HANDED_OVER = (
+    "the run is over and all of yours is here; the server did not get your statement (%s). It may have ended "
+    "after its grace_seconds: if its operator starts it again, so start this client again"
 )
 
 
@@ -258,7 +262,12 @@ def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> Pr
     write_atomically(state.directory / statements.STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(statements.for_handing_over(facts, terms, checked.learner.example_count))
     write_atomically(state.directory / statements.HANDED_OVER, told.model_dump_json(indent=2).encode())
-    transport.report(told.model_dump_json().encode())
+    try:
+        transport.report(told.model_dump_json().encode())
+    except RefusedError:
+        raise
+    except TransportError as error:  # nothing of this client waits for the server any more
+        log.error(_NOT_HANDED_OVER, error)
     result.put("traffic", transport.traffic().as_dict())
     if not received:
         log.error(NOTHING_RECEIVED.format(rounds=rounds))

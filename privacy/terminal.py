@@ -9,10 +9,12 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sqlite3
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TextIO
 
 from fedmosaic.protos.errors import FedMosaicError
@@ -82,6 +84,33 @@ def guarded(name: str, run: Callable[[], int | None], *, trace: bool = False) ->
         if isinstance(error, OSError) and error.filename is None:
             _close_output()
         return WRONG_INPUT if isinstance(error, FedMosaicError) else FAILED
+
+
+@contextlib.contextmanager
+def ending_children() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and Ctrl-C end all processes that this one has started, and unwind the body.
+
+    By themselves SIGTERM and SIGHUP end Python at once: no `finally` runs, and its children go on. What is
+    ignored, as SIGHUP is under nohup, stays so. Only the main thread can do so; in others nothing changes.
+    """
+    import psutil
+
+    def end(number: int, _frame: object) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                child.terminate()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if here}
+    taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    try:
+        for number in taken:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def explain(error: BaseException) -> str | None:

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import logging
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -193,12 +193,15 @@ class Run:
         return run_id
 
     def _stored_head(self) -> bytes:
-        """Head of the stored run; a run that an older program began has none yet."""
-        with suppress(ValueError):
-            head = bytes.fromhex(self.store.get("head") or "")
-            if len(head) == bounds.HASH_BYTES:
-                return head
-        return _first_head(self.run_id)
+        """Head of the stored run, the first where an older program began it; StateError if it is damaged."""
+        stored = self.store.get("head")
+        if stored is None:
+            return _first_head(self.run_id)
+        if not re.fullmatch(f"[0-9a-f]{{{2 * bounds.HASH_BYTES}}}", stored):
+            raise StateError(
+                "the server's database is damaged: the entry 'head' is no hash; restore a backup of state_dir"
+            )
+        return bytes.fromhex(stored)
 
     def _resumed(self) -> rounds.Round:
         """The round that the stored run is in, with a full deadline ahead."""

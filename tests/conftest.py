@@ -2,19 +2,22 @@
 
 import gc
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-import devices
+if TYPE_CHECKING:  # the process that hands tests out to workers needs none of it
+    import torch
 
-# A slow or busy machine says nothing about the code, so no example has a deadline.
-settings.register_profile(
-    "repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+# A slow or busy machine says nothing about the code, so no example has a deadline. The same few examples
+# every time tell what a change has broken; `make test-slow` looks for new ones, and prints how to repeat
+# the one it finds.
+repeatable = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=50
 )
-# `make test-slow` looks for new counterexamples, and prints how to repeat the one it finds.
-settings.register_profile("searching", settings.get_profile("repeatable"), derandomize=False, print_blob=True)
+settings.register_profile("repeatable", repeatable)
+settings.register_profile("searching", repeatable, derandomize=False, print_blob=True, max_examples=300)
 settings.load_profile("repeatable")
 
 
@@ -30,6 +33,8 @@ def pytest_collection_finish() -> None:
 
 
 def _devices() -> Iterator[object]:
+    import torch
+
     yield pytest.param("cpu", id="cpu")
     # The marks let `make test-gpu` run these alone.
     if torch.cuda.is_available():
@@ -38,9 +43,14 @@ def _devices() -> Iterator[object]:
         yield pytest.param("mps", id="mps", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(scope="session", params=list(_devices()))
-def device(request: pytest.FixtureRequest) -> torch.device:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", list(_devices()), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> "torch.device":
     """Each device that this machine has: a privacy test that touches tensors runs on all of them."""
-    chosen = torch.device(request.param)
-    devices.choose(chosen)
-    return chosen
+    import devices
+
+    return devices.choose(request.param)

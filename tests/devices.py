@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-_chosen: Final = [torch.device("cpu")]
+CHOSEN: Final = [torch.device("cpu")]
 
 
-def choose(device: torch.device) -> None:
-    """Compute on this device from now on."""
-    _chosen[0] = device
+def choose(name: str) -> torch.device:
+    """Compute on the device of this name from now on."""
+    CHOSEN[0] = torch.device(name)
+    return CHOSEN[0]
 
 
 def here(module: AnyModule) -> AnyModule:
     """The module, moved to the device."""
-    return module.to(_chosen[0])
+    return module.to(CHOSEN[0])

@@ -1,8 +1,9 @@
 """Tiny random models and texts for unit tests."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from devices import here
+from devices import CHOSEN, here
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 
@@ -39,6 +40,25 @@ LINEARS = (
     "self_attn.v_proj",
 )
 """Linear modules of a decoder layer, sorted."""
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+def copied(make: Callable[..., AnyModel]) -> Callable[..., AnyModel]:
+    """Makes each model once, and hands out copies, which is three times as fast as making it again.
+
+    The generator of random numbers goes on as it does after making it.
+    """
+    made: dict[str, tuple[AnyModel, torch.Tensor]] = {}
+
+    def copy_of(*arguments: Any, **options: Any) -> AnyModel:
+        key = repr((CHOSEN, arguments, options))
+        if key not in made:
+            made[key] = make(*arguments, **options), torch.get_rng_state()
+        model, state = made[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
+
+    return copy_of
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
@@ -120,6 +140,7 @@ def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=raw, **unknown, **special)
 
 
+@copied
 def tiny_colora(
     dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None, **changes: Any
 ) -> nn.Module:

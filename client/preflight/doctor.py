@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +49,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _diagnose(path: Path) -> int:
-    _tell("versions", "ok", ", ".join(_versions()))
+    packages = (f"{name} {version(name)}" for name in _PACKAGES)
+    _tell(
+        "versions",
+        "ok",
+        ", ".join([f"fedmosaic {__version__}", f"python {platform.python_version()}", *packages]),
+    )
     try:
         settings = read_configuration(path, ClientSettings).located(path.parent)
         settings.check_complete()
@@ -90,16 +95,6 @@ def _examine(preflight: Preflight) -> bool:
     print()
     print("a client could start" if not failed else "a client could not start; see the lines marked WRONG")
     return not failed
-
-
-def _versions() -> list[str]:
-    found = [f"fedmosaic {__version__}", f"python {platform.python_version()}"]
-    for name in _PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} missing")
-    return found
 
 
 @contextmanager

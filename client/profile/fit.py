@@ -9,7 +9,6 @@ example.
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from fedmosaic.privacy.federation.kits import BASIS, PROFILE
 from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis
-from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import MechanismError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +34,12 @@ ROWS_PER_DIMENSION: Final = 2
 """Fewer public rows than this per dimension leave directions whose variance whitening can only guess."""
 KEPT_BYTES: Final = 1 << 30
 """Public gradients up to this size stay in memory, so that the probe sees every example once."""
+SHRINKAGE: Final = 0.1
+"""Share of the mean eigenvalue that is added to every eigenvalue before whitening, so that directions which
+public data hardly shows are not blown up."""
+CLIPPING_QUANTILE: Final = 0.1
+"""Of the public rows' norms, the clipping norm: a low one clips nearly every row, which then differ in
+direction only."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,11 @@ class BasisSettings:
     """How a basis is fitted.
 
     `standardise` is what the mechanism will do with rows, `kronecker_shape` numbers of directions of δ and of
-    x. `shrinkage` is the share of the mean eigenvalue that is added to every eigenvalue before whitening, so
-    that directions which public data hardly shows are not blown up. The clipping norm is the
-    `clipping_quantile` of the public rows' norms: a low one clips nearly every row, which then differ in
-    direction only.
+    x.
     """
 
     standardise: Literal["none", "centre", "whiten"] = "whiten"
     kronecker_shape: tuple[int, int] = (4, 32)
-    shrinkage: float = 0.1
-    clipping_quantile: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +93,9 @@ def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSett
         centre = rows.mean(axis=0).astype(np.float32)
         rows = rows - centre
     if settings.standardise == "whiten":
-        whitening = _whitening(rows, settings.shrinkage)
+        whitening = _whitening(rows)
         rows = rows @ whitening.T
-    clipping_norm = float(np.quantile(np.linalg.norm(rows, axis=1), settings.clipping_quantile))
+    clipping_norm = float(np.quantile(np.linalg.norm(rows, axis=1), CLIPPING_QUANTILE))
     if not clipping_norm > 0.0:
         raise MechanismError("the public gradients are zero, so no clipping norm follows; give other data")
     return FittedBasis(PublicBasis(sides.left, sides.right, centre, whitening), clipping_norm, len(rows))
@@ -150,11 +149,6 @@ def _check_settings(reduction: Reduction, settings: BasisSettings) -> None:
         raise MechanismError(
             f"a kronecker shape of {rows} × {columns} does not fit a gradient of shape {sizes}"
         )
-    if not settings.shrinkage > 0.0 or not 0.0 < settings.clipping_quantile <= 1.0:
-        raise MechanismError(
-            f"shrinkage is {settings.shrinkage} and must be above 0; clipping_quantile is "
-            f"{settings.clipping_quantile} and must be in (0, 1]"
-        )
 
 
 def _in_parts(factors: Iterable[GradientFactors]) -> Iterator[list[GradientFactors]]:
@@ -184,11 +178,11 @@ def _leading(moment: Float64Array, count: int) -> Float32Array:
     return np.ascontiguousarray(vectors[:, ::-1], dtype=np.float32)
 
 
-def _whitening(centred: Float64Array, shrinkage: float) -> Float32Array:
+def _whitening(centred: Float64Array) -> Float32Array:
     """Λ^(-1/2) Uᵀ of the covariance, its eigenvalues raised by a share of their mean."""
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
     values = np.clip(values, 0.0, None)
-    values += shrinkage * values.mean()
+    values += SHRINKAGE * values.mean()
     if not values.mean() > 0.0:
         raise MechanismError("the public gradients are all equal, so they cannot whiten; give other data")
     return np.ascontiguousarray((vectors / np.sqrt(values)).T, dtype=np.float32)
@@ -280,7 +274,3 @@ def main(arguments: Sequence[str]) -> int:
     print(f"# Put this into federation.toml and pass --basis {parsed.out / BASIS} to `fedmosaic keys init`.")
     print(as_toml(mechanism))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded("fedmosaic probe", lambda: main(sys.argv[1:])))

@@ -175,7 +175,7 @@ def export(arguments: Arguments) -> Export:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out} is there already; give a new folder, or move it away")
-    saved = read_saved(arguments.state, arguments.config)
+    saved = read_saved(arguments.state)
     handed = _statement(arguments.state / HANDED_OVER)
     if arguments.shareable:
         check_shareable(saved, handed)

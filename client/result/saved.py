@@ -19,7 +19,6 @@ from fedmosaic.client.settings import IN_MEMORY, ClientSettings, ModelSettings
 from fedmosaic.client.state import newest_adapter
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import Frozen, read_configuration
-from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Protection
 from fedmosaic.privacy.files import write_atomically
@@ -73,35 +72,20 @@ class SavedModel(Frozen):
         write_atomically(state / RECORD, kept.model_dump_json(indent=2).encode())
 
 
-def read_saved(state: Path, config: Path | None = None) -> SavedModel:
-    """Read what a client wrote when it began, or write it from `client.toml` for a state of a version before.
-
-    Raises:
-        StateError: there is none, or it is damaged.
-        ConfigurationError: `config` cannot be read, or is of another state directory.
-    """
-    file = state / RECORD
-    if config is not None and not file.exists():
-        settings = read_configuration(config, ClientSettings).located(config.parent)
-        if settings.state_dir.resolve() != state.resolve():
-            raise ConfigurationError(
-                f"{config} has state_dir {settings.state_dir}, not {state}; give its own"
-            )
-        kit = open_kit(settings.kit)
-        SavedModel.of(settings, kit.roster, kit.member_id()).write(state)
+def read_saved(state: Path) -> SavedModel:
+    """Read what a client wrote when it began; StateError if there is none, or it is damaged."""
+    file, remedy = state / RECORD, "start `fedmosaic client` with its client.toml, which writes it anew"
     if not file.exists():
         begun = (state / "session.json").exists()
         raise StateError(
-            f"{state} has no {RECORD}, which tells the base model: it is of a version before. Give --config "
-            "with the client's client.toml, from which it is written"
+            f"{state} has no {RECORD}, which tells the base model; {remedy}"
             if begun
             else f"{state} is no client's state directory; give the state_dir of a client that has begun"
         )
     try:
         return read_configuration(file, SavedModel)
     except ConfigurationError as error:
-        words = f"{error}; delete that file and give --config with the client's client.toml"
-        raise StateError(words) from None
+        raise StateError(f"{error}; delete that file and {remedy}") from None
 
 
 @dataclass(frozen=True)
@@ -125,8 +109,6 @@ class Opening:
     """Folder or hub id of the base model, if it is not where the client had it."""
     device: str | None = None
     """Where to compute; as in the client's settings if left out."""
-    config: Path | None = None
-    """The client's client.toml, for state directories of versions before."""
 
     def open(self, needs: Sequence[Example] = ()) -> OpenedModel:
         """Load the member's own model; `needs` are examples whose images it will read.
@@ -136,7 +118,7 @@ class Opening:
             ModelError: the base model cannot be loaded, or is another one.
             ConfigurationError: there is no such device, or no place of the base model.
         """
-        saved = read_saved(self.state, self.config)
+        saved = read_saved(self.state)
         newest = newest_adapter(self.state)
         if newest is None:
             raise StateError(f"{self.state} holds no adapter yet; it is there after the client's first round")

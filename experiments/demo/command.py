@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import tyro
 from rich.console import Console
@@ -33,15 +33,14 @@ from fedmosaic.experiments.demo.data import (
 from fedmosaic.experiments.demo.ending import command_line, ending
 from fedmosaic.experiments.runs.command import run
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
-from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
 from fedmosaic.privacy.federation.terms import (
     AdapterPrivacyTerms,
     AdapterTerms,
-    Protection,
     RelevanceTerms,
     ScheduleTerms,
 )
 from fedmosaic.privacy.federation.terms_checks import LARGEST_DELTA
+from fedmosaic.privacy.terminal import ending_children
 
 RECIPE: Final = 1
 """Raised whenever the fitting of the profile's basis changes, so that no cache serves an old one."""
@@ -78,16 +77,11 @@ class Arguments:
     """Optimizer steps of each client in each round."""
     draw: int = 0
     """Another number gives the clients other texts, another order, and adapters another start."""
-    protection: Protection = "encrypted"
-    """How the shared adapter leaves a client: none, encrypted, dp or dp+encrypted."""
-    backend: Literal["ckks", "mask"] = "ckks"
-    """Encryption back end, where anything is encrypted."""
-    target_epsilon: float = 8.0
-    """Privacy budget of every client for the whole run."""
     alone: bool = True
     """Afterwards, every client also trains a model without the others, for comparison; about a minute."""
 
 
+@ending_children()
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic demo` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic demo")
@@ -132,30 +126,17 @@ def _profile_name(scenario: Scenario) -> str:
 
 def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoData) -> Scenario:
     """The scenario of the demo, for the folder of the model by its number of layers."""
-    encrypted = arguments.protection in ("encrypted", "dp+encrypted")
-    backends = {"ckks": CkksParameters(), "mask": MaskParameters()}
     return Scenario(
         name="demo",
         description=__doc__ or "",
         probe=ModelSettings(path=str(models[min(models)]), dtype="auto"),
         # With sixty examples the default noise of 8 would hide which clients are alike.
         profile=ScenarioProfile(public_data=data.public, max_length=_MAX_LENGTH, noise_multiplier=2.0),
-        adapter=AdapterTerms(
-            basis_seed=arguments.draw,
-            protection=arguments.protection,
-            # Under DP no member shares more than P and Q.
-            family_dimensions={} if "dp" in arguments.protection else {_FAMILY.format(8): _FAMILY_SIZE},
-        ),
-        adapter_privacy=AdapterPrivacyTerms(
-            target_epsilon=arguments.target_epsilon,
-            steps_per_round=arguments.steps,
-            largest_delta=LARGEST_DELTA,
-        ),
+        adapter=AdapterTerms(basis_seed=arguments.draw, family_dimensions={_FAMILY.format(8): _FAMILY_SIZE}),
+        adapter_privacy=AdapterPrivacyTerms(steps_per_round=arguments.steps, largest_delta=LARGEST_DELTA),
         # The models are two depths of one: what one learnt helps the other.
         relevance=RelevanceTerms(temperature=0.2, across_families=True),
         schedule=ScheduleTerms(rounds=arguments.rounds, quorum=4),
-        encryption=backends[arguments.backend] if encrypted else PlainParameters(),
-        allow_plaintext=not encrypted,
         training=TrainingSettings(
             steps=arguments.steps,
             per_device_train_batch_size=4,

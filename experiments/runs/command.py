@@ -25,6 +25,7 @@ from fedmosaic.experiments.scenario.founding import fit_profile, found_federatio
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.files import hold_directory, write_atomically
+from fedmosaic.privacy.terminal import ending_children
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
 
 if TYPE_CHECKING:  # whoever only starts processes loads no model's library
@@ -206,6 +207,7 @@ def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
     resume(directory, console)
 
 
+@ending_children()
 def run(
     scenario: Scenario,
     base: Path,

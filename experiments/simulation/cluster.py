@@ -21,6 +21,7 @@ from fedmosaic.experiments.simulation import simulate
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.experiments.simulation.worker import Architecture, Worker, architecture
 from fedmosaic.privacy.federation.kits import open_kit
+from fedmosaic.privacy.terminal import ending_children
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.server.coordinator import Coordinator
@@ -46,6 +47,7 @@ class Cluster:
     actors_per_gpu: int = 0
 
 
+@ending_children()
 def simulate_on(
     cluster: Cluster,
     scenario: Scenario,

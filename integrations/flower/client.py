@@ -17,8 +17,8 @@ from typing import Any, Final
 import grpc
 import tyro
 
-from fedmosaic.client.__main__ import take_part
 from fedmosaic.client.client import Client
+from fedmosaic.client.command import take_part
 from fedmosaic.client.transport.connection import credentials
 from fedmosaic.integrations.flower import pipe
 from fedmosaic.privacy.terminal import guarded

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.identity import read_private
 from fedmosaic.privacy.federation.names import listen_address
 from fedmosaic.protos.errors import ConfigurationError
@@ -28,9 +27,7 @@ _SHORTEST_PASSWORD: Final = 16
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic dashboard` with its arguments, until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(prog="fedmosaic dashboard", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--kit", type=Path, metavar="DIR", help="the server's kit")
-    source.add_argument("--settings", type=Path, metavar="FILE", help="the server's complete settings")
+    parser.add_argument("--kit", type=Path, metavar="DIR", required=True, help="the server's kit")
     parser.add_argument(
         "--listen", default="127.0.0.1:7444", metavar="HOST:PORT", help="default: %(default)s"
     )
@@ -49,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     password = secrets.token_urlsafe(16) if parsed.password_file is None else _password(parsed.password_file)
 
     def settings() -> ServerSettings:
-        return Server(parsed.kit or read_configuration(parsed.settings, ServerSettings)).settings
+        return Server(parsed.kit).settings
 
     with Site(listen, Records(settings), password, settings().tls) as site:
         for number in (signal.SIGTERM, signal.SIGINT):

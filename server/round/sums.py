@@ -57,11 +57,6 @@ class RoundSums:
         """See `SumCollector.disputes`."""
         return {pair for group in self._groups for pair in group.disputes}
 
-    @property
-    def over(self) -> bool:
-        """Whether every group has its sum, or will have none."""
-        return all(group.step == _OVER for group in self._groups)
-
     def post(self, member: str, step: str, payload: bytes) -> None:
         """Take a member's message; Refusal if it is of no group, the step is over, or it is not usable."""
         try:

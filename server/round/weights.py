@@ -179,8 +179,11 @@ class _Rows:
     def _tilted(self, recipient: str, weights_N: FloatArray) -> Iterator[WeightRow]:
         """Rows beside the one that relevance asks for; one that breaks the policy is left out."""
         for step in range(1, _TILTS + 1):
+            # Factors around 1 by names, and so the same on every machine.
+            digests = (hashlib.sha256(f"{recipient}/{c}/{step}".encode()).digest() for c in self._clients)
+            signs_N = np.array([int.from_bytes(digest[:4], "little") / 2**31 - 1.0 for digest in digests])
             with suppress(PolicyError):
-                yield self._row(recipient, weights_N * _tilt(recipient, self._clients, step))
+                yield self._row(recipient, weights_N * (1.0 + _TILT * step * signs_N))
 
     def _row(self, recipient: str, weights_N: FloatArray) -> WeightRow:
         policy, bits = self._policy, self._bits
@@ -202,10 +205,3 @@ class _Rows:
         """(N,) shares of a row; zeros for those it leaves out."""
         found = dict(zip(row.contributors, row.weights, strict=True))
         return np.array([found.get(client, 0) for client in self._clients]) / 2.0**row.bits
-
-
-def _tilt(recipient: str, clients: Sequence[str], step: int) -> FloatArray:
-    """(N,) factors around 1, by names and so the same on every machine."""
-    digests = (hashlib.sha256(f"{recipient}/{client}/{step}".encode()).digest() for client in clients)
-    signs_N = np.array([int.from_bytes(digest[:4], "little") / 2**31 - 1.0 for digest in digests])
-    return 1.0 + _TILT * step * signs_N

@@ -31,7 +31,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "fedmosaic.server.dashboard.command",
         "Watch a server: rounds, who is awaited, refusals, relevance, ε; metrics for Prometheus.",
     ),
-    "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
+    "client": ("fedmosaic.client.command", "Take part in a federation as one client."),
     "doctor": (
         "fedmosaic.client.preflight.doctor",
         "Check all that a client needs; change and spend nothing.",
@@ -46,7 +46,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "chat": ("fedmosaic.client.result.chat", "Ask a client's model, line by line."),
     "ledger": ("fedmosaic.client.ledger", "Move or back up the privacy ledger of a data set."),
     "run": ("fedmosaic.experiments.runs.command", "Run a scenario file on this machine, with any method."),
-    "tasks": ("fedmosaic.experiments.tasks.__main__", "Write the data sets of scenarios."),
+    "tasks": ("fedmosaic.experiments.tasks.command", "Write the data sets of scenarios."),
     "methods": ("fedmosaic.experiments.methods", "List the methods that a scenario can be run with."),
     "report": (
         "fedmosaic.experiments.comparison.report",

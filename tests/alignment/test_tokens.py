@@ -1,6 +1,8 @@
 """Spans of two tokenizers over the same text: properties on mixed scripts, spaces and byte fallback."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -90,27 +92,25 @@ def test_a_tokenizer_aligned_with_itself_matches_every_visible_character(name: s
     assert covered == characters(text, rendering.ranges, tuple(range(len(rendering.ranges))))
 
 
-def test_spans_are_the_finest_common_ones() -> None:
-    text = "abcdef gh"
-    left = [(0, 2), (2, 4), (4, 6), (6, 9)]
-    right = [(0, 1), (1, 2), (2, 6), (7, 8), (8, 9)]
-    assert align_ranges(text, left, right) == [((0,), (0, 1)), ((1, 2), (2,)), ((3,), (3, 4))]
-
-
-def test_a_character_of_several_bytes_is_one_span() -> None:
-    text = "東a"
-    assert align_ranges(text, [(0, 1), (0, 1), (0, 1), (1, 2)], [(0, 1), (1, 2)]) == [
-        ((0, 1, 2), (0,)),
-        ((3,), (1,)),
-    ]
-
-
-def test_tokens_without_a_counterpart_are_dropped() -> None:
-    text = "ab cd"
-    # The right side lacks "b", so "ab" covers more than "a"; space alone stands for nothing.
-    assert align_ranges(text, [(0, 2), (2, 3), (3, 5)], [(0, 1), (3, 5)]) == [((2,), (1,))]
-    assert align_ranges(text, [None, (0, 5)], [None]) == []
-    assert align_ranges("", [], []) == []
+@pytest.mark.parametrize(
+    ("text", "left", "right", "spans"),
+    [
+        (
+            "abcdef gh",
+            [(0, 2), (2, 4), (4, 6), (6, 9)],
+            [(0, 1), (1, 2), (2, 6), (7, 8), (8, 9)],
+            [((0,), (0, 1)), ((1, 2), (2,)), ((3,), (3, 4))],
+        ),
+        # A character of several bytes is one span.
+        ("東a", [(0, 1), (0, 1), (0, 1), (1, 2)], [(0, 1), (1, 2)], [((0, 1, 2), (0,)), ((3,), (1,))]),
+        # The right side lacks "b", so "ab" covers more than "a"; space alone stands for nothing.
+        ("ab cd", [(0, 2), (2, 3), (3, 5)], [(0, 1), (3, 5)], [((2,), (1,))]),
+        ("ab cd", [None, (0, 5)], [None], []),
+        ("", [], [], []),
+    ],
+)
+def test_spans_are_the_finest_common_ones(text: str, left: Any, right: Any, spans: Any) -> None:
+    assert align_ranges(text, left, right) == spans
 
 
 def test_tokens_of_real_text_match_word_by_word() -> None:
@@ -163,6 +163,11 @@ def test_a_slow_tokenizer_is_refused() -> None:
         render(Slow(), PublicText("a"), 9)  # type: ignore[arg-type]  # the point
 
 
+@functools.cache
+def _real(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 @pytest.mark.real_models
 @settings(max_examples=80, deadline=None)
 @given(text=TEXTS)
@@ -172,17 +177,7 @@ def test_real_tokenizers_share_every_visible_character(text: str) -> None:
         pytest.skip("needs the pretrained models beside the repository")
     if not text.strip():
         return
-    tokenizers = [_real(str(folder)) for folder in folders]
-    left, right = (render(tokenizer, PublicText(text), 500) for tokenizer in tokenizers)
+    left, right = (render(_real(folder), PublicText(text), 500) for folder in folders)
     spans = align_ranges(text, left.ranges, right.ranges)
     covered = set().union(*(characters(text, left.ranges, a) for a, _ in spans))
     assert covered == {index for index, character in enumerate(text) if not character.isspace()}
-
-
-_CACHE: dict[str, PreTrainedTokenizerBase] = {}
-
-
-def _real(folder: str) -> PreTrainedTokenizerBase:
-    if folder not in _CACHE:
-        _CACHE[folder] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return _CACHE[folder]

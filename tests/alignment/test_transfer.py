@@ -1,14 +1,11 @@
 """The transfer ratio and what stands beside it, on cases whose answer is known."""
 
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
-from fedmosaic.alignment.evaluate import _table
 from fedmosaic.alignment.moments import MomentSums
 from fedmosaic.alignment.transfer import (
     MOVED,
@@ -23,7 +20,6 @@ from fedmosaic.alignment.transfer import (
     ratio,
     ratios,
     reading_agreement,
-    summary,
 )
 
 
@@ -43,20 +39,6 @@ def test_a_preference_for_some_choices_is_no_knowledge() -> None:
     assert loss_and_accuracy(preferring, answers) == expected
     assert loss_and_accuracy(scores + torch.randn(40, 1, generator=generator), answers) == expected
     torch.testing.assert_close(calibrated(scores).exp().sum(1), torch.ones(40, dtype=torch.float64))
-
-
-def test_a_core_that_only_prefers_transfers_nothing() -> None:
-    scores = torch.randn(40, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    answers = [index % 4 for index in range(40)]
-    zero = loss_and_accuracy(scores, answers)
-    prior_only = loss_and_accuracy(scores + torch.tensor([2.0, 0.0, -1.0, 0.0]), answers)
-    found = [
-        score
-        for task in ("x", "y")
-        for score in scores_of(task, 0, zero=zero, moved=prior_only, retrained=(0.1, 0.99))
-    ]
-    row = ratios(found)[0]
-    assert (row["accuracy"], row["loss"]) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.0, abs=1e-9))
 
 
 @pytest.mark.parametrize(("moved", "expected"), [((0.2, 0.9), 1.0), ((1.4, 0.3), 0.0), ((0.8, 0.6), 0.5)])
@@ -141,13 +123,3 @@ def test_a_rotated_model_reads_the_same(scale: float) -> None:
         pytest.approx(math.copysign(1.0, scale), rel=1e-4),
         pytest.approx(1 / abs(scale), rel=1e-4),
     )
-
-
-def test_tables_keep_the_names_of_tasks_on_a_narrow_terminal() -> None:
-    names = ("intents-of-one-kind", "intents-of-one-kind-letters")
-    found = [s for name in names for s in scores_of(name, 0, zero=(1.4, 0.3), moved=(0.8, 0.6))]
-    console = Console(width=60, file=io.StringIO(), record=True)
-    console.print(_table("Scores", summary(found), ("task", "bases", "variant")))
-    text = console.export_text()
-    assert "Scores" in text
-    assert "…" not in text

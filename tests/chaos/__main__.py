@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 from chaos.campaign import MODES, campaign
+from fedmosaic.privacy.terminal import ending_children
 
 
+@ending_children()
 def main() -> int:
     """Run both parts and say what was found."""
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)

@@ -19,6 +19,7 @@ with atheris.instrument_imports(include=["fedmosaic"], enable_loader_override=Fa
     from chaos import formats
     from chaos.mutations import record, where
     from end_to_end import federation_of_vectors as fv
+    from fedmosaic.privacy.terminal import ending_children
     from fedmosaic.protos.errors import FedMosaicError
     from fedmosaic.server.server import Server
     from fedmosaic.server.settings import settings_from_kit
@@ -58,6 +59,7 @@ def fuzz(place: Path, name: str, original: bytes, read: formats.Reader, seconds:
     atheris.Fuzz()
 
 
+@ending_children()
 def main(seconds: int) -> int:
     """All of them, one after the other; a line for each."""
     place, faults = Path(tempfile.mkdtemp(prefix="fedmosaic-guided-")), 0

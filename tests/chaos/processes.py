@@ -7,6 +7,7 @@ a client does before it can be seen outside is noted in a file that survives the
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def start(place: Path, name: str, seed: int, port: int, step: int, befall: Calla
     if process := os.fork():
         return process
     code = 70
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that of the process that it is forked from is not its own
     try:
         log = os.open(place / f"{name}.log", os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600)
         os.dup2(log, 1)

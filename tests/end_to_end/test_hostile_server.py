@@ -1,7 +1,7 @@
 """A server that hands out something else than it should: refused by the client, by name, and told nobody."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,61 +79,56 @@ ATTACKS: dict[str, tuple[Change, str]] = {
 
 
 class HostileCoordinator:
-    """Alters what one client receives in round 2; everything else goes to the real one."""
+    """Alters what one client receives in some rounds; everything else goes to the real one."""
 
-    def __init__(self, inner: Coordinator, change: Change) -> None:
-        self._inner, self._change = inner, change
+    def __init__(self, inner: Coordinator, changes: Mapping[int, Change]) -> None:
+        self._inner, self._changes = inner, changes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def pull(self, client: str, round_number: int) -> Aggregate | None:
         answer = self._inner.pull(client, round_number)
-        if answer is None or client != VICTIM or answer.round != 2:
+        if answer is None or client != VICTIM or answer.round not in self._changes:
             return answer
-        return replace(answer, sections=tuple(self._change(section) for section in answer.sections))
+        changed = map(self._changes[answer.round], answer.sections)
+        return replace(answer, sections=tuple(changed))
 
 
-def run_with(
-    directory: Path, backend: str, change: Change, rounds: int = 2
-) -> tuple[dict[str, fv.Client], Any, list[str]]:
-    """Run a federation; returns the clients, the summary, and every call that the victim made."""
-    fv.make_federation(directory, fv.terms(backend, rounds))
+@pytest.mark.parametrize(
+    ("backend", "attacks"),
+    [
+        ("mask", tuple(ATTACKS)),
+        ("ckks", ("altered word", "altered header", "cut short", "one-hot row", "another row")),
+    ],
+)
+def test_what_is_not_the_agreed_aggregate_is_refused_and_reported_at_home(
+    tmp_path: Path, backend: str, attacks: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In every round from the second another attack on the same client."""
+    caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
+    rounds = len(attacks) + 1
+    directory = fv.make_federation(tmp_path / "f", fv.terms(backend, rounds))
     coordinator = fv.coordinator_of(directory)
+    hostile = HostileCoordinator(coordinator, {n: ATTACKS[name][0] for n, name in enumerate(attacks, 2)})
     calls: list[str] = []
     clients = fv.clients_of(directory)
-    lines = {VICTIM: lambda line: fv.Listed(line, calls)}
-    assert fv.play(HostileCoordinator(coordinator, change), clients, lines) == {}
-    summary = coordinator.summary()
+    assert fv.play(hostile, clients, {VICTIM: lambda line: fv.Listed(line, calls)}) == {}
+    summary: Any = coordinator.summary()
     coordinator.close()
-    return clients, summary, calls
-
-
-CASES = [("mask", attack) for attack in ATTACKS] + [
-    ("ckks", attack)
-    for attack in ("altered word", "altered header", "cut short", "one-hot row", "another row")
-]
-
-
-@pytest.mark.parametrize(("backend", "attack"), CASES)
-def test_what_is_not_the_agreed_aggregate_is_refused_and_reported_at_home(
-    tmp_path: Path, backend: str, attack: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    change, message = ATTACKS[attack]
-    caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
-    clients, summary, calls = run_with(tmp_path / "f", backend, change)
     refusals = [line for line in caplog.messages if "no shared aggregate" in line]
-    assert len(refusals) == 1
-    assert refusals[0].startswith("round 2: no shared aggregate: ")
-    assert message in refusals[0]
+    assert len(refusals) == len(attacks)
+    for number, (name, refusal) in enumerate(zip(attacks, refusals, strict=True), 2):
+        assert refusal.startswith(f"round {number}: no shared aggregate: "), name
+        assert ATTACKS[name][1] in refusal, name
     # The victim trained alone and shared as always: the server sees no difference, so it learns nothing
     # about the key from what decrypts and what does not.
     assert clients[VICTIM].learner.received == []
-    assert all(len(c.learner.received) == 1 for name, c in clients.items() if name != VICTIM)
-    first, second = (call.split(maxsplit=2) for call in calls if call.startswith("push"))
-    assert (first[1], second[1], first[2]) == ("1", "2", second[2])
+    assert all(len(c.learner.received) == len(attacks) for n, c in clients.items() if n != VICTIM)
+    pushes = [call.split(maxsplit=2)[1:] for call in calls if call.startswith("push")]
+    assert pushes == [[str(number), pushes[0][1]] for number in range(1, rounds + 1)]
     assert not [call for call in calls if call.startswith("report")]
-    assert [result["uploaded"] for result in summary["results"]] == [sorted(fv.MEMBERS)] * 2
+    assert [result["uploaded"] for result in summary["results"]] == [sorted(fv.MEMBERS)] * rounds
 
 
 FAMILIES = {"ada": "llama", "ben": "llama", "cid": "llama", "dee": "llama", "eva": "qwen"}
@@ -156,58 +151,61 @@ class FamilyClient(fv.Client):
         return FamilyLearner(self.seed, agreed, family=FAMILIES[self.name])
 
 
-def run_families(
-    directory: Path, change: Change = lambda section: section, altered: str = "family"
-) -> tuple[dict[str, FamilyClient], Any]:
-    terms = fv.terms("mask", 2)
-    adapter = terms.adapter.model_copy(
-        update={"family_dimensions": {"llama": FAMILY_SIZE, "qwen": FAMILY_SIZE}}
-    )
-    fv.make_federation(directory, terms.model_copy(update={"adapter": adapter}), families=FAMILIES)
-    clients, summary = fv.finish(
-        directory,
-        FamilyClient,
-        lambda inner: HostileCoordinator(inner, lambda s: change(s) if s.name == altered else s),
-    )
-    return clients, summary
+FALSE_FAMILIES: dict[int, tuple[str, Change, str]] = {
+    3: ("family", with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
+    4: ("shared", with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
+    5: ("family", with_row(one_hot), "1 contributors other than the recipient, at least 3 are required"),
+}
 
 
-def test_families_share_under_the_same_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Four of one family receive each other's sums; one alone receives nothing, and is told why."""
+def test_families_share_under_the_same_policy_and_are_no_smaller_than_they_seem(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four of one family receive each other's sums; one alone receives nothing, and is told why.
+
+    From round 3 a family is made out to be smaller than it is.
+    """
     caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
-    clients, summary = run_families(tmp_path / "f")
+    terms = fv.terms("mask", 5)
+    sizes = {"family_dimensions": {"llama": FAMILY_SIZE, "qwen": FAMILY_SIZE}}
+    terms = terms.model_copy(update={"adapter": terms.adapter.model_copy(update=sizes)})
+    directory = fv.make_federation(tmp_path / "f", terms, families=FAMILIES)
+    changes = {
+        number: lambda section, name=name, change=change: change(section) if section.name == name else section
+        for number, (name, change, _) in FALSE_FAMILIES.items()
+    }
+    clients, summary = fv.finish(directory, FamilyClient, lambda inner: HostileCoordinator(inner, changes))
     kin = set(fv.MEMBERS[:4])
     weights = summary["results"][0]["weights"]["shared"]
     assert {name: set(row) for name, row in weights.items()} == {name: kin - {name} for name in kin}
     for seed, name in enumerate(fv.MEMBERS[:4]):
-        received = dict(clients[name].learner.received)["family"]
+        received = dict(reversed(clients[name].learner.received))["family"]
         others = [other / 8 for other in range(4) if other != seed]
         assert min(others) < received.min() <= received.max() < max(others)
         assert np.ptp(received) < 1e-9
     assert clients["eva"].learner.received == []
     for section in ("family", "shared"):
-        (refusal,) = [line for line in caplog.messages if f"no {section} aggregate" in line]
-        assert "0 contributors other than the recipient, at least 3 are required" in refusal
+        alone, *_ = [line for line in caplog.messages if f"round 2: no {section} aggregate" in line]
+        assert "0 contributors other than the recipient, at least 3 are required" in alone
+    both = ["shared", "family"]
+    taken = both + [name for false, _, _ in FALSE_FAMILIES.values() for name in both if name != false]
+    assert [name for name, _ in clients[VICTIM].learner.received] == taken
+    for number, (name, _, words) in FALSE_FAMILIES.items():
+        told = [line for line in caplog.messages if f"round {number}: no {name} aggregate" in line]
+        assert any(words in line for line in told), told
+    assert [name for name, _ in clients["ben"].learner.received] == both * 4
+    _no_second_row_is_accepted(directory / "clients" / VICTIM / "state")
 
 
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        ("family", with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
-        ("shared", with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
-        ("family", with_row(one_hot), "1 contributors other than the recipient, at least 3 are required"),
-    ],
-)
-def test_a_family_of_fewer_than_it_seems_is_refused(
-    tmp_path: Path, section: str, change: Change, message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING, "fedmosaic.client.round.session")
-    clients, _ = run_families(tmp_path / "f", change, section)
-    assert [name for name, _ in clients[VICTIM].learner.received] == [
-        name for name in ("shared", "family") if name != section
-    ]
-    assert any(f"no {section} aggregate" in line and message in line for line in caplog.messages)
-    assert len(clients["ben"].learner.received) == 2
+def _no_second_row_is_accepted(directory: Path) -> None:
+    """Asked again after a restart, a client gives no second equation in the single adapters."""
+    state = ClientState(directory, "vectors", VICTIM)
+    row = WeightRow(("ben", "cid", "dee"), (2048, 1024, 1024), 12)
+    with pytest.raises(PolicyError, match=r"a different weight row .* was already accepted for round 1"):
+        state.accept_row("shared", 1, row)
+    for _ in range(2):
+        state.accept_row("shared", 9, row)
+    state.release()
 
 
 def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path: Path) -> None:
@@ -222,16 +220,3 @@ def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path:
     assert greedy.summary()["results"] == []
     assert all(client.learner.trained == [] for client in clients.values())
     greedy.close()
-
-
-def test_a_second_row_for_one_round_is_refused(tmp_path: Path) -> None:
-    """Asked again after a restart, a client gives no second equation in the single adapters."""
-    run_with(tmp_path / "f", "mask", lambda section: section)
-    directory = tmp_path / "f" / "clients" / VICTIM / "state"
-    state = ClientState(directory, "vectors", VICTIM)
-    row = WeightRow(("ben", "cid", "dee"), (2048, 1024, 1024), 12)
-    with pytest.raises(PolicyError, match=r"a different weight row .* was already accepted for round 1"):
-        state.accept_row("shared", 1, row)
-    state.accept_row("family", 1, row)
-    state.accept_row("family", 1, row)
-    state.release()

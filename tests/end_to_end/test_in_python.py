@@ -6,7 +6,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pytest
@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from end_to_end.federation_of_vectors import run_all
 from end_to_end.test_preflight import found, server_of
+from fedmosaic.client import client
 from fedmosaic.client.client import Client, ClientResult
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.preflight.checks import Given, Preflight
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.transport.connection import open_channel
+from fedmosaic.client.transport.grpc import Connect
 from fedmosaic.privacy.ledger.ledger import LEDGER
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
 from tiny import save_tiny_model
@@ -139,10 +142,32 @@ def test_the_same_checks_are_made_of_rows_in_a_list(
             checked.require(print)
 
 
+class EndedEarly:
+    """A channel to a server that is gone when the statement is handed over."""
+
+    def __init__(self, address: str, *files: Path) -> None:
+        self._served, self._gone = open_channel(address, *files), open_channel("127.0.0.1:1", *files)
+        self.unary_stream, self.stream_unary = self._served.unary_stream, self._served.stream_unary
+
+    def unary_unary(self, method: str, **about: Any) -> Any:
+        return (self._gone if method.endswith("/Report") else self._served).unary_unary(method, **about)
+
+    def close(self) -> None:
+        self._served.close()
+        self._gone.close()
+
+
 def test_objects_take_part_with_conversations(
-    served: tuple[Path, int], place: Path, objects: Objects, caplog: pytest.LogCaptureFixture
+    served: tuple[Path, int],
+    place: Path,
+    objects: Objects,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every member another way: model and list, model and data set, files, a saved folder."""
+    """Every member another way: model and list, model and data set, files, a saved folder.
+
+    The last one's server ends before the statement comes, as after its `grace_seconds`.
+    """
     model, tokenizer = objects
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     template, padding = tokenizer.chat_template, tokenizer.padding_side
@@ -165,8 +190,12 @@ def test_objects_take_part_with_conversations(
             examples=datasets.Dataset.from_list(pairs(2000)),
         ),
         "c": Client(settings(served, place, "c", **own_model), examples=pairs(4000), ledger=home / "books-c"),
-        "d": Client(settings(served, place, "d", **own_model, data={"train": home / "folder"})),
+        "d": Client(
+            settings(served, place, "d", **own_model, data={"train": home / "folder"}),
+            connect=cast(Connect, EndedEarly),
+        ),
     }
+    monkeypatch.setattr(client, "Preflight", partial(Preflight, server_patience_seconds=0.5))
     results: dict[str, ClientResult] = {}
 
     def run(name: str) -> None:
@@ -191,6 +220,11 @@ def test_objects_take_part_with_conversations(
     assert "examples: 60 rows, columns messages, person" in told
     assert "15 persons with at most 4 rows; the longest has 12 tokens, none cut" in told
     assert "training loss" in told
+    # A member whose server has gone has all of its own, and hands its statement over when started again.
+    assert told.count("the server did not get your statement (127.0.0.1:") == 1
+    assert results["d"].adapter is not None
+    Client(settings(served, place, "d", **own_model, data={"train": home / "folder"})).run()
+    assert caplog.text.count("the server did not get your statement") == 1
     shutil.rmtree(home / "a")
     with pytest.raises(ModelError, match="carries adapters already"):
         clients["a"].run()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -94,11 +95,19 @@ def test_a_round_that_is_over_is_not_encrypted_again(founded: Any) -> None:
         assert "opened round 2 where round 3 was due" in str(error)
 
 
-@pytest.fixture
-def after_one_round(founded: Any, _stopped_before_the_keys_go: None) -> Path:
-    directory, coordinator = founded("mask", rounds=1)
-    assert fv.play(coordinator, fv.clients_of(directory)) == {}
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation after one round, before its clients' keys went."""
+    directory = fv.make_federation(tmp_path_factory.mktemp("stopped") / "f", fv.terms("mask", 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keyring, "forget", lambda self: None)
+        fv.finish(directory)
     return directory
+
+
+@pytest.fixture
+def after_one_round(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "stopped"))
 
 
 def test_a_key_that_a_revoked_member_holds_encrypts_nothing_more(after_one_round: Path) -> None:

@@ -46,12 +46,11 @@ def test_every_recipient_gets_the_weighted_sum_of_the_others(
         np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["plain", "ckks"])
 def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
-    founded: Any, backend: str, caplog: pytest.LogCaptureFixture
+    founded: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    directory, coordinator = founded(backend, 3)
+    directory, coordinator = founded("ckks", 3)
     path, kept, push = directory / "clients/cid/state/upload-0002.bin", [], coordinator.push
 
     def noting(client: str, upload: Upload) -> Any:

@@ -84,7 +84,7 @@ class ModelClient(fv.SeededClient):
 
     model: Path = Path()
     kind: Callable[..., ModelLearner] = ModelLearner
-    training: dict[str, float] = field(default_factory=lambda: {"steps": 3, "shared_learning_rate": 1e-3})
+    training: dict[str, float] = field(default_factory=lambda: {"steps": 2, "shared_learning_rate": 1e-3})
     data: dict[str, Path] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
 

@@ -72,7 +72,7 @@ def tiny_scenario(tiny_folder: Path) -> Any:
                 "public_data": "public.jsonl",
                 "dimensions": 4,
                 "left": 2,
-                "noise_multiplier": 1.0,
+                "noise_multiplier": 4.0,
                 "max_length": 16,
             },
             "adapter": {"rank": 2, "blocks": 2, "protection": "none"},
@@ -82,7 +82,7 @@ def tiny_scenario(tiny_folder: Path) -> Any:
             "relevance": {"across_families": True},
             "schedule": {"rounds": 2, "quorum": 4},
             "training": {
-                "steps": 3,
+                "steps": 2,
                 "per_device_train_batch_size": 4,
                 "max_length": 16,
                 "learning_rate": 0.01,
@@ -101,6 +101,19 @@ def tiny_scenario(tiny_folder: Path) -> Any:
             ],
         }
         return Scenario.model_validate(content | changes).resolved(tiny_folder)
+
+    return make
+
+
+@pytest.fixture
+def tiny_pair(tiny_scenario: Any) -> Any:
+    """Makes scenarios of two clients, one of each architecture, who may receive of one another alone."""
+
+    def make(**changes: Any) -> Scenario:
+        two: dict[str, Any] = {"policy": {"minimum_contributors": 1, "weight_cap": 1.0, "squares_cap": 1.0}}
+        schedule = {"rounds": 2, "quorum": 2} | changes.pop("schedule", {})
+        scenario: Scenario = tiny_scenario(schedule=schedule, **two | changes)
+        return scenario.model_copy(update={"clients": scenario.clients[:2]})
 
     return make
 

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from fedmosaic.protos import bounds, messages, wire
@@ -127,7 +127,6 @@ KINDS = {
 
 
 @given(enrolments | enrolled | receipts | statuses | key_messages)
-@settings(max_examples=300)
 def test_every_message_survives_the_wire(value: Message) -> None:
     assert wire.decode(again(wire.encode(value, KINDS[type(value)])), type(value)) == value  # type: ignore[arg-type]
 
@@ -162,7 +161,6 @@ def test_chunks_resume_at_any_offset(payloads: list[bytes], offset: int, chunk_b
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=300)
 def test_arbitrary_bytes_are_a_message_or_a_wire_error(noise: bytes) -> None:
     for kind, decode in (
         *((buffer, partial(wire.decode, kind=kind)) for kind, buffer in KINDS.items()),

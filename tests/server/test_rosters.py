@@ -203,11 +203,18 @@ def test_a_roster_below_its_quorum_is_a_clear_error(tmp_path: Path, monkeypatch:
     assert str(error.value) == f"{message}\n  (whole file): terms.schedule.quorum is 5 with 4 members"
 
 
-def test_a_damaged_mark_of_the_roster_before_is_named(
-    first: ServerSettings, clock: Any, federation: Any
+@pytest.mark.parametrize(
+    ("entry", "value", "named"),
+    [
+        ("roster_mark", '{"serial": 1, "sha256": "x", "terms": {}}', "the roster before"),
+        ("head", "1f", "'head'"),
+    ],
+)
+def test_a_damaged_entry_of_the_database_is_named(
+    entry: str, value: str, named: str, first: ServerSettings, clock: Any, federation: Any
 ) -> None:
     running = Coordinator(first, clock)
-    running._run.store.put({"roster_mark": '{"serial": 1, "sha256": "x", "terms": {}}'})
+    running._run.store.put({entry: value})
     running.close()
-    with pytest.raises(StateError, match=r"database is damaged: the roster before .* restore a backup"):
+    with pytest.raises(StateError, match=rf"database is damaged: .*{named}.* restore a backup"):
         Coordinator(changed(federation, first), clock)

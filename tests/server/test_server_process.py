@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import ssl
@@ -90,28 +89,50 @@ def healthy(process: Process, authority: Any) -> None:
         wait_until(serves, lambda: process.log)
 
 
-def test_the_server_is_healthy_without_much_work(launch: Any, authority: Any) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", "import cryptography.x509, grpc, numpy, sqlalchemy"], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    libraries = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    process = launch()
-    healthy(process, authority)
-    used = sum(psutil.Process(process.process.pid).cpu_times()[:2])
-    assert process.stop() == 0
-    # About twice what its libraries take to import; a model library makes it more than ten times.
-    assert used < 6 * libraries, f"{used:.1f} s of the processor; the libraries alone {libraries:.1f} s"
+def part(server: Process, authority: Any, text: bytes) -> None:
+    """Say these words in parting, and return when the server has heard them."""
+    context = ssl.create_default_context(cafile=authority.certificate)
+    context.load_cert_chain(*authority.client("clinic-a"))
+    context.set_alpn_protocols(["h2"])
+    goaway = bytes([0, 0, 8 + len(text), 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]) + text
+    with (
+        socket.create_connection(("127.0.0.1", server.port)) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as peer,
+    ):
+        peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        peer.recv(1000)
+        peer.sendall(goaway + bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"are here")
+        heard = b""
+        while b"are here" not in heard:  # the answer to a ping, after the server has read the rest
+            heard += peer.recv(1000)
 
 
-def test_the_server_imports_no_model_library_and_no_homomorphic_one() -> None:
+def test_the_server_is_light_and_its_log_in_json_holds_nothing_said_in_parting(
+    launch: Any, authority: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
     code = (
+        "import time, cryptography.x509, grpc, numpy, sqlalchemy\nlibraries = time.process_time()\n"
         "import sys, json, fedmosaic.server.__main__, fedmosaic.server.network.serving\n"
-        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+        "print(json.dumps([libraries, *{name.partition('.')[0] for name in sys.modules}]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(json.loads(result.stdout))
-    assert not loaded & {"torch", "transformers", "peft", "opacus", "tenseal", "safetensors"}
-    assert {"grpc", "numpy", "sqlalchemy"} <= loaded
+    libraries, *loaded = json.loads(result.stdout)
+    assert not {*loaded} & {"torch", "transformers", "peft", "opacus", "tenseal", "safetensors"}
+    assert {"grpc", "numpy", "sqlalchemy"} <= {*loaded}
+    server = launch("--log-format", "json")
+    healthy(server, authority)
+    used = sum(psutil.Process(server.process.pid).cpu_times()[:2])
+    # About twice what its libraries take to import; a model library makes it more than ten times.
+    assert used < 6 * libraries, f"{used:.1f} s of the processor; the libraries alone {libraries:.1f} s"
+    part(server, authority, b"owned\n\x1b[2J")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("SIGHUP is ignored")
+    assert server.stop() == 0
+    assert "owned" not in server.log
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    assert any("listening on" in line["message"] for line in lines)
+    assert {"time", "level", "logger", "message"} <= lines[0].keys()
 
 
 def test_tls_refuses_other_certificates_and_versions_and_leaves_the_reason_in_the_log(
@@ -152,46 +173,6 @@ def test_tls_refuses_other_certificates_and_versions_and_leaves_the_reason_in_th
         version(ssl.TLSVersion.TLSv1_2)
 
 
-def test_a_log_in_json_holds_nothing_said_in_parting_and_a_hangup_stops_nothing(
-    launch: Any, authority: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
-    server = launch("--log-format", "json")
-    healthy(server, authority)
-    context = ssl.create_default_context(cafile=authority.certificate)
-    context.load_cert_chain(*authority.client("clinic-a"))
-    context.set_alpn_protocols(["h2"])
-    text = b"owned\n\x1b[2J"
-    goaway = bytes([0, 0, 8 + len(text), 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]) + text
-    with (
-        socket.create_connection(("127.0.0.1", server.port)) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as peer,
-    ):
-        peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
-        peer.recv(1000)
-        peer.sendall(goaway + bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"are here")
-        heard = b""
-        while b"are here" not in heard:  # the answer to a ping, after the server has read the rest
-            heard += peer.recv(1000)
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for("SIGHUP is ignored")
-    assert server.stop() == 0
-    assert "owned" not in server.log
-    lines = [json.loads(line) for line in server.log.splitlines()]
-    assert any("listening on" in line["message"] for line in lines)
-    assert {"time", "level", "logger", "message"} <= lines[0].keys()
-
-
-def test_wrong_settings_end_with_a_message_and_a_status(launch: Any, authority: Any) -> None:
-    server = launch()
-    server.stop(signal.SIGKILL)
-    os.chmod(server.settings.tls.private_key, 0o644)
-    server.start()
-    assert server.process.wait(120) == 1
-    assert "can be read by other users" in server.log
-    assert "Traceback" not in server.log
-
-
 def play(federation: Any, connect: Any, server: Process, early: tuple[str, ...] = ()) -> Any:
     """Play two rounds over the network; some hand over their statements before the second."""
     transports = {c: connect(server, c, retry_seconds=120.0) for c in federation.clients}
@@ -229,7 +210,7 @@ def test_the_server_waits_for_statements_as_long_as_it_is_told(
     assert "statements of 4 members, none of clinic-b" in server.log
 
 
-def test_a_run_that_exchanged_nothing_ends_with_a_status_of_its_own(
+def test_a_run_that_exchanged_nothing_and_wrong_settings_end_with_a_message_and_a_status(
     federation: Any, launch: Any, connect: Any
 ) -> None:
     server = launch(schedule={"rounds": 1}, grace_seconds=0.0)
@@ -239,3 +220,8 @@ def test_a_run_that_exchanged_nothing_ends_with_a_status_of_its_own(
         transport.push(federation.upload(run_id, client, 1))
     assert server.process.wait(120) == 3
     assert server.log.count("NOTHING WAS EXCHANGED") == 1
+    os.chmod(server.settings.tls.private_key, 0o644)
+    server.start()
+    assert server.process.wait(120) == 1
+    assert "can be read by other users" in server.log
+    assert "Traceback" not in server.log

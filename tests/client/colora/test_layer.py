@@ -104,7 +104,7 @@ def test_one_core_for_all_branches_gives_what_the_branches_apart_give() -> None:
 
 
 @given(st.integers(1, 12), st.integers(0, 2**62), st.integers(0, 8))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_drawn_bases_are_orthonormal_and_reproducible(rank: int, seed: int, extra: int) -> None:
     basis = draw_orthonormal(rank + extra, rank, seed)
     assert orthonormality_error(basis) < 1e-5

@@ -26,8 +26,8 @@ from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import draw_orthonormal
 from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError
+from tiny import copied, tiny_llava
 from tiny import tiny_decoder as tiny
-from tiny import tiny_llava
 
 IDS = torch.arange(20).view(2, 10) % 64
 
@@ -45,6 +45,7 @@ def fill(model: nn.Module, scale: float = 0.2) -> None:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+@copied
 def filled(kind: str = "llama", scale: float = 0.2, **changes: object) -> PeftModel:
     model = get_peft_model(tiny(kind), config(**changes))
     fill(model, scale)

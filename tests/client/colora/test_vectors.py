@@ -30,12 +30,13 @@ from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import draw_orthonormal
 from fedmosaic.protos.errors import ModelError
 from tiny import LINEARS as MODULES
-from tiny import tiny_decoder
+from tiny import copied, tiny_decoder
 
 RANK, BLOCKS = 4, 2
 SIZE = BLOCKS * len(MODULES) * (RANK**2 + RANK)
 
 
+@copied
 def adapted(kind: str = "llama", hidden: int = 32, depth: int = 3, **changes: object) -> PeftModel:
     config = CoLoraConfig(**{"r": RANK, "blocks": BLOCKS, **changes})
     return get_peft_model(tiny_decoder(kind, hidden, depth), config)

@@ -69,7 +69,7 @@ def model(device: torch.device) -> nn.Module:
     return make_model()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=6))
 def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> None:
     examples = random_texts(lengths)

@@ -28,8 +28,7 @@ def make_model() -> nn.Module:
     return tiny_colora(initializer_range=0.2)
 
 
-def make_examples(count: int) -> list[EncodedExample]:
-    return random_texts([4 + 7 * index % 10 for index in range(count)])
+TEXTS = random_texts([4, 11, 8, 5, 12])
 
 
 class Script:
@@ -63,7 +62,7 @@ def receive(model: nn.Module, bound: float) -> None:
 
 Texts = list[EncodedExample]
 Settings = PrivateTrainingSettings
-PLAN = {"steps": 3, "sampling_rate": 0.5, "expected_batch_size": 7, "max_grad_norm": 0.05}
+PLAN = {"steps": 2, "sampling_rate": 0.5, "expected_batch_size": 7, "max_grad_norm": 0.05}
 SETTINGS = Settings(learning_rate=1.0, optimizer="sgd", noise_multiplier=1.5, **PLAN)
 
 
@@ -93,47 +92,45 @@ def released(
 
 
 def test_a_step_is_the_clipped_sum_over_the_public_divisor() -> None:
-    examples = make_examples(9)
     model = make_model()
     with only_shared_branch(model, global_weight=0.5) as cores:
-        rows = torch.stack([example_gradient(model, cores, example) for example in examples]).cpu().double()
+        rows = torch.stack([example_gradient(model, cores, text) for text in TEXTS]).cpu().double()
     factors = (0.05 / rows.norm(dim=1)).clamp(max=1.0)
     assert 0 < int((factors < 1).sum())
     expected = -(factors @ rows) / 7
-    train(model, examples, change(steps=1), Script())
+    train(model, TEXTS, change(steps=1), Script())
     moved = torch.from_numpy(read_shared(model)).double()
     assert float((moved - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_nothing_divides_by_the_size_of_the_sample_or_of_the_data() -> None:
-    examples = make_examples(5)
-    once, twice = (released(given, change(steps=1)) for given in (examples, examples + examples))
+    once, twice = (released(given, change(steps=1)) for given in (TEXTS, TEXTS + TEXTS))
     # Of the whole vector: a coordinate near zero has no digits to compare.
     assert np.linalg.norm(twice - 2.0 * once) < 1e-3 * np.linalg.norm(once)
 
 
 def test_noise_is_drawn_once_per_step_over_all_coordinates() -> None:
     model, script = make_model(), Script()
-    train(model, make_examples(9), SETTINGS, script)
+    train(model, TEXTS, SETTINGS, script)
     with only_shared_branch(model) as cores:
         dimensions = dimensions_of(cores)
-    assert script.log == 3 * [("words", 9, 0.0), ("gaussian", dimensions, 1.5 * GRID)]
+    assert script.log == 2 * [("words", 5, 0.0), ("gaussian", dimensions, 1.5 * GRID)]
 
 
 def test_an_empty_sample_releases_noise_and_is_charged() -> None:
     model, script = make_model(), Script(everyone=False, level=1.0)
-    counts = train(model, make_examples(9), SETTINGS, script)
+    counts = train(model, TEXTS, SETTINGS, script)
     # Every step moves every coordinate by −lr · σC / expected batch size: noise alone.
-    assert np.allclose(read_shared(model), -3 * 1.0 * 1.5 * 0.05 / 7, rtol=1e-4)
-    assert SETTINGS.event == GaussianEvent(1.5, 0.5, 3)
+    assert np.allclose(read_shared(model), -2 * 1.0 * 1.5 * 0.05 / 7, rtol=1e-4)
+    assert SETTINGS.event == GaussianEvent(1.5, 0.5, 2)
     assert counts.rows == 0
     full = Script(level=1.0)
-    released(make_examples(9), SETTINGS, full)
+    released(TEXTS, SETTINGS, full)
     assert script.log == full.log, "a full sample asks for the same randomness"
 
 
 def test_training_that_moves_nothing_is_told_and_ends_as_any_other(caplog: pytest.LogCaptureFixture) -> None:
-    released(make_examples(9), change(learning_rate=1e-45), Script(everyone=False, level=0.1))
+    released(TEXTS, change(learning_rate=1e-45), Script(everyone=False, level=0.1))
     assert "moved no weight" in caplog.text
 
 
@@ -142,7 +139,7 @@ def test_before_the_steps_are_charged_nothing_is_drawn_and_everything_is_as_it_w
     with only_shared_branch(model, global_weight=0.5) as cores:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         private = private_parameters(model)
-        private_steps(model, cores, make_examples(9), SETTINGS, private_parameters=private, randomness=script)
+        private_steps(model, cores, TEXTS, SETTINGS, private_parameters=private, randomness=script)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert script.log == []
 
@@ -153,9 +150,7 @@ def test_a_wrong_model_is_refused_before_its_steps_can_be_charged() -> None:
         set_active_branches(model, {"local", "personal"}, layers="shared")
         private = private_parameters(model)
         with pytest.raises(PrivacyError):
-            private_steps(
-                model, cores, make_examples(9), SETTINGS, private_parameters=private, randomness=Script()
-            )
+            private_steps(model, cores, TEXTS, SETTINGS, private_parameters=private, randomness=Script())
 
 
 def disturb_private_tensors(model: nn.Module) -> None:
@@ -166,12 +161,11 @@ def disturb_private_tensors(model: nn.Module) -> None:
 
 
 def test_the_release_does_not_depend_on_any_private_tensor() -> None:
-    examples = make_examples(12)
     settings = change(optimizer="adam", learning_rate=0.01)
     clean, disturbed = make_model(), make_model()
     disturb_private_tensors(disturbed)
-    train(clean, examples, settings, SeededTestNoise(4))
-    train(disturbed, examples, settings, SeededTestNoise(4))
+    for model in (clean, disturbed):
+        train(model, TEXTS, settings, SeededTestNoise(4))
     assert np.array_equal(read_shared(clean), read_shared(disturbed))
     assert np.abs(read_shared(clean)).min() > 0
 
@@ -182,7 +176,7 @@ def test_without_the_guard_a_personal_branch_would_reach_the_release(active: set
     clean, disturbed = make_model(), make_model()
     disturb_private_tensors(disturbed)
     for model in (clean, disturbed):
-        train(model, make_examples(12), SETTINGS, SeededTestNoise(4), active=active)
+        train(model, TEXTS, SETTINGS, SeededTestNoise(4), active=active)
     assert not np.array_equal(read_shared(clean), read_shared(disturbed))
 
 
@@ -190,10 +184,10 @@ def test_only_the_cores_change_and_counts_are_told() -> None:
     model, seen = make_model().eval(), list[tuple[int, int]]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     told = {"progress": lambda step, steps: seen.append((step, steps))}
-    counts = train(model, make_examples(9), change(max_grad_norm=1e-3), SeededTestNoise(0), **told)
+    counts = train(model, TEXTS, change(max_grad_norm=1e-3), SeededTestNoise(0), **told)
     assert counts.clipped == counts.rows > 0
     assert (counts.rejected, counts.units.size, repr(counts)) == (0, 0, "ClippedSum()"), "counts are private"
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(1, 2), (2, 2)]
     assert not any(module.training for module in model.modules())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
@@ -204,16 +198,14 @@ def test_only_the_cores_change_and_counts_are_told() -> None:
 
 def test_repeatable_by_seed_and_never_twice_alike_in_real_runs() -> None:
     noises = (SeededTestNoise(1), SeededTestNoise(1), SeededTestNoise(2), SecureNoise(), SecureNoise())
-    found = [released(make_examples(9), SETTINGS, noise).tobytes() for noise in noises]
+    found = [released(TEXTS, SETTINGS, noise).tobytes() for noise in noises]
     assert found[0] == found[1]
     assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: float) -> None:
-    examples = make_examples(6)
-    broken = len(examples[2].input_ids)
-    examples = [example for example in examples if len(example.input_ids) != broken or example is examples[2]]
+    broken = len(TEXTS[2].input_ids)
 
     def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
         scale = torch.where(batch["attention_mask"].sum(1) == broken, value, 1.0)
@@ -221,9 +213,8 @@ def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: flo
 
     model = make_model()
     settings = change(steps=1, sampling_rate=1.0)
-    report = train(model, examples, settings, SeededTestNoise(5), losses=losses)
-    rest = [example for example in examples if len(example.input_ids) != broken]
-    without_it = released(rest, settings, SeededTestNoise(5), losses=losses)
+    report = train(model, TEXTS, settings, SeededTestNoise(5), losses=losses)
+    without_it = released(TEXTS[:2] + TEXTS[3:], settings, SeededTestNoise(5), losses=losses)
     moved = np.linalg.norm(read_shared(model).astype(float) - without_it)
     assert np.isfinite(read_shared(model)).all()
     assert moved <= 0.05 / 7 * (1 + 1e-4)
@@ -233,7 +224,7 @@ def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: flo
 def test_bfloat16_products_release_float32_of_the_same_size() -> None:
     settings = change(noise_multiplier=1e-6, sampling_rate=1.0)
     wide, narrow = (
-        released(make_examples(8), change(settings, bf16=bf16), SeededTestNoise(0)) for bf16 in (False, True)
+        released(TEXTS, change(settings, bf16=bf16), SeededTestNoise(0)) for bf16 in (False, True)
     )
     assert narrow.dtype == np.float32
     assert 0 < np.linalg.norm(wide - narrow) / np.linalg.norm(wide) < 0.1
@@ -255,10 +246,10 @@ def summed(
     return [int(unit) for unit in total.units]
 
 
-def neighbours() -> tuple[list[EncodedExample], EncodedExample]:
-    """31 copies of one text, and one longer text to add: in padded batches it would turn all the copies."""
+def neighbours(count: int) -> tuple[list[EncodedExample], EncodedExample]:
+    """Copies of one text, and one longer text to add: in padded batches it would turn all the copies."""
     long = torch.arange(16)
-    return [make_examples(2)[1]] * 31, EncodedExample("long", long, torch.where(long < 14, IGNORED, long))
+    return [TEXTS[1]] * count, EncodedExample("long", long, torch.where(long < 14, IGNORED, long))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -267,7 +258,7 @@ def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(
     monkeypatch: pytest.MonkeyPatch, bf16: bool, bound: float
 ) -> None:
     """Exactly, on the integer grid, with a received branch up to the bound of what can be received."""
-    copies, added = neighbours()
+    copies, added = neighbours(7)
     sums = []
     for examples in ([*copies, added], copies, [added]):
         model = make_model()
@@ -287,7 +278,7 @@ def test_dropout_does_not_act_and_nothing_is_drawn_from_the_generator_of_torch()
     noisy.train()
     state = torch.get_rng_state()
     for model in (quiet, noisy):
-        train(model, make_examples(9), SETTINGS, SeededTestNoise(1))
+        train(model, TEXTS, SETTINGS, SeededTestNoise(1))
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(read_shared(quiet), read_shared(noisy))
     assert noisy.training
@@ -297,9 +288,9 @@ def test_dropout_does_not_act_and_nothing_is_drawn_from_the_generator_of_torch()
 def test_what_was_received_cannot_end_the_training(value: float) -> None:
     model, script = make_model(), Script(level=0.1)
     receive(model, value)
-    report = train(model, make_examples(9), SETTINGS, script)
+    report = train(model, TEXTS, SETTINGS, script)
     honest = Script(level=0.1)
-    released(make_examples(9), SETTINGS, honest)
+    released(TEXTS, SETTINGS, honest)
     assert script.log == honest.log
     assert np.isfinite(read_shared(model)).all()
     assert report.rejected == (0 if value == 4.0 else report.rows)
@@ -327,7 +318,7 @@ def test_a_search_finds_no_received_branch_by_which_one_example_moves_the_others
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Hill climbing over what is received. In padded batches some of thirty candidates pass C."""
-    copies, added = neighbours()
+    copies, added = neighbours(31)
     model = make_model()
     generator = np.random.default_rng(seed)
 

@@ -95,7 +95,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off_the_prompt() -> None:
     assert prompt_tokens(tokenizer, "a b") == tokens("a b")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(prompt=st.integers(1, 12), answer=st.integers(1, 4), room=st.integers(3, 20))
 def test_the_answer_survives_any_truncation(prompt: int, answer: int, room: int) -> None:
     example = Example("1", " ".join("abcdefghijkl"[:prompt]), " ".join("wxyz"[:answer]))

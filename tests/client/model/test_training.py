@@ -290,7 +290,7 @@ def test_other_data_begin_the_next_epoch() -> None:
     assert grown.take(6) == fresh.take(6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(order=st.permutations(range(4)))
 def test_the_loss_of_an_example_does_not_depend_on_its_batch(order: list[int]) -> None:
     model = make_model().eval()

@@ -1,5 +1,7 @@
 """What a run will need is worked out without loading anything, and follows what is really held."""
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSetting
 from fedmosaic.privacy.federation.terms import AdapterTerms
 from tiny import tiny_decoder
 
-CONFIG = tiny_decoder("llama", 64, 6, vocab_size=300, tie_word_embeddings=True).config
+CONFIG = tiny_decoder("llama", 64, 3, vocab_size=300, tie_word_embeddings=True).config
+TERMS = AdapterTerms(blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +47,13 @@ def settings_for(
     return ClientSettings(kit=folder, server="localhost:1", state_dir=folder, probe=probe, **parts)
 
 
+@functools.cache
 def need(folder: Path, **changes: Any) -> MemoryNeed:
-    return memory_need(settings_for(folder, **changes), AdapterTerms(), supervised=8)
+    return memory_need(settings_for(folder, **changes), TERMS, supervised=8)
 
 
 def adapted(folder: Path) -> PeftModel:
-    config = adapter_config(ModelSettings(path=str(folder)), AdapterTerms())
+    config = adapter_config(ModelSettings(path=str(folder)), TERMS)
     return adapt(LlamaForCausalLM(CONFIG), config)
 
 
@@ -80,11 +84,11 @@ def test_what_is_counted_in_a_moment_is_more(
 ) -> None:
     """Where twice that is free, nothing else is worked out."""
     monkeypatch.setattr(memory, "_CUDA_CONTEXT", 0)
-    settings, terms = settings_for(folder, **changes), AdapterTerms()
-    most = memory.most_bytes(settings, terms.rank, settings.training.max_length)
-    assert memory_need(settings, terms).needed < most
+    settings = settings_for(folder, **changes)
+    most = memory.most_bytes(settings, TERMS.rank, settings.training.max_length)
+    assert need(folder, **changes).needed < most
     monkeypatch.setattr(memory, "free_memory", lambda _: (2 * most + 1, 2 * most + 1))
-    words, fits = memory.check_memory(settings, terms)
+    words, fits = memory.check_memory(settings, TERMS)
     assert fits
     assert "below" in words
 
@@ -102,9 +106,10 @@ def test_what_is_said_to_help_does(folder: Path) -> None:
 def test_what_does_not_fit_is_said_with_a_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert need(folder).fits
     assert "change" not in need(folder).words()
-    monkeypatch.setattr(memory, "free_memory", lambda _: (1 << 20, 8 << 20))
-    found = need(folder)
+    monkeypatch.setattr(memory, "free_memory", lambda _: (1 << 16, 1 << 20))
+    found = memory_need(settings_for(folder, max_length=8), TERMS)
     assert not found.fits
     for remedy in ("model.dtype = 'bfloat16'", "quantization = 'nf4'", "gradient_checkpointing = true"):
         assert remedy in found.words()
-    assert "gradient_checkpointing = true" not in need(folder, gradient_checkpointing=True).words()
+    taken = replace(need(folder, gradient_checkpointing=True), free=0)
+    assert "gradient_checkpointing = true" not in taken.words()

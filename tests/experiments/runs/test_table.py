@@ -46,30 +46,11 @@ def test_cells_come_seed_by_seed_with_their_own_settings(table: Path, tmp_path: 
     assert "--method fedavg --seed 1" in cells[3].command
 
 
-def test_a_table_runs_once_and_goes_on(
+def test_a_table_runs_once_goes_on_and_stands_between_its_marks(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    arguments = [str(table), "--out", str(out), "--seeds", "0"]
-    assert grid.main(arguments) == 0
-    assert "| `fedavg fast, α` | 1 |" in capsys.readouterr().out
-    written = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
-    assert len(written) == 8
-    assert logging.getLogger("fedmosaic").isEnabledFor(logging.WARNING), (
-        "the table silenced what runs after it"
-    )
-    assert grid.main(arguments) == 0
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == written
-    table.write_text(table.read_text().replace("training.steps=1", "training.steps=2"))
-    with pytest.raises(ConfigurationError, match="other settings"):
-        grid.main(arguments)
-
-
-def test_a_page_is_written_between_its_marks(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "page.md"
-    arguments = [str(table), "--out", str(tmp_path / "out"), "--seeds", "0", "--page", str(page)]
+    out, page = tmp_path / "out", tmp_path / "page.md"
+    arguments = [str(table), "--out", str(out), "--seeds", "0", "--page", str(page)]
     for text in (
         "# No marks\n",
         "<!-- end of table.toml --> <!-- table.toml -->",
@@ -78,10 +59,13 @@ def test_a_page_is_written_between_its_marks(
         page.write_text(text)
         with pytest.raises(ConfigurationError, match=r"write the lines <!-- table\.toml -->"):
             grid.main(arguments)
-    assert not (tmp_path / "out").exists(), "refused before anything is run"
+    assert not out.exists(), "refused before anything is run"
     before, after = "# Kept α\n\n<!-- table.toml -->", "<!-- end of table.toml -->\n\nKept too.\n"
     page.write_text(f"{before}\nold\n{after}", encoding="utf-8")
     assert grid.main(arguments) == 0
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert len(made) == 8
+    assert logging.getLogger("fedmosaic").isEnabledFor(logging.WARNING), "what runs after it is not silenced"
     written = page.read_text(encoding="utf-8")
     assert written.startswith(before)
     assert written.endswith(after)
@@ -91,7 +75,11 @@ def test_a_page_is_written_between_its_marks(
     assert block.split("\n\nWritten by")[0].strip() in capsys.readouterr().out
     assert f"Written by `fedmosaic experiments table {table} --out" in block
     assert grid.main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == made
     assert page.read_text(encoding="utf-8") == written, "the same runs give the same page"
+    table.write_text(table.read_text().replace("training.steps=1", "training.steps=2"))
+    with pytest.raises(ConfigurationError, match="other settings"):
+        grid.main(arguments)
 
 
 def test_one_name_for_two_cells_is_refused(table: Path, tmp_path: Path) -> None:

@@ -58,10 +58,10 @@ def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_
 
 
 def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
-    tmp_path: Path, tiny_scenario: Any
+    tmp_path: Path, tiny_pair: Any
 ) -> None:
     def run(seed: int) -> dict[str, np.ndarray]:
-        scenario = tiny_scenario(seed=seed, unsafe_test_noise_seed=5)
+        scenario = tiny_pair(seed=seed, unsafe_test_noise_seed=5)
         return last_adapters(runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True)))
 
     first, again, other = run(0), run(0), run(1)
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
 
 
 def test_a_blended_branch_begins_half_way_to_what_is_received(
-    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, blend = StreamLearner.train, StreamLearner._blend_received
     ends: dict[str, np.ndarray] = {}
@@ -93,15 +93,14 @@ def test_a_blended_branch_begins_half_way_to_what_is_received(
 
     monkeypatch.setattr(StreamLearner, "train", watched)
     monkeypatch.setattr(StreamLearner, "_blend_received", blended)
-    scenario = tiny_scenario(method="fedmosaic-blend", schedule={"rounds": 2, "quorum": 4})
+    scenario = tiny_pair(method="fedmosaic-blend")
     runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
-    assert moved == [True] * 4
+    assert moved == [True] * 2
 
 
-def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path, tiny_scenario: Any) -> None:
-    scenario = tiny_scenario(
+def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path, tiny_pair: Any) -> None:
+    scenario = tiny_pair(
         method="fedmosaic-blend",
-        schedule={"rounds": 2, "quorum": 4},
         adapter={"rank": 2, "blocks": 2, "protection": "dp"},
         # As many as a client has: without sampling the accountants have closed forms.
         adapter_privacy={"target_epsilon": 8.0, "expected_batch_size": 55, "steps_per_round": 1},
@@ -111,12 +110,9 @@ def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path,
 
 
 def test_a_stopped_run_goes_on_to_the_same_result(
-    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schedule = {"rounds": 2, "quorum": 4}
-    scenario = tiny_scenario(
-        method="fedmosaic-blend", unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic"
-    )
+    scenario = tiny_pair(method="fedmosaic-blend", unsafe_test_noise_seed=5, stream="dynamic")
     whole = last_adapters(
         runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", Console(quiet=True))
     )
@@ -170,7 +166,7 @@ def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
     (client,) = json.loads((_state(directory, "client-1") / "statement.json").read_text())["clients"]
     (channel,) = (c for c in client["channels"] if c["channel"] == "profile")
     # The rounds share no example, so each example pays for one of the two releases.
-    alone = epsilon([GaussianEvent(1.0, 1.0, 1)], client["delta"])
+    alone = epsilon([GaussianEvent(scenario.profile.noise_multiplier, 1.0, 1)], client["delta"])
     assert channel["epsilon"] == pytest.approx(alone, rel=1e-6)
     assert all(row.disjoint for row in rows if row.channel == "profile" and row.kind == "RESERVED")
 

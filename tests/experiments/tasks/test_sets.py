@@ -15,7 +15,7 @@ from rich.console import Console
 from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.vision import features, projector
 from fedmosaic.client.vision.inputs import images_in, marker
-from fedmosaic.experiments.tasks import __main__ as commands
+from fedmosaic.experiments.tasks import command as commands
 from fedmosaic.experiments.tasks import images, texts
 from fedmosaic.experiments.tasks.labelled import normalise
 from fedmosaic.experiments.tasks.rows import Row, in_test

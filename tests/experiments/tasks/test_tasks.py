@@ -40,7 +40,6 @@ def test_texts_that_differ_in_case_and_punctuation_are_one() -> None:
 
 
 @given(st.text(max_size=80), st.integers(1, 40))
-@settings(deadline=None)
 def test_a_shortened_text_fits_and_is_a_beginning(text: str, characters: int) -> None:
     short = shorten(text, characters)
     assert len(short) <= characters
@@ -58,7 +57,7 @@ def test_sentences_end_where_a_space_follows() -> None:
 
 
 @given(st.permutations(texts(60)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_split_does_not_depend_on_the_order(items: list[LabelledText]) -> None:
     assert split(TASK, items, 20, 4) == split(TASK, texts(60), 20, 4)
 

@@ -132,7 +132,7 @@ def test_joint_epsilon_of_both_channels_is_below_their_naive_sum() -> None:
     assert joint.prv < naive
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     sigma=st.floats(0.7, 20.0), q=st.floats(0.001, 1.0), steps=st.integers(1, 50), delta=st.floats(1e-8, 0.05)
 )

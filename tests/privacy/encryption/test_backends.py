@@ -147,7 +147,7 @@ def test_extreme_values_with_extreme_rows_do_not_wrap(backend: str) -> None:
             np.testing.assert_allclose(f.decrypt(record, row), vectors[0], rtol=0, atol=TOLERANCE[backend])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_row_and_any_vectors(backend: str, data: st.DataObject) -> None:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -83,7 +83,6 @@ def test_a_policy_that_cannot_hold_is_refused(field: dict[str, float]) -> None:
 weights_lists = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(weights=weights_lists, cap=st.floats(0.05, 1.0))
 def test_capping_gives_shares_that_respect_the_cap(weights: list[float], cap: float) -> None:
     positive = sum(weight > 0 for weight in weights)
@@ -133,7 +132,6 @@ def test_two_contributors_never_make_up_more_than_their_share_of_squares() -> No
         assert spread[2] > 0.0
 
 
-@settings(deadline=None)
 @given(weights=st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=40), bits=st.sampled_from((8, 12, 15, 20)))
 def test_spread_and_rounded_rows_pass_the_clients_check(weights: list[float], bits: int) -> None:
     shares = cap_weights(weights, 0.5)
@@ -177,7 +175,6 @@ raw_rows = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0.0,
 )
 
 
-@settings(deadline=None)
 @given(row=raw_rows, bits=st.integers(1, 30))
 def test_rows_sum_to_the_power_and_stay_close(row: NDArray[np.float64], bits: int) -> None:
     shares = row / row.sum()

@@ -4,7 +4,7 @@ import struct
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.privacy.encryption import records
@@ -25,7 +25,6 @@ def test_what_every_record_shares_is_named_when_it_is_wrong(offset: int, name: s
         records.read_record(bytes(altered), HEADER, 8)
 
 
-@settings(deadline=None)
 @given(position=st.integers(0, records.HEADER_BYTES - 1), flip=st.integers(1, 255))
 def test_any_altered_header_byte_but_the_nonce_is_refused(position: int, flip: int) -> None:
     altered = bytearray(RECORD)
@@ -46,7 +45,6 @@ def test_other_lengths_are_refused_before_anything_is_read(length: int) -> None:
         records.read_record(content, HEADER, 8)
 
 
-@settings(deadline=None)
 @given(content=st.binary(max_size=400))
 def test_random_bytes_never_pass_and_never_raise_anything_else(content: bytes) -> None:
     with pytest.raises(CiphertextError):

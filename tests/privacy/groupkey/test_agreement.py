@@ -208,7 +208,7 @@ def test_every_attack_on_openings_is_refused_by_name(attack: str) -> None:
         side.confirmation()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(position=st.integers(0, messages.OPENING_BYTES - 1), flip=st.integers(1, 255))
 def test_any_altered_byte_of_an_opening_is_refused(position: int, flip: int) -> None:
     exchange = Exchange()
@@ -313,7 +313,7 @@ def test_every_attack_on_boxes_is_refused_by_name(attack: str) -> None:
     box_attack(*BOX_ATTACKS[attack])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(position=st.integers(0, 2000), flip=st.integers(1, 255))
 def test_any_altered_byte_of_a_box_is_refused(position: int, flip: int) -> None:
     def altered(_: Exchange, boxes: dict[str, bytes], victim: str) -> bytes:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.privacy.groupkey.nonces import NonceCounter, rotation_reason
@@ -92,7 +92,6 @@ def test_the_counter_of_another_federation_is_refused(path: Path) -> None:
 names = st.sets(st.sampled_from("abcdef"), min_size=1)
 
 
-@settings(deadline=None)
 @given(holders=names, taking=names, used=st.integers(0, 100), every=st.integers(1, 100))
 def test_a_key_rotates_on_any_change_and_in_time(
     holders: set[str], taking: set[str], used: int, every: int

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
@@ -25,14 +25,12 @@ hostile_rows = arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=
 norms = st.floats(1e-5, 1e5)
 
 
-@settings(max_examples=300)
 @given(rows=hostile_rows, clipping_norm=norms)
 def test_every_row_is_within_the_bound_in_exact_arithmetic(rows: Float64Array, clipping_norm: float) -> None:
     units, _ = clip(rows, clipping_norm)
     assert all(exact_norm_squared(row) <= GRID**2 for row in units)
 
 
-@settings(max_examples=100)
 @given(rows=hostile_rows, clipping_norm=norms, data=st.data())
 def test_removing_any_example_moves_the_sum_by_at_most_c(
     rows: Float64Array, clipping_norm: float, data: st.DataObject
@@ -53,7 +51,6 @@ def test_long_rows_stay_within_the_bound(size: int) -> None:
     assert exact_norm_squared(units[0]) >= (GRID - math.sqrt(size) - 1) ** 2
 
 
-@settings(max_examples=100)
 @given(
     rows=arrays(np.float64, (3, 5), elements=st.floats(-1e3, 1e3, allow_subnormal=False)),
     clipping_norm=st.floats(0.1, 10),

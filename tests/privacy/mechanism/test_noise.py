@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -116,7 +116,6 @@ def test_poisson_sample_sizes_are_binomial(source: noise.BitSource) -> None:
     assert 45 * 0.5 < np.var(sizes) < 45 * 1.6
 
 
-@settings(max_examples=50)
 @given(size=st.integers(0, 300), rate=st.floats(1e-6, 1.0))
 def test_poisson_indices_are_valid_and_ascending(size: int, rate: float) -> None:
     chosen = noise.poisson_sample(size, rate, noise.SeededTestNoise(size))

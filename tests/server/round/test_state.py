@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import hypothesis.strategies as st
-from hypothesis import given, settings
+from hypothesis import given
 
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import Phase, ReceiptStatus
@@ -137,7 +137,6 @@ events = st.lists(
 
 
 @given(events)
-@settings(max_examples=300)
 def test_laws_in_any_order_of_events(sequence: list[tuple[object, ...]]) -> None:
     state, now = opened(quorum=3, count=3), 0.0
     stored: dict[tuple[str, int], bytes] = {}

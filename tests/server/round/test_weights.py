@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from fedmosaic.experiments.attacks.statistics.collusion import smallest_coalition
 from fedmosaic.privacy.policy import AggregationPolicy, integer_weights
@@ -74,7 +74,6 @@ def test_rows_are_the_rounded_softmax_where_no_limit_bites() -> None:
     st.integers(8, 20),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=150)
 def test_every_row_keeps_the_policy(count: int, temperature: float, cap: float, bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     names = [f"c{i}" for i in range(count)]

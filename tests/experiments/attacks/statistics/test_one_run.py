@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import binom, norm
@@ -96,7 +96,6 @@ def test_the_recursion_is_the_optimum_of_the_linear_programme(
         assert f_dp_p_value(canaries, guesses, right, claim) == pytest.approx(expected, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     right=st.integers(1, 40), mu=st.floats(0.0, 4.0), more=st.floats(0.01, 1.0), chance=st.floats(1e-6, 1.0)
 )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -49,7 +49,6 @@ def test_words_above_the_modulus_are_replaced_by_definition() -> None:
     assert int(words.max()) < modulus
 
 
-@settings(deadline=None)
 @given(
     start=st.integers(0, 40).map(lambda n: 8 * n),
     count=st.integers(1, 40),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -20,7 +20,6 @@ def words(values: list[int]) -> NDArray[np.uint64]:
     return np.array(values, dtype=np.uint64)
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(st.integers(0, 2**48 - 1), min_size=4, max_size=64),
     prefix=st.binary(min_size=2, max_size=9),
@@ -45,7 +44,6 @@ def test_packing_into_part_of_a_record_leaves_the_rest() -> None:
     assert (record[:, 5:] == 0).all()
 
 
-@settings(deadline=None)
 @given(left=st.lists(residues, min_size=1, max_size=32), right=residues)
 def test_products_and_differences_are_exact(left: list[int], right: int) -> None:
     other = words([right] * len(left))
@@ -53,7 +51,6 @@ def test_products_and_differences_are_exact(left: list[int], right: int) -> None
     assert modular.modular_subtract(words(left), other, Q).tolist() == [(a - right) % Q for a in left]
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(0, 2**16 // 4), min_size=4, max_size=4), min_size=1, max_size=4),
     columns=st.lists(st.lists(residues, min_size=4, max_size=4), min_size=1, max_size=6),
@@ -101,7 +98,6 @@ def word_matrix_product(weights: np.ndarray, words: Sequence[np.ndarray]) -> np.
     return sums
 
 
-@settings(deadline=None)
 @given(
     row=st.lists(st.integers(0, 2**20 // 8), min_size=8, max_size=8),
     column=st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8),

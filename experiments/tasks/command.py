@@ -1,6 +1,5 @@
 """`fedmosaic tasks`: write the data sets of scenarios; train the projector that lets a model read images."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +96,3 @@ def pretrain(arguments: TrainProjector, console: Console) -> None:
         f"in {record.seconds:.0f} s; on {len(public.test)} questions about other images "
         f"{accuracies[0]:.3f}, without the images {accuracies[1]:.3f}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,6 @@
 """`fedmosaic client CONFIG`: take part in a federation as one client."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.client.client import Client
 from fedmosaic.client.result.ending import last_lines
-from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import NOTHING_EXCHANGED
 
 
@@ -40,7 +38,3 @@ def take_part(client: Client) -> int:
     result = client.run()
     print(last_lines(result.state, result.adapter, result.comparison, result.statement))
     return 0 if result.received_rounds else NOTHING_EXCHANGED
-
-
-if __name__ == "__main__":
-    sys.exit(guarded("fedmosaic client", lambda: main(sys.argv[1:])))

@@ -1,0 +1,51 @@
+"""A run as real processes that is told to end leaves none of them behind."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+from waiting import wait_until
+
+from fedmosaic.experiments.scenario.founding import fit_profile
+
+RUN = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from fedmosaic.experiments.runs.command import run
+from fedmosaic.experiments.scenario.terms import Scenario
+if __name__ == "__main__":
+    scenario, kept = (Path(word) for word in sys.argv[1:])
+    run(Scenario.model_validate_json(scenario.read_text()), Path(), Path("runs"), Console(), fitted=kept)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_signal_to_a_run_ends_all_of_its_processes(
+    number: signal.Signals, tmp_path: Path, tiny_scenario: Any
+) -> None:
+    scenario, kept = tiny_scenario(), tmp_path / "kept"
+    fit_profile(scenario, tmp_path / "fitted", Console(quiet=True), own_process=False, kept=kept)
+    (tmp_path / "scenario.json").write_text(scenario.model_dump_json())
+    (tmp_path / "run.py").write_text(RUN)
+    command = [sys.executable, "run.py", "scenario.json", str(kept)]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, **silent) as run:
+        started: list[psutil.Process] = []
+
+        def server_and_a_client() -> bool:
+            started[:] = psutil.Process(run.pid).children()
+            return len(started) > 1
+
+        wait_until(server_and_a_client)
+        run.send_signal(number)
+        assert run.wait(60) == 128 + number
+    _, left = psutil.wait_procs(started, 20)
+    for process in left:
+        process.kill()
+    assert left == []
