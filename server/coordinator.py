@@ -184,8 +184,8 @@ class Coordinator:
         """The aggregate with its payloads in memory; see `open_download`."""
         self.arrive(client_id, round_number)
         download = self.repaired(client_id, round_number)
-        if download is None or not download.payloads:
-            return None if download is None else download.aggregate
+        if download is None:
+            return None
         pairs = zip(download.aggregate.sections, download.payloads, strict=True)
         sections = tuple(replace(section, payload=bytes(payload)) for section, payload in pairs)
         self.count_traffic(client_id, 0, download.size)

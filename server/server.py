@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _THREADS = 32
-_COLLECTED_AFTER = 20_000
-"""New objects; thousands for each member that is answered, which make no cycles."""
 
 
 class Server:
@@ -65,9 +63,9 @@ class Server:
         )
         loop.add_signal_handler(signal.SIGHUP, log.info, text)
         async with self.running(over):
-            # Else the collector of cycles looks through all that was loaded while members are answered.
+            # Answers make many objects and no cycles: the collector would look through all others for them.
             gc.freeze()
-            gc.set_threshold(_COLLECTED_AFTER)
+            gc.set_threshold(20_000)
             return await over
 
     @asynccontextmanager

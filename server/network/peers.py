@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from functools import partial
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
@@ -115,8 +114,10 @@ class Gate(aio.ServerInterceptor):
         method = self._guarded(*parts, streamed=handler.request_streaming)
         streaming = f"stream_{kind.partition('_')[2]}"
         changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
-        changes["response_serializer"] = partial(_serialised, handler.response_serializer)
-        return handler._replace(**changes)
+        serialise = handler.response_serializer
+        return handler._replace(
+            **changes, response_serializer=lambda told: told if isinstance(told, bytes) else serialise(told)
+        )
 
     def _guarded(
         self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], *, streamed: bool
@@ -177,10 +178,6 @@ class Gate(aio.ServerInterceptor):
 async def _parsed(contents: AsyncIterator[bytes], parse: Callable[[bytes], T]) -> AsyncIterator[T]:
     async for content in contents:
         yield _message(content, parse)
-
-
-def _serialised(serialise: Callable[[Any], bytes], message: Any) -> bytes:
-    return message if isinstance(message, bytes) else serialise(message)
 
 
 def _message(content: bytes, parse: Callable[[bytes], T]) -> T:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -269,19 +269,16 @@ class FederationService(rpc.FederationServicer):
         try:
             return identify(context.auth_context(), self._coordinator.settings, witness=witness)
         except Refusal as refusal:
-            await self._refuse(context, call, context.peer() or "unknown peer", refusal)
-
-    async def _refuse(self, context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
-        await refuse(context, self.audit, call, who, refusal)
+            await refuse(context, self.audit, call, context.peer() or "unknown peer", refusal)
 
     async def guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
         """Await work; answer errors with a status, and give each one line in the log."""
         try:
             return await work
         except Refusal as refusal:
-            await self._refuse(context, call, client, refusal)
+            await refuse(context, self.audit, call, client, refusal)
         except WireError as error:
-            await self._refuse(context, call, client, malformed(str(error)))
+            await refuse(context, self.audit, call, client, malformed(str(error)))
         except _SupersededError:
             raise
         except TimeoutError:
@@ -315,10 +312,9 @@ def wait_seconds(milliseconds: int) -> float:
 
 def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[bytes]:
     """Header and chunks of an aggregate, from where the client left off if it is the same one."""
-    size = sum(len(payload) for payload in download.payloads)
-    resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= size
+    resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= download.size
     offset = int(request.resume_offset) if resumed else 0
-    sizes = [len(payload) for payload in download.payloads] or [0] * len(download.aggregate.sections)
+    sizes = [len(payload) for payload in download.payloads]
     header = wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset)
     yield wire.field(pb.PullResponse.HEADER_FIELD_NUMBER, header)
     for chunk in wire.chunks(download.payloads, offset):

@@ -84,7 +84,8 @@ class Offer:
             why = f"{client} had not enrolled when round {number - 1} was closed"
             names = settings.dimensions(client) if number > 1 else ()
             nothing = tuple(AggregateSection(name, None, b"", why) for name in names)
-            return Download(Aggregate(number, nothing, 0, epoch, head), (), hashlib.sha256().digest())
+            empty = tuple(memoryview(b"") for _ in names)
+            return Download(Aggregate(number, nothing, 0, epoch, head), empty, hashlib.sha256().digest())
         found = self.sections(settings, client)
         payloads = tuple(
             blobs.read("aggregates", number, at.blob, at.start, at.size) if at.size else memoryview(b"")
