@@ -29,7 +29,7 @@ from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
-from fedmosaic.privacy.ledger.move import back_up, move
+from fedmosaic.privacy.ledger.move import UNFINISHED, back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
 from fedmosaic.privacy.ledger.rules import LedgerParameters, check_anchor, check_open, keeper
 from fedmosaic.privacy.statement.rounding import round_up
@@ -198,16 +198,26 @@ class DataLedger:
                 f"data.ledger, or put a backup back with `fedmosaic ledger move BACKUP {self.place}`. "
                 f"{others}"
             )
-        if self.named:
-            return
-        for other in filter(has_begun, sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}"))):
-            rows = read_ledger(other)
-            if rows[-1].kind not in ("CLOSED", "MOVED") and any(row.data_epoch == epoch for row in rows):
-                raise LedgerError(
-                    f"{other.parent} is the privacy ledger of a data set with exactly these example ids. If "
-                    f"the data were renamed, `fedmosaic ledger move {other.parent} {self.place}`; if they "
-                    "are other data with the same ids, name a directory for their ledger in data.ledger"
-                )
+        found = () if self.named else sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}"))
+        beside = [(other.parent, read_ledger(other)) for other in filter(has_begun, found)]
+        # One that is here goes before one that went elsewhere, which says where it is. One that is closed and
+        # not moved, as a kill leaves it, or a backup, is as good as open: what it holds is charged nowhere.
+        for other, rows in sorted(beside, key=lambda each: each[1][-1].kind == "MOVED"):
+            if not any(row.data_epoch == epoch for row in rows):
+                continue
+            if rows[-1].kind == "MOVED":
+                check_open(rows)
+            raise LedgerError(
+                f"{other} is the privacy ledger of a data set with exactly these example ids. If the data "
+                f"were renamed, `fedmosaic ledger move {other} {self.place}`; if they are other data with "
+                "the same ids, name a directory for their ledger in data.ledger"
+            )
+        if (unfinished := self.place.with_name(self.place.name + UNFINISHED)).exists():
+            raise LedgerError(
+                f"{unfinished} shows that a ledger was to be moved to {self.place}, and a fresh one would "
+                f"forget what it has spent: finish it with `fedmosaic ledger move OLD {self.place}`, where "
+                "OLD is its directory; delete what is unfinished only if none was to be moved here"
+            )
 
 
 def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:

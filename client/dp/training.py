@@ -276,15 +276,15 @@ class PrivateRound:
             check_cores(cores)
             assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
             chosen = poisson_sample(len(units), releases.adapter_plan.sampling_rate, releases.randomness)
-            self.progress.stage(round_number, "private gradients", len(chosen))
+            # Not how far it is: that would tell how many were drawn, which no noise covers.
+            self.progress.stage(round_number, "private gradients")
             total = ClippedSum.empty(dimensions_of(cores))
-            for done, index in enumerate(chosen, start=1):
+            for index in chosen:
                 # What one person's examples add up to is clipped as one: that bounds what it contributes,
                 # however many they are.
                 own = [example_gradient(model, cores, example, losses) for example in units[index]]
                 row = torch.stack(own).sum(dim=0)
                 total = total + clip_and_sum(row[None], self.terms.adapter_privacy.clipping_norm, grid)
-                self.progress.advance(done)
         return total
 
 

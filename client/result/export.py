@@ -258,9 +258,9 @@ def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:
         key = f"; and it holds a decrypted aggregate: {_KEY}" if with_ckks else ""
         raise PrivacyError(
             f"the federation's protection is {saved.protection!r}: nothing of the model was trained with "
-            f"differential privacy, so no ε bounds what it tells of the examples{key}. Only protection 'dp' "
-            "or 'dp+encrypted' makes what can be shared; without --shareable the model is written for the "
-            "member's own use"
+            f"differential privacy, so no ε bounds what it tells of the examples{key}. Only protection 'dp', "
+            "'dp+encrypted' or 'distributed-dp' makes what can be shared; without --shareable the model is "
+            "written for the member's own use"
         )
     if "encrypted" in saved.protection and saved.blend_received > 0:
         raise PrivacyError(

@@ -60,10 +60,11 @@ class Releases:
 
         `disjoint_epochs` composes this data epoch in parallel with others that share no example with it,
         which the ledger proves or refuses. Right only where the epoch of an example does not depend on other
-        examples, as with examples that arrive over time.
+        examples, as with examples that arrive over time. StateError if the record of clipping is damaged.
         """
         self.receive_only = False
         self.clipping = records.ClippingRecord(state.directory / records.CLIPPING)
+        self.clipping.shares()  # found to be damaged after a charge, it would cost one at every start
         self.randomness = randomness
         self.anchor = ServerAnchor(ledger, state.record)
         self._ledger = ledger

@@ -29,6 +29,8 @@ from fedmosaic.protos.errors import LedgerError
 
 PROFILES = "profile-*.npy"
 """Noised profiles that may be sent again free of charge; they go wherever the ledger goes."""
+UNFINISHED = ".new"
+"""At the end of a directory's name: it is being made there, or was when a move or a backup was cut short."""
 
 
 def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) -> int:
@@ -51,6 +53,7 @@ def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) ->
             closed = _close(log, new)
             after("closed")
             carried = _join(log.rows, closed, old, new)
+            _copy_profiles(old, new)  # also where they alone are missing
         else:
             with _building(new) as place:  # first: where nothing can be made, nothing is closed
                 closed = _close(log, new)
@@ -114,12 +117,11 @@ def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) ->
             told_here = {"closed": closed.hash, "from": str(old), "carried": [row.hash for row in missing]}
             salt = json.loads(rows[0].mechanism or "{}")["salt"]
             _append(log, "RESUMED", told_here | {"salt": salt})
-    _copy_profiles(old, new)
     return carried
 
 
 def _carry(log: LedgerLog, rows: Sequence[LedgerRow], missing: Sequence[LedgerRow]) -> int:
-    """Append the reservations and releases among the missing rows. Returns how many reservations."""
+    """Append reservations, releases and refusals among the missing rows. Returns how many reservations."""
     parameters = parameters_of(log.rows)
     drawn = {row.sequence for row in missing if row.kind == "RESERVED"}
     # A reservation that both ledgers hold and both released is two draws of noise, and charged twice.
@@ -133,8 +135,8 @@ def _carry(log: LedgerLog, rows: Sequence[LedgerRow], missing: Sequence[LedgerRo
     for row in missing:
         if row.kind == "RELEASED" and row.reference is not None:
             log.append("RELEASED", bound=bound, **_content(row, reference=again[row.reference]))
-        elif row.kind == "RESUMED":
-            log.append("RESUMED", bound=bound, **_content(row))
+        elif row.kind in ("REFUSED", "RESUMED"):  # a draw that was lost and then refused stays so
+            log.append(row.kind, bound=bound, **_content(row))
     return len(reservations)
 
 
@@ -167,7 +169,7 @@ def _copy(store: LedgerStore, place: Path, kind: Kind, mechanism: dict[str, obje
 @contextmanager
 def _building(directory: Path) -> Iterator[Path]:
     """A directory to fill, put in its place when it is complete; what a crash left behind is done anew."""
-    temporary = directory.with_name(directory.name + ".new")
+    temporary = directory.with_name(directory.name + UNFINISHED)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True, mode=0o700)

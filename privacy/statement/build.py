@@ -24,12 +24,21 @@ from fedmosaic.privacy.ledger.rows import Channel, Charge, LedgerRow, compositio
 from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameters_of
 from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.models import Adversary, ClientStatement, Guarantee, PrivacyStatement
-from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES, assumptions, coverage, leaks
+from fedmosaic.privacy.statement.words import (
+    ADVERSARY_NAMES,
+    CHANNEL_NAMES,
+    SERVERS,
+    assumptions,
+    coverage,
+    leaks,
+)
 
 _BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
     {"colluding_recipients", "colluding_recipients_with_server"}
 )
 """Adversaries of any number of members: against them only a member's own noise is left in a sum."""
+_WITH_NOISE: frozenset[models.Cover] = frozenset({"dp", "dp_and_cryptography", "mixed"})
+"""Covers of a channel that an ε is stated for."""
 _TELLING = 20.0
 """Largest ε of one example beside which that of several is worth its minutes."""
 _NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
@@ -251,18 +260,23 @@ def _guarantees(client: _Client) -> Iterable[Guarantee]:
 
 def _single(channel: _Channel, adversary: Adversary, client: _Client) -> Guarantee:
     cover, words = coverage(channel.name, channel.protection, adversary, client.run)
-    void = channel.test_noise and cover in ("dp", "dp_and_cryptography")
+    noisy = any(row.kind == "RESERVED" and row.covered_by == "dp" for row in channel.rows)
+    if noisy and cover == "cryptography_only" and adversary in SERVERS:
+        # The ledger does not tell whether another run encrypted what it had made private.
+        cover, words = "mixed", f"{words}, but for releases under differential privacy, of which ε is"
+    void = channel.test_noise and cover in _WITH_NOISE
     if void:
         # What is left once noise that can be taken off again is left out.
-        cover = "nothing" if cover == "dp" else "cryptography_only"
-    private = (channel.name,) if cover in ("dp", "dp_and_cryptography") else ()
-    return _guarantee(client, channel.name, adversary, cover, private, (), void, words)
+        cover = "cryptography_only" if cover == "dp_and_cryptography" else "nothing"
+    private = (channel.name,) if cover in _WITH_NOISE else ()
+    only = (channel.name,) if cover == "mixed" else ()
+    return _guarantee(client, channel.name, adversary, cover, private, only, void, words)
 
 
 def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client) -> Guarantee:
     covers = {guarantee.cover for guarantee in found}
-    private = tuple(g.channel for g in found if g.cover in ("dp", "dp_and_cryptography"))
-    only = tuple(g.channel for g in found if g.cover == "cryptography_only")
+    private = tuple(g.channel for g in found if g.cover in _WITH_NOISE)
+    only = tuple(g.channel for g in found if g.cover in ("cryptography_only", "mixed"))
     cover: models.Cover
     if "nothing" in covers:
         bare = [CHANNEL_NAMES[g.channel] for g in found if g.cover == "nothing"]
@@ -294,7 +308,9 @@ def _guarantee(
     parameters = client.parameters
     applies = bool(private) and cover != "nothing"
     stated = applies or cover == "nothing"
-    charged = client.charges(private, adversary)
+    # Of a mixed channel, ε is of what has noise; encryption covers the rest.
+    everything = client.charges(private, adversary)
+    charged = [each for each in everything if each.event.is_private or cover != "mixed"]
     bound = client.bound(charged, private=applies)
     name = f"{parameters.client_id}, {CHANNEL_NAMES[channel]}, against {ADVERSARY_NAMES[adversary]}"
     return Guarantee(

@@ -24,7 +24,7 @@ Adversary = Literal[
 ]
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
 Cover = Literal["dp", "dp_and_cryptography", "mixed", "cryptography_only", "nothing", "nothing_sent"]
-"""What a protection rests on; "mixed": DP for some channels, cryptography only for others."""
+"""What a protection rests on; "mixed": DP for some channels or releases, cryptography only for others."""
 
 
 class Frozen(BaseModel):

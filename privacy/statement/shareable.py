@@ -110,7 +110,7 @@ def _within_budget(found: ClientStatement, client: models.ClientInputs) -> Clien
     spent = bound_of(charged, parameters.delta, parameters.accountant).epsilon
     limit = target if target is not None and spent <= target else math.inf
     bounded: set[str] = set(parameters.budgeted_channels)
-    if {channel.channel for channel in found.channels[:-1] if math.isfinite(channel.epsilon)} <= bounded:
+    if {row.channel for row in client.ledger if row.kind == "RESERVED" and row.noise_multiplier} <= bounded:
         bounded |= {"joint"}
     spent = min(found.spent_epsilon, limit)
 

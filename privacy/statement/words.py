@@ -73,7 +73,8 @@ LEAKS = (
     "What its task is about: the profile exists to tell the server which clients' tasks are alike. DP hides "
     "single examples, not the nature of the data.",
     "δ, sampling rate and noise follow from the number of the client's examples. Its own statement tells it; "
-    "the one handed over, made from rounded numbers, to within a factor of 1.5.",
+    "the one handed over, made from rounded numbers, to within a factor of 1.5, or closer where another "
+    "run trained on them with DP.",
     "Whether a client has the examples that a profile needs at least, and how often its data changed: it "
     "then sends a new profile.",
     "How long a private step takes, which grows with the size of its random sample, and how long a task "

@@ -143,8 +143,38 @@ def test_renamed_data_find_their_ledger(site: Site) -> None:
     renamed = site.train.rename(site.place / "renamed.jsonl")
     with pytest.raises(LedgerError, match="exactly these example ids"):
         site.open("second", train=renamed)
-    move(site.place / "train.jsonl.ledger", site.place / "renamed.jsonl.ledger")
+    old, new = site.place / "train.jsonl.ledger", site.place / "renamed.jsonl.ledger"
+
+    def killed(step: str) -> None:
+        raise KeyboardInterrupt(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        move(old, new, killed)
+    with pytest.raises(LedgerError, match=f"fedmosaic ledger move {old} {new}"):
+        site.open("second", train=renamed)
+    move(old, new)
     with site.open("second", train=renamed) as ledger:
+        assert ledger.events() == [PROFILE]
+    move(new, site.place / "books")
+    again = renamed.rename(site.place / "again.jsonl")
+    with pytest.raises(LedgerError, match=r"moved to \S+; name that directory in data\.ledger"):
+        site.open("third", train=again)
+
+
+def test_no_fresh_ledger_where_one_was_to_be_moved_before_a_kill(site: Site) -> None:
+    with site.open() as ledger:
+        spend(ledger, "first")
+    old, new = site.place / "train.jsonl.ledger", site.place / "books" / "train"
+
+    def killed(step: str) -> None:
+        raise KeyboardInterrupt(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        move(old, new, killed)
+    with pytest.raises(LedgerError, match=f"fedmosaic ledger move OLD {new}"):
+        site.open("second", named=new)
+    move(old, new)
+    with site.open("second", named=new) as ledger:
         assert ledger.events() == [PROFILE]
 
 

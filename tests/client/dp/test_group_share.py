@@ -1,5 +1,6 @@
 """A member's part of a group's sum, what one person can move in it, and the shared branch that sums make."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from builders import tiny_mechanism
 from fedmosaic.client.dp.training import PrivateRound
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import AdapterPlan, group_grid
-from fedmosaic.client.progress import Progress
+from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.round.records import ClippingRecord
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -91,6 +92,18 @@ def test_all_records_of_a_person_move_the_sum_by_one_clipping_norm_at_most(model
     records = sum(text.person == person for text in TEXTS)
     assert (moved > 1.2) == (records > 1)
     assert moved <= records
+
+
+def test_how_far_the_gradients_are_tells_nothing_of_the_sample(model, tmp_path):
+    def told(count):
+        progress = LoggedProgress(tmp_path / f"{count}.jsonl")
+        PrivateRound(
+            model, TEXTS[:count], terms("example"), TrainingSettings(), Releases(tmp_path), progress
+        ).share(2, 6)
+        lines = (tmp_path / f"{count}.jsonl").read_text().splitlines()
+        return [{**json.loads(line), "time": 0} for line in lines]
+
+    assert told(2) == told(5)
 
 
 def test_an_example_without_a_person_is_refused_before_anything_is_charged(model, tmp_path):

@@ -122,6 +122,15 @@ def test_an_adapter_is_summed_charged_noised_and_stored_in_this_order(client: Cl
     assert client.reserved("adapter") == [EVENT]
 
 
+def test_a_damaged_record_of_clipping_costs_nothing(client: Client) -> None:
+    with client.opened() as releases:
+        releases.clipping.add("adapter", 1, 2)
+    (client.place / "clipping.json").write_text("{")
+    with pytest.raises(StateError, match=r"clipping\.json is damaged"), client.opened() as releases:
+        releases.profile(1)
+    assert (client.draws, client.reserved("profile")) == (0, [])
+
+
 def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Client) -> None:
     with client.opened() as releases:
         first, again = releases.profile(1), releases.profile(1)

@@ -14,7 +14,7 @@ from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.protos.errors import LedgerError
+from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
 DELTA = 1e-5
 STEP = GaussianEvent(10.0, 1.0, 5)
@@ -108,6 +108,26 @@ def test_a_move_that_was_interrupted_charges_to_neither_and_is_finished_by_the_s
         ledger.verify()
 
 
+def test_a_join_that_was_interrupted_brings_the_profiles_when_it_is_finished(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its bytes a released profile can only be drawn, and paid for, once more."""
+    with opened(tmp_path / "new") as ledger:
+        spend(ledger, "second")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("fedmosaic.privacy.ledger.move._copy_profiles", killed)
+        with pytest.raises(KeyboardInterrupt):
+            move(old, tmp_path / "new")
+    assert move(old, tmp_path / "new") == 0
+    assert (tmp_path / "new" / "profile-1-2.npy").read_bytes() == b"noise"
+    with opened(tmp_path / "new") as ledger:
+        assert ledger.epsilon() == cost(4)
+
+
 def test_nothing_is_closed_where_nothing_can_be_made(old: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "full").mkdir()
@@ -148,6 +168,21 @@ def test_a_reservation_that_two_copies_both_released_is_two_draws(old: Path, tmp
     assert move(copy, tmp_path / "new") == 1
     with opened(tmp_path / "new") as ledger:
         assert ledger.epsilon() == cost(5)
+
+
+def test_a_draw_that_was_lost_and_then_refused_is_no_pending_one_after_a_join(tmp_path: Path) -> None:
+    """Or what is in the model of that round, where nothing was drawn again, would be sent as that draw."""
+    with Ledger.open(tmp_path / "old" / LEDGER, "clinic-a", DELTA, 1.2 * cost(1), "rdp") as ledger:
+        charge(ledger, STEP, context="first")
+        with pytest.raises(BudgetExceededError):
+            charge(ledger, STEP, context="first")
+    with opened(tmp_path / "new") as ledger:
+        spend(ledger, "second")
+    assert move(tmp_path / "old", tmp_path / "new") == 1
+    with opened(tmp_path / "new") as ledger:
+        assert ledger.refused("adapter", 0, EPOCH, "first")
+        assert ledger.epsilon() == cost(2)
+        ledger.verify()
 
 
 def test_joining_twice_or_a_copy_that_knows_nothing_more_charges_nothing(old: Path, tmp_path: Path) -> None:

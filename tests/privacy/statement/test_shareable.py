@@ -14,7 +14,7 @@ from fedmosaic.client.planning import AdapterPlan, sampling_rate
 from fedmosaic.client.statement import for_handing_over
 from fedmosaic.privacy.accounting import calibrate
 from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon
-from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch, parameters_of
 from fedmosaic.privacy.statement.build import statement
@@ -28,6 +28,7 @@ from fedmosaic.privacy.statement.shareable import (
     rounded_rate,
     shareable,
 )
+from fedmosaic.privacy.statement.words import SERVERS
 
 BATCH, STEPS, ROUNDS, TARGET = 32, 10, 2, 2.0
 TERMS = founding(
@@ -198,6 +199,28 @@ def test_the_budget_caps_no_figure_against_more_members_than_the_terms_allow_for
     )
     assert told["colluding_recipients"] == pytest.approx(epsilon([of_one], handed.delta, "rdp"))
     assert told["colluding_recipients"] > 2.0, "more than the budget"
+
+
+def test_what_went_out_under_dp_is_told_beside_what_was_encrypted(tmp_path: Path) -> None:
+    """A ledger that begins with an encrypted federation goes on in one with DP, whose server reads it."""
+    delta, dp = default_delta(500), GaussianEvent(1.0, 1.0, 1)
+    with Ledger.open(tmp_path / "a.sqlite", "north", delta, 2.0, "rdp", budgeted_channels=("profile",)) as of:
+        charge(of, GaussianEvent(8.0, 1.0, 1), "profile", digest=DIGEST)
+        charge(of, dp, "adapter", 1, context="with DP", digest=DIGEST)
+        charge(of, UNPROTECTED, "adapter", 1, context="encrypted", covered_by="cryptography", digest=DIGEST)
+        rows = tuple(of.export())
+    for configured in ("encrypted", "dp+encrypted"):
+        client = ClientInputs(ledger=rows, adapter_protection=configured, least_noise=1.0)
+        inputs = StatementInputs(run_id="r", clients=(client,))
+        for made in (statement(inputs), shareable(inputs)):
+            told = {(g.channel, g.adversary): g for g in made.clients[0].guarantees}
+            both = epsilon([GaussianEvent(8.0, 1.0, 1), dp], made.clients[0].delta, "rdp")
+            for server in SERVERS:
+                assert told["adapter", server].cover == told["joint", server].cover == "mixed"
+                assert told["adapter", server].epsilon == epsilon([dp], made.clients[0].delta, "rdp")
+                assert told["joint", server].epsilon == both, "not cut off at the profile's budget"
+            assert told["adapter", "network"].cover == "cryptography_only"
+            assert told["adapter", "recipient"].epsilon == math.inf
 
 
 def test_a_bound_on_delta_is_told_as_it_is_and_tells_nothing_of_the_number() -> None:
