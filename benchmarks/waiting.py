@@ -48,7 +48,7 @@ _AT_ONCE: Final = 40
 _HEADS: Final = (
     "members; round; push, s; first, ms; median, ms; last, ms; server's CPU, ms; clients' CPU, ms; "
     "bare: last, ms; server's CPU, ms; clients' CPU, ms; × bare; "
-    "memory before, MB; waiting, MB; peak, MB; run.json, kB; state, MB; load"
+    "memory before, MB; waiting, MB; peak, MB; load"
 ).split("; ")
 """× bare is of the servers' CPU.
 
@@ -127,7 +127,7 @@ class _Load:
     """All members of a federation, and what its server takes."""
 
     def __init__(self, parsed: Arguments, place: Path, server: int, port: int) -> None:
-        self._state, self._server = place / "server/state", psutil.Process(server)
+        self._server = psutil.Process(server)
         self._rounds, self._settle = 1 if parsed.pushes else parsed.rounds, parsed.settle
         self._at_once = parsed.pushes or _AT_ONCE
         self._clients, self._port, self._peak = place / "clients", port, 0.0
@@ -169,6 +169,7 @@ class _Load:
         await _all([member.push(number) for member in early], self._at_once)
         pushed = time.monotonic() - started
         waits = [asyncio.create_task(member.pull(number + 1)) for member in early]
+        await asyncio.gather(*(member.waits.wait() for member in early))
         await asyncio.sleep(self._settle)
         waiting, server, clients = self._memory(), self._seconds(), time.process_time()
         receipt = await late.push(number)
@@ -176,12 +177,11 @@ class _Load:
         answers = sorted(1000 * (when - receipt) for when in await asyncio.gather(*waits))
         spent = 1000 * (self._seconds() - server), 1000 * (time.process_time() - clients)
         *bare, ratio = await self._wait_at_bare(number, spent[0])
-        size = sum(path.stat().st_size for path in self._state.rglob("*.*") if "spool" not in path.parts)
         told = [answers[0], statistics.median(answers), answers[-1], *spent, *bare]
-        memory = [before, waiting, self._peak, (self._state / "run.json").stat().st_size / 1000]
+        memory = before, waiting, self._peak
         start, end = [str(len(self._members)), str(number), f"{pushed:.1f}"], f"{os.getloadavg()[0]:.1f}"
         numbers = [*(f"{value:.0f}" for value in told), f"{ratio:.1f}", *(f"{value:.0f}" for value in memory)]
-        return [*start, *numbers, f"{size / 1e6:.1f}", end]
+        return [*start, *numbers, end]
 
     async def _wait_at_bare(self, number: int, ours: float) -> list[float]:
         """Last answer there, its CPU, the clients', all in ms, and how many times the second `ours` is."""

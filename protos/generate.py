@@ -1,9 +1,9 @@
 """Generate the committed stubs of `v1/federation.proto`; run after every change of that file."""
 
 import os
+import subprocess
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
 ROOM = Path(__file__).resolve().parent
@@ -13,13 +13,11 @@ OUTPUTS = ("federation_pb2.py", "federation_pb2.pyi", "federation_pb2_grpc.py", 
 
 def generate(destination: Path) -> dict[str, bytes]:
     """Content of every stub by file name, compiled in an existing, empty folder; protoc reports on stderr."""
-    from grpc_tools import protoc  # type: ignore[import-untyped]  # has no stubs
-
     # protoc looks for the mypy plug-ins on PATH; they are installed beside this interpreter.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    arguments = [
-        "protoc",
-        f"-I{files('grpc_tools') / '_proto'}",
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # A process of its own: one that has loaded the compiler cannot load TenSEAL any more.
+    command = [
+        *(sys.executable, "-m", "grpc_tools.protoc"),
         # The virtual folder gives the stubs their import path, wherever the room stands on disk.
         f"-Ifedmosaic/protos/v1={ROOM / 'v1'}",
         f"--python_out={destination}",
@@ -28,7 +26,7 @@ def generate(destination: Path) -> dict[str, bytes]:
         f"--mypy_grpc_out=quiet:{destination}",
         PROTO,
     ]
-    if protoc.main(arguments) != 0:
+    if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode != 0:  # noqa: S603  # our own
         raise RuntimeError(f"protoc failed on {PROTO}; its messages are above")
     return {name: (destination / Path(PROTO).parent / name).read_bytes() for name in OUTPUTS}
 

@@ -96,29 +96,33 @@ def decode_upload_header(buffer: pb.PushHeader) -> UploadHeader:
 @functools.lru_cache(maxsize=1024)
 def _row(row: WeightRow) -> bytes:
     """A weight row as bytes; the same ones are sent in every round that brings no new profile."""
-    return encode(row, pb.WeightRow).SerializeToString()
+    return field(pb.AggregateSection.ROW_FIELD_NUMBER, encode(row, pb.WeightRow).SerializeToString())
+
+
+def field(number: int, content: bytes) -> bytes:
+    """The serialised message `content` as field `number`, below 16, of the message around it."""
+    size, left = bytearray(), len(content)
+    while left > 127:
+        size.append(left & 127 | 128)
+        left >>= 7
+    return bytes((number << 3 | 2, *size, left)) + content
 
 
 def encode_aggregate_header(
-    aggregate: Aggregate,
-    sizes: Sequence[int],
-    sha256: bytes,
-    resume_offset: int,
-    buffer: pb.AggregateHeader | None = None,
-) -> pb.AggregateHeader:
+    aggregate: Aggregate, sizes: Sequence[int], sha256: bytes, resume_offset: int
+) -> bytes:
     """Everything of an aggregate but its payloads, of which only sizes and SHA-256 are told.
 
-    It is put into the `buffer`, where one is given: rows of a thousand names take long to copy.
+    Serialised, as `pb.AggregateHeader`: rows of a thousand names take longer to copy than all else.
     """
-    buffer = pb.AggregateHeader() if buffer is None else buffer
     content = {**vars(aggregate), "sections": ()}
-    buffer.CopyFrom(pb.AggregateHeader(**content, sha256=sha256, resume_offset=resume_offset))
+    parts = [pb.AggregateHeader(**content, sha256=sha256, resume_offset=resume_offset).SerializeToString()]
     for section, size in zip(aggregate.sections, sizes, strict=True):
         content = {key: value for key, value in vars(section).items() if key not in ("row", "payload")}
-        added = buffer.sections.add(**content, size=size)
-        if section.row is not None:
-            added.row.MergeFromString(_row(section.row))
-    return buffer
+        told = pb.AggregateSection(**content, size=size).SerializeToString()
+        row = b"" if section.row is None else _row(section.row)
+        parts.append(field(pb.AggregateHeader.SECTIONS_FIELD_NUMBER, told + row))
+    return b"".join(parts)
 
 
 def announced_size(header: pb.AggregateHeader) -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import get_args
 
 from fedmosaic.privacy.files import private_opener
+from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import (
     Aggregate,
     Enrolled,
@@ -29,7 +30,8 @@ from fedmosaic.server.rounds import Rounds
 from fedmosaic.server.run import Run, Topic
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import MissingBlobError
-from fedmosaic.server.summary import last_words
+from fedmosaic.server.storage.store import StoreTakenError
+from fedmosaic.server.summary import FILE, last_words
 from fedmosaic.server.sums import is_sum_step
 from fedmosaic.server.uploads import Ticket, Uploads
 
@@ -182,8 +184,8 @@ class Coordinator:
         """The aggregate with its payloads in memory; see `open_download`."""
         self.arrive(client_id, round_number)
         download = self.repaired(client_id, round_number)
-        if download is None or not download.payloads:
-            return None if download is None else download.aggregate
+        if download is None:
+            return None
         pairs = zip(download.aggregate.sections, download.payloads, strict=True)
         sections = tuple(replace(section, payload=bytes(payload)) for section, payload in pairs)
         self.count_traffic(client_id, 0, download.size)
@@ -274,7 +276,13 @@ class Coordinator:
         return last_words(self.settings, self._run.store)
 
     def close(self) -> None:
-        """Write the account, as far as that is possible, and let go of the state."""
-        self._run.account.due = True
-        self._run.account.keep_up(self._run.round)
+        """Write the account and let go of the state; StateError if what is written is older than the run."""
+        account = self._run.account
+        account.due = True
+        account.keep_up(self._run.round)
         self._run.close()
+        if account.failure is not None and not isinstance(account.failure, StoreTakenError):
+            raise StateError(
+                f"{self.settings.state_dir / FILE} is older than the run, since it could not be written "
+                f"({account.failure}): start the server again, which writes it anew; nothing else is lost"
+            )

@@ -81,7 +81,8 @@ class Rounds:
         run = self._run
         with run.lock:
             offer = run.position.offer
-            offer = replace(offer, stored={**offer.stored, client: self._closer.repair(offer, client)})
+            stored = {**offer.stored, client: self._closer.repair(offer, client)}
+            offer = replace(offer, stored=stored, made={})
             run.position = replace(run.position, offer=offer)
 
     def _close(self, number: int) -> None:

@@ -1,6 +1,7 @@
 """A server of a federation, put together and run: settings, coordinator, network and clockwork."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -62,6 +63,9 @@ class Server:
         )
         loop.add_signal_handler(signal.SIGHUP, log.info, text)
         async with self.running(over):
+            # Answers make many objects and no cycles: the collector would look through all others for them.
+            gc.freeze()
+            gc.set_threshold(20_000)
             return await over
 
     @asynccontextmanager

@@ -52,7 +52,7 @@ class Account:
         self._flushing = threading.Lock()
         self._stored = time.monotonic()
         self._counted: dict[str, tuple[int, int]] = {}
-        self._failing = False
+        self.failure: OSError | StateError | None = None  # why it could not be written when it last was due
         self._recorded = 0
         self._received: Counter[str] = Counter()
         self._told: tuple[object, ...] = ()
@@ -93,11 +93,11 @@ class Account:
                 self.flush()
         except (OSError, StateError) as error:
             self.due = True
-            if not self._failing:
+            if self.failure is None:
                 log.error("%s cannot be written, trying again: %s", FILE, error)
-            self._failing = True
+            self.failure = error
         else:
-            self._failing = False
+            self.failure = None
 
     def show(self, describe: Callable[[], RoundStatus]) -> None:
         """Write `status.json` if something in it is new, or it is old; no fault of it stops anything."""

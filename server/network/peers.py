@@ -114,7 +114,10 @@ class Gate(aio.ServerInterceptor):
         method = self._guarded(*parts, streamed=handler.request_streaming)
         streaming = f"stream_{kind.partition('_')[2]}"
         changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
-        return handler._replace(**changes)
+        serialise = handler.response_serializer
+        return handler._replace(
+            **changes, response_serializer=lambda told: told if isinstance(told, bytes) else serialise(told)
+        )
 
     def _guarded(
         self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], *, streamed: bool

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-from typing import Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -55,7 +55,7 @@ class FederationService(rpc.FederationServicer):
         self.audit = coordinator.audit
         self._pushing: dict[str, asyncio.Future[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._status: tuple[float, pb.PullResponse] = (-1.0, pb.PullResponse())
+        self._status = (-1.0, b"")
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:
         """See `Coordinator.enrol`."""
@@ -133,8 +133,8 @@ class FederationService(rpc.FederationServicer):
             yield message
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
 
-    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
-        """Tell what is being waited for until the round is open, then send the aggregate."""
+    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[Any]:
+        """Tell what is being waited for until the round is open, then send the aggregate; serialised."""
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         sent = 0
 
@@ -152,14 +152,14 @@ class FederationService(rpc.FederationServicer):
             if download is not None:
                 with self._coordinator.traces.span("pull", request.round, client):
                     for message in _download_messages(request, download):
-                        sent += message.ByteSize()
+                        sent += len(message)
                         yield message
                 break
             while not (opened() or self._changes.stopping) and time.monotonic() < deadline:
                 if self._coordinator.settings is not settings:
                     break
                 waiting = self._waiting()
-                sent += waiting.ByteSize()
+                sent += len(waiting)
                 yield waiting
                 left = deadline - time.monotonic()
                 pause = max(STATUS_SECONDS, 0.01 * len(settings.members))
@@ -178,11 +178,12 @@ class FederationService(rpc.FederationServicer):
             pass  # found, said and mended below
         return await asyncio.to_thread(self._coordinator.repaired, client, round_number)
 
-    def _waiting(self) -> pb.PullResponse:
+    def _waiting(self) -> bytes:
         made, message = self._status
         now = time.monotonic()
         if made < 0.0 or now - made > _STATUS_AGE_SECONDS:
-            message = pb.PullResponse(waiting=wire.encode(self._coordinator.describe(), pb.RoundState))
+            state = wire.encode(self._coordinator.describe(), pb.RoundState)
+            message = pb.PullResponse(waiting=state).SerializeToString()
             self._status = (now, message)
         return message
 
@@ -268,19 +269,16 @@ class FederationService(rpc.FederationServicer):
         try:
             return identify(context.auth_context(), self._coordinator.settings, witness=witness)
         except Refusal as refusal:
-            await self._refuse(context, call, context.peer() or "unknown peer", refusal)
-
-    async def _refuse(self, context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
-        await refuse(context, self.audit, call, who, refusal)
+            await refuse(context, self.audit, call, context.peer() or "unknown peer", refusal)
 
     async def guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
         """Await work; answer errors with a status, and give each one line in the log."""
         try:
             return await work
         except Refusal as refusal:
-            await self._refuse(context, call, client, refusal)
+            await refuse(context, self.audit, call, client, refusal)
         except WireError as error:
-            await self._refuse(context, call, client, malformed(str(error)))
+            await refuse(context, self.audit, call, client, malformed(str(error)))
         except _SupersededError:
             raise
         except TimeoutError:
@@ -312,14 +310,12 @@ def wait_seconds(milliseconds: int) -> float:
     return min(milliseconds, bounds.MAX_WAIT_MILLISECONDS) / 1000.0
 
 
-def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[pb.PullResponse]:
+def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[bytes]:
     """Header and chunks of an aggregate, from where the client left off if it is the same one."""
-    size = sum(len(payload) for payload in download.payloads)
-    resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= size
+    resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= download.size
     offset = int(request.resume_offset) if resumed else 0
-    sizes = [len(payload) for payload in download.payloads] or [0] * len(download.aggregate.sections)
-    head = pb.PullResponse()
-    wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset, head.header)
-    yield head
+    sizes = [len(payload) for payload in download.payloads]
+    header = wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset)
+    yield wire.field(pb.PullResponse.HEADER_FIELD_NUMBER, header)
     for chunk in wire.chunks(download.payloads, offset):
-        yield pb.PullResponse(chunk=chunk)
+        yield pb.PullResponse(chunk=chunk).SerializeToString()

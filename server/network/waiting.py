@@ -44,9 +44,7 @@ class Changes:
         while not self.stopping:
             event = self._events[topic]
             left = deadline - time.monotonic()
-            if ready() or left <= 0.0:
-                return
-            if not await _wait(event, left):
+            if ready() or left <= 0.0 or not await _wait(event, left):
                 return
 
     async def next_work(self, seen: int, seconds: float) -> None:

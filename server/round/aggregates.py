@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmosaic.protos.errors import StateError, WireError
@@ -61,12 +61,14 @@ class Download:
 class Offer:
     """What clients may load before the open round, by recipient, and the rows that it was made with.
 
-    Replaced whole when the next one opens.
+    Replaced whole when the next one opens. `made` has the sections, as `sections` tells them, that are at
+    hand because this process has just made them.
     """
 
     round: int
     stored: Mapping[str, StoredAggregate]
     rows: Rows
+    made: Mapping[str, list[tuple[AggregateSection, Place]]] = field(default_factory=dict)
 
     def download(
         self, settings: ServerSettings, blobs: Blobs, client: str, epoch: int, head: bytes
@@ -82,7 +84,8 @@ class Offer:
             why = f"{client} had not enrolled when round {number - 1} was closed"
             names = settings.dimensions(client) if number > 1 else ()
             nothing = tuple(AggregateSection(name, None, b"", why) for name in names)
-            return Download(Aggregate(number, nothing, 0, epoch, head), (), hashlib.sha256().digest())
+            empty = tuple(memoryview(b"") for _ in names)
+            return Download(Aggregate(number, nothing, 0, epoch, head), empty, hashlib.sha256().digest())
         found = self.sections(settings, client)
         payloads = tuple(
             blobs.read("aggregates", number, at.blob, at.start, at.size) if at.size else memoryview(b"")
@@ -93,6 +96,8 @@ class Offer:
 
     def sections(self, settings: ServerSettings, client: str) -> list[tuple[AggregateSection, Place]]:
         """Sections of a client's aggregate, without payloads, and where these are; StateError if damaged."""
+        if client in self.made:
+            return self.made[client]
         try:
             return [
                 self._section(record, client, section_label(record["name"], settings.family(client)))

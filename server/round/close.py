@@ -105,7 +105,7 @@ class Closer:
             raise
         planned = self._plan(clients, uploads, round_number, recipients)
         epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
-        stored = self._combine(planned.plans, payloads, round_number, epoch)
+        offer = self._combine(planned.plans, payloads, round_number, epoch)
         unsure = [c for c, sure in zip(clients, planned.related.significant, strict=True) if not sure]
         refusals = {p.group.label: _told(p, round_number) for p in planned.plans}
         result = {
@@ -124,8 +124,7 @@ class Closer:
         lines = [f"{name} trains alone: {why}" for told in refusals.values() for name, why in told.items()]
         if uploads and unsure:
             lines.append(f"profile missing or within its noise, uniform weights for: {', '.join(unsure)}")
-        rows = {p.group.label: p.rows for p in planned.plans}
-        return ClosedRound(Offer(round_number + 1, stored, rows), result, lines)
+        return ClosedRound(offer, result, lines)
 
     def _plan(
         self,
@@ -163,9 +162,7 @@ class Closer:
             self._planned = _Planned(basis, round_number, noise, related, plans)
         return self._planned
 
-    def _combine(
-        self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int
-    ) -> dict[str, StoredAggregate]:
+    def _combine(self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int) -> Offer:
         """Form all sums, write them, and describe what every recipient gets."""
         parts: dict[str, list[tuple[AggregateSection, Place]]] = defaultdict(list)
         digests: dict[str, Any] = defaultdict(hashlib.sha256)
@@ -180,7 +177,8 @@ class Closer:
                     yield payload
 
         self._blobs.write_pieces("aggregates", round_number + 1, WHOLE, pieces())
-        return {name: stored_aggregate(epoch, parts[name], digests[name].digest()) for name in sorted(parts)}
+        stored = {n: stored_aggregate(epoch, parts[n], digests[n].digest()) for n in sorted(parts)}
+        return Offer(round_number + 1, stored, {p.group.label: p.rows for p in plans}, parts)
 
     def _sums(
         self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int

@@ -145,7 +145,7 @@ class Witnessing:
                     digest.update(self._payload(place))
                 parts.append((section, place))
             stored[recipient] = stored_aggregate(before.key_epoch, parts, digest.digest())
-        offer = replace(closed.offer, stored=stored)
+        offer = replace(closed.offer, stored=stored, made={})
         return self._number, replace(closed, offer=offer, refusals=lines)
 
     def end(self) -> None:

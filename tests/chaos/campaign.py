@@ -61,7 +61,7 @@ class Run:
         mean_seconds: between two kills by the clock.
         fault: what befalls them, of `faults.FAULTS`.
         killed: servers, clients and databases, and what else befell.
-        flipped: the file with a flipped bit, and what it held, by whose it is.
+        flipped: what the file with a flipped bit held, and those beside it, by whose it is.
     """
 
     place: Path
@@ -72,7 +72,7 @@ class Run:
     fault: str = "kill"
     seconds: float = 0.0
     killed: Counter[str] = field(default_factory=Counter)
-    flipped: dict[str, tuple[Path, bytes]] = field(default_factory=dict)
+    flipped: dict[str, dict[Path, bytes]] = field(default_factory=dict)
     database: faults.Postgresql | None = None
     faults: list[str] = field(default_factory=list)
 
@@ -131,8 +131,8 @@ class Run:
                     finished.add(name)
                     continue
                 elif code in _SAID and name in self.flipped:
-                    path, content = self.flipped.pop(name)
-                    path.write_bytes(content)
+                    for path, content in self.flipped.pop(name).items():
+                        path.write_bytes(content)
                 elif code not in _SAID or self.fault not in _FAILING:
                     self.faults.append(f"{name} ended with exit status {code}")
                 self._start(name)
@@ -169,7 +169,9 @@ class Run:
         while (ended := self._ended()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         code = None if ended is None else ended[1]
-        if code in (-signal.SIGKILL, -signal.SIGTERM):
+        log = (self.place / "server.log").read_text(errors="replace").rpartition("\n")[0]
+        told = code == 1 and self.fault in _FAILING and "is older than the run" in log.rpartition("\n")[2]
+        if told or code in (-signal.SIGKILL, -signal.SIGTERM):
             self.killed["server"] += code == -signal.SIGKILL
             summary = self.place / "f" / "server" / "state" / "run.json"
             summary.unlink(missing_ok=True)

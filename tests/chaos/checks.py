@@ -65,7 +65,10 @@ def faults_of(
     if summary["phase"] != "finished" or len(uploaded) != rounds:
         yield f"the run is {summary['phase']} after {len(uploaded)} of {rounds} rounds"
     log = (place / "server.log").read_text(errors="replace")
-    twice = {name for name in members if log.count(f"{name} has lost key epoch") > 1}
+    away = {name for name in members if log.count(f"{name} has lost key epoch") > 1}
+    # A flipped bit in a group key: its member says so and trains a round alone, and all later rounds differ.
+    told = {name: (place / f"{name}.log").read_text(errors="replace") for name in members}
+    keyless = {name for name in members if flipped and "its key is lost" in told[name]}
     absent = (
         {}
         if grouped
@@ -73,8 +76,8 @@ def faults_of(
     )
     for number, names in absent.items():
         # A member that is killed twice in one agreement is left out of the epoch, as it should be.
-        if names - twice:
-            yield f"round {number} closed without {', '.join(sorted(names - twice))}"
+        if alone := sorted(names - away - keyless):
+            yield f"round {number} closed without {', '.join(alone)}"
     nonces: dict[str, str] = {}
     for name in members:
         notes = notes_of(place, name)
@@ -82,9 +85,7 @@ def faults_of(
         yield from (f"{name}: {fault}" for fault in _sealed_twice(notes, nonces))
         yield from (f"{name}: {fault}" for fault in _under_charged(place, name, notes, terms.adapter.private))
     final = final_vectors(place, members, rounds)
-    # A flipped bit in a group key: its member says so, trains a round alone, and all later rounds differ.
-    told = "".join((place / f"{name}.log").read_text(errors="replace") for name in members)
-    alike = not absent and not (flipped and "its key is lost" in told)
+    alike = not absent and not keyless
     if missing := set(members) - final.keys() - absent.get(rounds, set()):
         yield f"no adapter of the last round at {', '.join(sorted(missing))}"
     elif grouped or (undisturbed is not None and alike):

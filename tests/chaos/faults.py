@@ -80,8 +80,8 @@ STEPS = {
 FAULTS = (*STEPS, "bit-flip", "postgresql")
 
 
-def flip_bit(state: Path, draw: random.Random) -> tuple[Path, bytes]:
-    """Flip a bit in a file of a process that is dead; returns the file, and what it held.
+def flip_bit(state: Path, draw: random.Random) -> dict[Path, bytes]:
+    """Flip a bit in a file of a process that is dead; returns what it held, and what SQLite keeps beside it.
 
     Some are spared: what SQLite writes ahead, of which it drops a damaged frame by design and without a word;
     the audit log, whose reader notices; and the adapters, which belong to the learner of these tests.
@@ -92,7 +92,7 @@ def flip_bit(state: Path, draw: random.Random) -> tuple[Path, bytes]:
     data = bytearray(content)
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     path.write_bytes(data)
-    return path, content
+    return {beside: beside.read_bytes() for beside in path.parent.glob(f"{path.name}-*")} | {path: content}
 
 
 def program(name: str) -> str | None:

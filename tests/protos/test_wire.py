@@ -140,8 +140,9 @@ def test_upload_header_round_trip(value: messages.UploadHeader) -> None:
 def test_aggregate_round_trip_through_chunks_of_any_size(value: messages.Aggregate, chunk_bytes: int) -> None:
     payloads = [section.payload for section in value.sections]
     stream = b"".join(payloads)
-    header = again(
-        wire.encode_aggregate_header(value, [len(p) for p in payloads], hashlib.sha256(stream).digest(), 0)
+    sizes = [len(payload) for payload in payloads]
+    header = pb.AggregateHeader.FromString(
+        wire.encode_aggregate_header(value, sizes, hashlib.sha256(stream).digest(), 0)
     )
     received = bytearray()
     for chunk in wire.chunks(payloads, 0, chunk_bytes):
@@ -178,7 +179,8 @@ def test_arbitrary_bytes_are_a_message_or_a_wire_error(noise: bytes) -> None:
 def test_a_damaged_aggregate_is_noticed() -> None:
     row = messages.WeightRow(("a", "b"), (4, 4), 3)
     value = messages.Aggregate(2, (messages.AggregateSection("shared", row, b"payload"),), 0, 0)
-    header = wire.encode_aggregate_header(value, [7], hashlib.sha256(b"payload").digest(), 0)
+    encoded = wire.encode_aggregate_header(value, [7], hashlib.sha256(b"payload").digest(), 0)
+    header = pb.AggregateHeader.FromString(encoded)
     with pytest.raises(WireError, match="damaged"):
         wire.decode_aggregate(header, b"pay1oad")
     with pytest.raises(WireError, match="damaged"):
@@ -247,5 +249,6 @@ def test_the_largest_messages_stay_below_the_message_limit() -> None:
     chunk = pb.Chunk(offset=1 << 40, data=bytes(bounds.MAX_CHUNK_BYTES))
     vector = np.ones(bounds.MAX_PROFILE_DIMENSIONS, dtype=np.float32)
     header = messages.UploadHeader(1, "a", 0, (), messages.Profile(vector, 0.0, 1), bytes(64))
-    for message in (enrolled, aggregate, status, chunk, wire.encode_upload_header(header)):
+    for message in (enrolled, status, chunk, wire.encode_upload_header(header)):
         assert message.ByteSize() < bounds.MAX_MESSAGE_BYTES
+    assert len(aggregate) < bounds.MAX_MESSAGE_BYTES

@@ -1,6 +1,7 @@
 """A kill, a damaged file, an older copy: what the server does so that no harm lasts."""
 
 import hashlib
+import json
 import logging
 import shutil
 import sqlite3
@@ -237,18 +238,25 @@ def test_a_damaged_database_is_one_clear_error(
         begin()
 
 
-def test_a_server_whose_database_is_away_stops_without_a_traceback(
-    federation: Any, coordinator: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_server_that_cannot_write_its_account_at_its_end_says_so_and_the_next_start_writes_it(
+    federation: Any, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
+    coordinator = begin()
+    coordinator.advance()
     federation.play(coordinator, 1)
 
     def away(*_: object, **__: object) -> None:
         raise StateError("the server's database failed: connection refused")
 
     monkeypatch.setattr(coordinator._run.store, "results", away)
-    coordinator.close()
+    with pytest.raises(StateError, match=r"run\.json is older than the run"):
+        coordinator.close()
     assert "run.json cannot be written" in caplog.text
     assert not [record for record in caplog.records if record.exc_info]
+    again = begin()
+    again.advance()
+    assert json.loads((tmp_path / "state" / "run.json").read_text())["open_round"] == 2
+    again.close()
 
 
 def test_the_last_words_tell_who_received_and_who_is_silent(

@@ -129,7 +129,7 @@ def parts(start: int = 0, stop: int | None = None, offset: int | None = None) ->
     header = wire.encode_aggregate_header(
         AGGREGATE, [len(PAYLOAD)], digest, start if offset is None else offset
     )
-    found = [pb.PullResponse(header=header)]
+    found = [pb.PullResponse(header=pb.AggregateHeader.FromString(header))]
     for chunk in wire.chunks([PAYLOAD[:stop]], start, 100_000):
         found.append(pb.PullResponse(chunk=chunk))
     return found
