@@ -25,6 +25,13 @@ if __name__ == "__main__":
 """
 
 
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # that has ended, and waits for who has taken it over
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_to_a_run_ends_all_of_its_processes(
     number: signal.Signals, tmp_path: Path, tiny_scenario: Any
@@ -45,7 +52,8 @@ def test_a_signal_to_a_run_ends_all_of_its_processes(
         wait_until(a_client_is_there)
         run.send_signal(number)
         assert run.wait(60) == 128 + number
-    _, left = psutil.wait_procs(started, 20)
-    for process in left:
-        process.kill()
-    assert left == []
+    try:
+        wait_until(lambda: not any(map(alive, started)))
+    finally:
+        for process in filter(alive, started):
+            process.kill()
