@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Final, TextIO
@@ -95,10 +96,28 @@ def ending_children() -> Iterator[None]:
     """
     import psutil
 
-    def end(number: int, _frame: object) -> None:
-        for child in psutil.Process().children(recursive=True):
+    def to_each(act: Callable[[psutil.Process], None], processes: list[psutil.Process]) -> None:
+        for process in processes:
             with contextlib.suppress(psutil.Error):
-                child.terminate()
+                act(process)
+
+    def goes_on(process: psutil.Process) -> bool:
+        """Whether it is not stopped yet: the fork of a large process takes milliseconds to the end."""
+        with contextlib.suppress(psutil.Error):
+            return bool(process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
+        return False
+
+    def end(number: int, _frame: object) -> None:
+        found: list[psutil.Process] = []
+        # Stopped first: one that is started meanwhile, and loses its parent, would be found no more.
+        while fresh := [each for each in psutil.Process().children(recursive=True) if each not in found]:
+            to_each(psutil.Process.suspend, fresh)
+            found += fresh
+            deadline = time.monotonic() + 1.0
+            while any(map(goes_on, fresh)) and time.monotonic() < deadline:
+                time.sleep(0.001)
+        to_each(psutil.Process.terminate, found)
+        to_each(psutil.Process.resume, found)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     here = threading.current_thread() is threading.main_thread()
