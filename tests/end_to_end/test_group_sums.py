@@ -105,14 +105,19 @@ def run(coordinator, clients):
 
 
 class PassingTime:
-    """A clock that passes over the time for which the others wait for a member that is gone."""
+    """A clock that passes over the time for which the others wait for a member that is gone, from a round on.
 
-    def __init__(self, coordinator, gone):
-        self._run, self._gone, self._passed = coordinator._run, gone, set()
+    Before that round the member is only the last to answer, now and then.
+    """
+
+    def __init__(self, coordinator, gone, since):
+        self._run, self._gone, self._since, self._passed = coordinator._run, gone, since, set()
         self._run.clock = self
 
     def __call__(self):
         sums, round = self._run.sums._current, self._run.round
+        if round.number < self._since:
+            return time.monotonic()
         for group in sums._groups if sums else ():
             if group.step == VECTOR and group._answered[VECTOR] == set(MEMBERS) - {self._gone}:
                 self._passed.add((round.number, VECTOR))
@@ -166,7 +171,7 @@ def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
     coordinator, clients = federation(group_terms(rounds=5))
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 3
-    PassingTime(coordinator, "m03")
+    PassingTime(coordinator, "m03", since=3)
     errors = run_all(sessions)
     assert set(errors) == {"m03"}
     assert _contributors(coordinator)[2] == set(MEMBERS)
@@ -265,7 +270,7 @@ def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(f
     coordinator, clients = federation(group_terms(rounds=3, minimum=9))
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 2
-    PassingTime(coordinator, "m03")
+    PassingTime(coordinator, "m03", since=2)
     assert set(run_all(sessions)) == {"m03"}
     assert all(not any(total.vectors) for total in coordinator._run.sums._totals)
     lines, exchanged = coordinator.last_words()
