@@ -128,6 +128,18 @@ class Scenario(CommonTerms):
     unsafe_test_noise_seed: int | None = None
     """Makes the noise predictable, for reruns bit by bit; the statement then says that no guarantee holds."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed_keys(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        if "pictures" in content:
+            raise ValueError("the key 'pictures' is now called 'images'; rename it")
+        if content.get("unseen"):
+            raise ValueError("unseen clients are no longer part of a scenario; leave the key out")
+        # Runs of before have these keys, empty, in their `scenario.json`.
+        return {key: value for key, value in content.items() if key not in ("unseen", "adaptation_steps")}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Scenario":
         ids = [client.id for client in self.clients]

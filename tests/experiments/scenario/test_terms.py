@@ -61,8 +61,18 @@ def test_scored_rounds_hold_the_last() -> None:
     assert scenario.rounds_to_score() == (3, 5)
 
 
-def test_terms_that_contradict_each_other_are_refused(tiny_scenario: Any) -> None:
+def test_a_key_of_before_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    text = (SCENARIOS / "vision-siblings.toml").read_text(encoding="utf-8")
+    (tmp_path / "old.toml").write_text(text.replace("\nimages = ", "\npictures = "), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="'pictures' is now called 'images'; rename it"):
+        read_configuration(tmp_path / "old.toml", Scenario)
+
+
+def test_a_run_of_before_is_read_unless_it_had_unseen_clients(tiny_scenario: Any) -> None:
     content = tiny_scenario().model_dump(mode="json")
+    assert Scenario.model_validate(content | {"unseen": [], "adaptation_steps": [0, 25]}) == tiny_scenario()
+    with pytest.raises(ValueError, match="unseen clients are no longer part"):
+        Scenario.model_validate(content | {"unseen": content["clients"][:1]})
     for asked in ({"stream": "dynamic"}, {"equal_compute": True}):
         with pytest.raises(ValueError, match="the noise is planned for one set of examples"):
             tiny_scenario(**asked, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
