@@ -19,7 +19,12 @@ def test_a_fitted_basis_is_kept_for_the_next_run_and_a_damaged_one_is_not_used(
 ) -> None:
     fits: list[object] = []
     really = fit.fit
-    monkeypatch.setattr(fit, "fit", lambda arguments: fits.append(arguments) or really(arguments))
+
+    def noting(arguments: fit.Arguments) -> None:
+        fits.append(arguments)
+        really(arguments)
+
+    monkeypatch.setattr(fit, "fit", noting)
 
     def fitted(name: str) -> Any:
         return fit_profile(
