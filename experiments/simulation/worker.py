@@ -156,7 +156,8 @@ class _Client:
         self.ledger = open_ledger(self.state.ledger_path, self.entry.id, self.terms, count, target)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
+            steps = worker.roster.private_steps
+            self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target, steps)
         self.transport = InProcessTransport(
             worker.coordinator,
             self.entry.id,

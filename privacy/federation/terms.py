@@ -199,8 +199,12 @@ class ScheduleTerms(Frozen):
     rotate_key_every: int = Field(default=50, ge=1)
     """Rounds after which a new group key is agreed on."""
     sampled_clients: int | None = Field(default=None, ge=2, le=bounds.MAX_CONTRIBUTORS)
-    """Members that take part in a round, drawn anew for each by a public rule; all of them if left out. Noise
-    is planned as if every member took part in every round. Only with `adapter.protection` `none` or `dp`."""
+    """K, the members that take part in a round; all of them if left out. They take turns by a public rule, so
+    that of n members none takes part twice within ⌊n/K⌋ rounds, and noise is planned for so many turns."""
+
+    def turns(self, members: int) -> int:
+        """Rounds in which one of so many members takes part, at most; see `roster.taking_part`."""
+        return -(-self.rounds // max(1, members // (self.sampled_clients or members)))
 
 
 class CommonTerms(Frozen):
@@ -215,6 +219,10 @@ class CommonTerms(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
     """Must be `true` if nothing is encrypted (`encryption.backend = "plain"`)."""
+
+    def private_steps(self, members: int) -> int:
+        """Steps of DP-SGD that each of so many members plans its noise for: all that it will ever take."""
+        return self.adapter_privacy.steps_per_round * self.schedule.turns(members)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
