@@ -88,11 +88,12 @@ class Worker:
     def _place(self, entry: ScenarioClient) -> Path:
         return self.directory / "federation" / "clients" / entry.id
 
-    def turn(self, index: int) -> None:
-        """One client's part in the open round; `index` is its place in the scenario."""
+    def turn(self, index: int, number: int) -> None:
+        """One client's part in the rounds up to `number`; `index` is its place in the scenario."""
         began = time.monotonic() - self._seconds.get(index, 0.0)
         client, over = self._taken(index), True
         try:
+            client.transport.last_round = number
             over = client.turn(began)
         finally:
             self._put_back(client, keep=not over)

@@ -97,14 +97,15 @@ def check_sums(terms: Terms, members: Sequence[str]) -> None:
     if not terms.adapter.in_group_sums:
         return
     noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
+    most = terms.schedule.share(len(members), len(members))
     try:
-        plan_grid(len(members), terms.adapter_privacy.expected_batch_size, noise, sums.bits)
+        plan_grid(most, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
     except MechanismError as error:
         raise ConfigurationError(f"terms.group_sums.bits is {sums.bits}: {error}") from None
     names = tuple(sorted(members))
     longest = Partition(groups=(names,), mixing=dict.fromkeys(names, (_LONGEST_NUMBER,) * sums.groups))
     vector = bytes(-(-terms.adapter.shared_dimensions * sums.bits // 8))
-    total = RoundTotals(1, (names,), (vector,)).messages()["group-0"]
+    total = RoundTotals(1, (names[:most],), (vector,)).messages()["group-0"]
     for what, message, remedy in (
         ("the groups and their weights", longest.encoded(), "terms.group_sums.groups"),
         ("a sum and the names behind it", total, "terms.adapter.rank or terms.adapter.blocks"),

@@ -159,10 +159,7 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
 
 def _check_branch_of_sums_alone(coordinator, session, learners):
     """Fed with what a member knows beside the sums, steps or their state would carry its data on."""
-    partition = coordinator._run.sums._partition
-    gradients = [
-        mixed_gradient(session._sums_of(total, partition), (1.0,)) for total in coordinator._run.sums._totals
-    ]
+    gradients = [mixed_gradient(session._sums_of(total), (1.0,)) for total in coordinator._run.sums._totals]
     theta = shared_branch(np.zeros(learners[0].local.size), gradients, 0.1, 5).astype(np.float32)
     assert all(np.array_equal(learner.branches[-1], theta) for learner in learners)
 
