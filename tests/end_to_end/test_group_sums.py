@@ -24,7 +24,7 @@ MEMBERS = tuple(f"m{number:02}" for number in range(9))
 SIGMA = 2.0
 
 
-def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1):
+def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1, sampled=None):
     return Terms.model_validate(
         {
             "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="distributed-dp"),
@@ -37,7 +37,9 @@ def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1):
                 learning_rate=0.1,
             ),
             "profile": PROFILE,
-            "schedule": ScheduleTerms(rounds=rounds, quorum=4, round_deadline_seconds=60),
+            "schedule": ScheduleTerms(
+                rounds=rounds, quorum=4, round_deadline_seconds=60, sampled_clients=sampled
+            ),
             "encryption": {"backend": "plain"},
         }
     )
