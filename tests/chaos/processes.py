@@ -57,9 +57,9 @@ def at_step(step: int, befall: Callable[[], None]) -> None:
         if changes_disk(event, arguments):
             count()
 
-    def flushing(file: Any) -> None:
+    def flushing(fd: Any) -> None:
         count()
-        flush(file)
+        flush(fd)
 
     sys.addaudithook(hook)
     os.fsync = flushing
@@ -125,7 +125,8 @@ def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> i
         note("receipt", round=upload.round, status=receipt.status.value, hash=receipt.content_hash.hex())
         return receipt
 
-    session._protection._cipher.encrypt, transport.push = encrypting, pushing
+    session._protection._cipher.encrypt = encrypting  # type: ignore[method-assign]  # noted
+    transport.push = pushing  # type: ignore[method-assign]  # noted
     session.run()
     return 0
 
