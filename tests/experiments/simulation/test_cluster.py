@@ -40,7 +40,7 @@ def test_what_a_cluster_cannot_run_is_refused(tmp_path: Path, tiny_scenario: Any
         runner.run_here(tiny_scenario(method="local"), tmp_path, tmp_path, Console(quiet=True), Cluster())
     for wrong in ({"actors": 2}, {"engine": "ray", "processes": True}):
         with pytest.raises(ConfigurationError, match="--engine ray"):
-            runner._cluster(runner.Arguments(Path("x.toml"), **wrong))  # type: ignore[arg-type]  # options
+            runner._cluster(runner.Arguments(Path("x.toml"), **wrong))
 
 
 @pytest.fixture

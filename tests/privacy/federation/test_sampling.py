@@ -1,6 +1,7 @@
 """Who takes part in a round: K of N, alike for all who ask, and each member as often as any other."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,11 @@ from fedmosaic.privacy.federation.terms import ScheduleTerms
 from fedmosaic.protos import bounds
 
 MEMBERS = tuple(f"m{number}" for number in range(10))
-PLAIN = {"adapter": {"protection": "none"}, "encryption": {"backend": "plain"}, "allow_plaintext": True}
+PLAIN: dict[str, Any] = {
+    "adapter": {"protection": "none"},
+    "encryption": {"backend": "plain"},
+    "allow_plaintext": True,
+}
 
 
 def test_each_round_has_so_many_members_drawn_by_a_rule_that_all_can_follow() -> None:
