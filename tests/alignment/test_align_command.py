@@ -450,12 +450,8 @@ def test_runs_are_on_disk_as_soon_as_they_are_done(
 def test_evaluation_refuses_what_does_not_exist(
     aligned: tuple[Path, Manifest], task: str, changes: dict[str, Any], message: str
 ) -> None:
-    chosen: dict[str, Any] = {
-        "bases": (f"x={aligned[0]}",),
-        "task": (task,),
-        "pair": ("anchor", "wide"),
-        "seeds": 1,
-    }
+    chosen: dict[str, Any] = {"bases": (f"x={aligned[0]}",), "task": (task,), "seeds": 1}
+    chosen |= {"pair": ("anchor", "wide")}
     with pytest.raises(ConfigurationError, match=message):
         evaluate.evaluate(evaluate.Arguments(**(chosen | changes)), Console(quiet=True))
 

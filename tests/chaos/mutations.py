@@ -35,21 +35,8 @@ _OVER_GRPC = 3000
 _LARGEST_GROWTH = 64 * 2**20
 """Bytes that this process, server and caller together, may grow by over all calls."""
 _EXTREMES: tuple[object, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    1e308,
-    "",
-    "x" * 5000,
-    [],
-    {},
-    [[]],
-    {"a": 1},
-    "../x",
-    "f" * 64,
-)
+    None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64,
+)  # fmt: skip
 
 
 def mutate(content: bytes, others: Sequence[bytes], draw: random.Random) -> bytes:

@@ -95,13 +95,8 @@ def test_the_hash_is_of_canonical_json_and_depends_on_every_field() -> None:
     plain = {"alpha": 32.0, "basis": "seed:0", "blocks": 2, "format": "fedmosaic/shared-adapter/1"}
     canonical = json.dumps({**plain, "modules": list(MODULES), "rank": 4}, separators=(",", ":"))
     assert layout.spec_hash == hashlib.sha256(canonical.encode()).hexdigest()
-    changes: dict[str, Any] = {
-        "rank": 5,
-        "alpha": 16.0,
-        "blocks": 3,
-        "modules": MODULES[:-1],
-        "basis_label": "aligned:x",
-    }
+    changes: dict[str, Any] = {"rank": 5, "alpha": 16.0, "blocks": 3, "modules": MODULES[:-1]}
+    changes |= {"basis_label": "aligned:x"}
     changed = {replace(layout, **{name: value}).spec_hash for name, value in changes.items()}
     assert len({layout.spec_hash, *changed}) == 6
 

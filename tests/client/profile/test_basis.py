@@ -134,13 +134,8 @@ def test_a_fitted_mechanism_is_complete(kind: str, standardise: str, has_basis: 
 
 
 def tiny_probe() -> tuple[Probe, list[EncodedExample]]:
-    sizes: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_attention_heads": 2,
-        "vocab_size": 30,
-    }
-    probe = open_probe(tiny_llama(num_hidden_layers=1, initializer_range=0.3, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2}
+    probe = open_probe(tiny_llama(num_hidden_layers=1, initializer_range=0.3, vocab_size=30, **sizes))
     ids = torch.randint(0, 30, (40, 7))
     examples = [EncodedExample(str(index), row, row) for index, row in enumerate(ids)]
     return probe, examples

@@ -27,9 +27,8 @@ if __name__ == "__main__":
 
 def alive(process: psutil.Process) -> bool:
     try:
-        return bool(
-            process.status() != psutil.STATUS_ZOMBIE
-        )  # that has ended, and waits for who has taken it over
+        # A zombie has ended, and waits for who has taken it over.
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

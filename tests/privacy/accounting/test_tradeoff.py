@@ -101,9 +101,7 @@ def test_the_equivalent_gaussian_dominates_the_release_down_to_delta() -> None:
 def test_limits() -> None:
     nothing = tradeoff.attack_bounds([], DELTA)
     assert (nothing.gaussian_mu, nothing.advantage) == (0.0, 0.0)
-    assert nothing.true_positive_rate_at_1_percent == pytest.approx(
-        0.01,
-    )
+    assert nothing.true_positive_rate_at_1_percent == pytest.approx(0.01)
     assert tradeoff.attack_bounds([UNPROTECTED], DELTA) == tradeoff.UNBOUNDED
     assert tradeoff.attack_bounds([GaussianEvent(0.03, 0.5, 10)], DELTA) == tradeoff.UNBOUNDED
     with pytest.raises(AccountingError):

@@ -18,11 +18,8 @@ from fedmosaic.privacy.federation.terms import ScheduleTerms
 from fedmosaic.protos import bounds
 
 MEMBERS = tuple(f"m{number}" for number in range(10))
-PLAIN: dict[str, Any] = {
-    "adapter": {"protection": "none"},
-    "encryption": {"backend": "plain"},
-    "allow_plaintext": True,
-}
+PLAIN: dict[str, Any] = {"adapter": {"protection": "none"}, "encryption": {"backend": "plain"}}
+PLAIN |= {"allow_plaintext": True}
 
 
 def test_each_round_has_so_many_members_drawn_by_a_rule_that_all_can_follow() -> None:
