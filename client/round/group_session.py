@@ -106,7 +106,7 @@ class GroupSession(Session):
         # A crash in between leaves no adapter of the round, to be made anew.
         if (place := self._state.adapter_path(enrolled.rounds)).exists():
             shutil.rmtree(place)
-        self._state.save_adapter(enrolled.rounds, self._learner.save)
+        self._state.complete_round(enrolled.rounds, self._learner.save)
         write_atomically(done, b"")
 
     def _receive_sums(self, round_number: int) -> None:
