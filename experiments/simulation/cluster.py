@@ -246,7 +246,7 @@ class _Actors:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise RunFailedError(f"client {name}: its actor is lost ({error})") from error
-            if number <= self._scenario.schedule.rounds:
+            if (number > self._scenario.schedule.rounds) == self._scenario.adapter.in_group_sums:
                 self._progress.add(simulate.steps_of_turn(self._scenario), name, number)
             begin(self._actor_of[index])
 
