@@ -2,7 +2,8 @@
 
 Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it, and before
 the call returns, the head file, `<ledger>.head`, is replaced by the last row's sequence and hash, which tells
-a ledger that is shorter. A row that a crash leaves out of it is one that nothing was drawn or sent on. Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
+a ledger that is shorter. A row that a crash leaves out of it is one that nothing was drawn or sent on. Both
+files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
 """
 
 import datetime as dt
