@@ -37,8 +37,8 @@ _Word = Annotated[str, Field(pattern=_WORD)]
 _Number = Annotated[int, Field(strict=True, ge=0)]
 _UNSEEN: Final = (
     "Not shown: whether lines at the end were cut off. For that, ask with --holds for a hash that somebody "
-    "else has kept: of a server's log server_head in a member's session.json, of a client's the hash of a row "
-    "of its ledger, of any log the hash that an earlier check has printed."
+    "else has kept: of a server's log server_head in a member's session.json, of a client's the hash of a "
+    "row of its ledger, of any log the hash that an earlier check has printed."
 )
 _ROW: Final = {
     "channel": Literal["profile", "adapter", "family"],
