@@ -78,7 +78,8 @@ LEAKS = (
     "Whether a client has the examples that a profile needs at least, and how often its data changed: it "
     "then sends a new profile.",
     "How long a private step takes, which grows with the size of its random sample, and how long a task "
-    "profile and an evaluation take, which grows with the number of examples.",
+    "profile and an evaluation take, which grows with the number of examples. Where a round takes nearly as "
+    "long as the terms' deadline, that decides who is in time, which all members see.",
     "Poisoning and free-riding are not a question of privacy and are not covered here.",
 )
 OTHER_RUNS_LEAK = (

@@ -141,21 +141,20 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("configured", PROTECTIONS)
-def test_a_statement_claims_no_more_than_holds_of_the_worst_release(
-    tmp_path: Path, configured: models.Protection
-) -> None:
+def test_a_statement_claims_no_more_than_holds_of_the_worst_release(tmp_path: Path) -> None:
     for number, (own, others) in enumerate(itertools.product(OWN, OTHERS)):
         rows = rows_of(tmp_path / str(number), own, others, joined=bool(others) and number % 2 == 1)
-        bounds = {"least_noise": SIGMA, "largest_delta": DELTA}
-        inputs = models.ClientInputs(ledger=rows, adapter_protection=configured, **bounds)
-        facts = models.StatementInputs(run_id=RUN, clients=(inputs,), encryption="ckks", witness="notary")
-        sent = (*own, *others)
-        for made in (statement(facts), shareable(facts)):
-            (client,) = made.clients
-            for adversary in models.ADVERSARIES:
-                check_claim(client, adversary, configured, sent, exact=not made.shareable)
-            check_words(made, configured, own, others)
+        for configured in PROTECTIONS:
+            if others and own not in ((), (Sent(configured),)):
+                continue  # a ledger that contradicts this run's own terms is looked at by itself
+            bounds = {"least_noise": SIGMA, "largest_delta": DELTA}
+            inputs = models.ClientInputs(ledger=rows, adapter_protection=configured, **bounds)
+            facts = models.StatementInputs(run_id=RUN, clients=(inputs,), encryption="ckks", witness="notary")
+            for made in (statement(facts), shareable(facts)):
+                for adversary in models.ADVERSARIES:
+                    exact = not made.shareable
+                    check_claim(made.clients[0], adversary, configured, (*own, *others), exact=exact)
+                check_words(made, configured, own, others)
 
 
 def check_words(
