@@ -204,9 +204,15 @@ def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[models.Mechanism, ...]:
 
 
 def _guarantees(client: _Client) -> Iterator[Guarantee]:
+    elsewhere = client.run
+    if any(part.run == "others" for channel in client.channels for part in channel.parts):
+        elsewhere = elsewhere.model_copy(update={"transport": "mutual_tls"})
     for adversary in models.ADVERSARIES:
         seen = {
-            channel.name: tuple(_seen(part, adversary, client.run) for part in channel.parts)
+            channel.name: tuple(
+                _seen(part, adversary, client.run if part.run == "this" else elsewhere)
+                for part in channel.parts
+            )
             for channel in client.channels
         }
         for name, parts in seen.items():
@@ -218,8 +224,6 @@ def _guarantees(client: _Client) -> Iterator[Guarantee]:
 
 def _seen(part: Part, adversary: Adversary, run: models.StatementInputs) -> _Seen:
     """What protects one part against one adversary."""
-    if part.run == "others":
-        run = run.model_copy(update={"transport": "mutual_tls"})
     cover, words = coverage(part.channel, part.protection, adversary, run)
     void = part.test_noise and cover in _WITH_NOISE
     if void:
@@ -251,7 +255,8 @@ def _joint_words(covers: _Covers) -> str:
             return "cryptography only, so ε does not apply"
         case "mixed":
             only = [CHANNEL_NAMES[name] for name, cover in covers.items() if cover in _NOT_ALL_NOISE]
-            return f"ε is of the differentially private channels; cryptography only covers: {', '.join(only)}"
+            covered = f"cryptography alone covers others, of: {', '.join(only)}"
+            return f"ε is of the differentially private releases; {covered}"
     return "composed over all channels"
 
 

@@ -25,7 +25,8 @@ _COVERED: Final[dict[models.Cover, str]] = {
     "nothing": "NOT protected against {who}: nothing limits what they can learn about one {unit}{value}.",
     "dp": "Protected by differential privacy against {who}{value}.",
     "dp_and_cryptography": "Protected by differential privacy and by encryption against {who}{value}.",
-    "mixed": "Protected against {who}: {only} by encryption alone, the rest by differential privacy{value}.",
+    "mixed": "Protected against {who}: releases of {only} by encryption alone, all others "
+    "by differential privacy{value}.",
     "cryptography_only": "Protected by encryption alone against {who}.",
     "nothing_sent": "Nothing is sent where this could be seen: {who}.",
 }

@@ -210,6 +210,9 @@ def test_a_network_that_this_run_has_not_used_has_carried_others(tmp_path: Path)
     (network,) = [g for g in client.guarantees if (g.channel, g.adversary) == ("adapter", "network")]
     assert network.cover == "dp_and_cryptography"
     assert network.epsilon == epsilon([GaussianEvent(SIGMA, 1.0, 1)], DELTA, "rdp")
+    (joint,) = [g for g in client.guarantees if (g.channel, g.adversary) == ("joint", "network")]
+    both = [GaussianEvent(PROFILE_SIGMA, 1.0, 1), GaussianEvent(SIGMA, 1.0, 1)]
+    assert joint.epsilon == epsilon(both, DELTA, "rdp"), "other runs have sent the profile, too"
 
 
 @pytest.mark.parametrize("unit", ["example", "person"])
