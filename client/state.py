@@ -18,7 +18,6 @@ the old file or the new one, never half of one. Nobody but the owner can read an
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,10 +235,8 @@ class ClientState:
         with files.naming(place):
             save(temporary)
         files.make_private(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        for part in (temporary, *temporary.rglob("*")):  # a folder too: its names are its own
+            files.sync_directory(part)
         temporary.rename(place)
         files.sync_directory(place.parent)
 

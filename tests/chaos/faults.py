@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ STEPS = {
     "kill": kill, "disk-full": disk_full, "read-only": read_only, "slow-disk": slow_disk, "clock": clock_jump,
 }  # fmt: skip
 """What befalls a process at one of its durable steps."""
-FAULTS = (*STEPS, "bit-flip", "postgresql")
+FAULTS = (*STEPS, "power-cut", "bit-flip", "rollback", "peers", "postgresql")
 
 
 def flip_bit(state: Path, draw: random.Random) -> dict[Path, bytes]:
@@ -119,6 +120,12 @@ class Postgresql:
     def kill(self) -> None:
         """End every process of it at once, as a power cut would."""
         self._run("pg_ctl", "stop", "--mode=immediate")
+
+    def remove(self) -> None:
+        """End it, and leave nothing of it."""
+        with suppress(subprocess.CalledProcessError):  # it did not run
+            self.kill()
+        shutil.rmtree(self._folder)
 
     def _run(self, name: str, *words: str) -> None:
         command = [str(program(name)), *words, "--pgdata", f"{self._folder}/data"]
