@@ -92,13 +92,15 @@ class Run:
         """Run to the end and check; returns the final adapters, and leaves the faults in `faults`."""
         self.members, terms = MODES[self.mode]
         shutil.rmtree(self.place, ignore_errors=True)
+        if self.fault == "rollback":
+            # Whoever joined an agreement that the server has forgotten is waited for to its end.
+            terms = _changed(terms, "schedule", gathering_seconds=20, key_patience_seconds=20)
+            self.rollback = Rollback(self.place, self.draw)
         witness = WitnessEntry(id=WITNESS, seconds=300.0) if "witness" in self.mode else None
         families = dict.fromkeys(self.members if terms.adapter.family_dimensions else (), FAMILY)
         fv.make_federation(self.place / "f", terms, self.members, families, witness)
         self.others = (*self.members, *([WITNESS] if witness else []))
         self.port = free_port()
-        if self.fault == "rollback":
-            self.rollback = Rollback(self.place, self.draw)
         try:
             settings = f'listen = "127.0.0.1:{self.port}"\nstate_dir = "state"\n'
             if self.fault == "postgresql":
@@ -167,8 +169,12 @@ class Run:
         elif code in _SAID and name in self.flipped:
             for path, content in self.flipped.pop(name).items():
                 path.write_bytes(content)
-        elif code in _SAID and self.rollback and self.rollback.told(name, last_words(self.place, name)):
-            self._put_newest_back()
+        elif (
+            code in _SAID
+            and self.rollback
+            and (whose := self.rollback.told(name, last_words(self.place, name)))
+        ):
+            self._put_newest_back(whose)
         elif code not in _SAID or self.fault not in _FAILING:
             self.faults.append(f"{name} ended with exit status {code}: {last_words(self.place, name)}")
         return True
@@ -181,18 +187,17 @@ class Run:
         if self.rollback is not None:
             self.killed["rollback"] += self.rollback.died(name)
 
-    def _put_newest_back(self) -> None:
-        """A process has said that a state is an older copy: its operator stops what runs on it."""
+    def _put_newest_back(self, whose: str) -> None:
+        """A process has said that a state is an older copy: its operator ends what runs on it."""
         assert self.rollback is not None
-        for process, name in list(self.live.items()):
-            if name in self.rollback.older:
-                os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-                del self.live[process]
-                self.rollback.put_newest_back(name)
-                self._start(name)
-        for name in list(self.rollback.older):
-            self.rollback.put_newest_back(name)
+        there = [process for process, name in self.live.items() if name == whose]
+        for process in there:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            del self.live[process]
+        self.rollback.put_newest_back(whose)
+        if there:
+            self._start(whose)
 
     def _flip(self, name: str) -> None:
         state = home(self.place, name) / "state"
@@ -224,8 +229,6 @@ class Run:
         if (told and code == 1 and self.fault in _FAILING) or code in (-signal.SIGKILL, -signal.SIGTERM):
             if code == -signal.SIGKILL:
                 self._was_killed("server")
-            if self.rollback is not None:
-                self._put_newest_back()
             summary = self.place / "f" / "server" / "state" / "run.json"
             summary.unlink(missing_ok=True)
             self.kills = 0

@@ -82,7 +82,7 @@ def faults_of(
     )
     for number, names in absent.items():
         # A member that is killed twice in one agreement is left out of the epoch, as it should be.
-        if alone := sorted(names - away - keyless):
+        if (alone := sorted(names - away - keyless)) and fault != "rollback":
             yield f"round {number} closed without {', '.join(alone)}"
     if fault not in ("bit-flip", "rollback"):
         # Sent again, it heals; but it was lost.
@@ -96,8 +96,8 @@ def faults_of(
             yield f"{name}: {ledger}"
             continue
         faults = [
-            *_lost(place, name, notes, uploaded),
-            *_sealed_twice(notes, nonces),
+            *_lost(place, name, notes, uploaded, fault),
+            *_sealed_twice(notes, nonces, fault),
             *_under_charged(notes, ledger, terms.adapter.private),
             *_not_what_was_booked(notes, ledger),
             *_forgot(notes),
@@ -124,23 +124,25 @@ def _ledger(state: Path) -> list[LedgerRow] | str:
         return str(error)
 
 
-def _lost(place: Path, name: str, notes: Notes, uploaded: dict[int, set[str]]) -> Iterator[str]:
+def _lost(place: Path, name: str, notes: Notes, uploaded: dict[int, set[str]], fault: str) -> Iterator[str]:
     settings = settings_from_kit(place / "f" / "server")
     engine = sa.create_engine(settings.store_url or default_url(settings.state_dir))
     with engine.connect() as database:
         query = sa.text("select round, content_hash from uploads where client = :name")
         stored = {number: bytes(digest).hex() for number, digest in database.execute(query, {"name": name})}
     engine.dispose()
-    for note in notes:
-        number = note.get("round", 0)
-        if note["what"] == "receipt" and note["status"] != "late":
-            if name not in uploaded.get(number, ()):
-                yield f"the acknowledged upload of round {number} is not in the round"
-            if stored.get(number) != note["hash"]:
-                yield f"the acknowledged upload of round {number} is not the one that is stored"
+    receipts = [note for note in notes if note["what"] == "receipt" and note["status"] != "late"]
+    if fault == "rollback":  # whatever the server forgot came again, sealed anew where its key was gone too
+        receipts = list({note["round"]: note for note in receipts}.values())
+    for note in receipts:
+        number = note["round"]
+        if name not in uploaded.get(number, ()):
+            yield f"the acknowledged upload of round {number} is not in the round"
+        if stored.get(number) != note["hash"]:
+            yield f"the acknowledged upload of round {number} is not the one that is stored"
 
 
-def _sealed_twice(notes: Notes, nonces: dict[str, str]) -> Iterator[str]:
+def _sealed_twice(notes: Notes, nonces: dict[str, str], fault: str) -> Iterator[str]:
     """One adapter is sealed for a round, one record leaves under a key epoch, and one message of a step."""
     plain, sent = defaultdict(set), defaultdict(set)
     for note in notes:
@@ -150,7 +152,7 @@ def _sealed_twice(notes: Notes, nonces: dict[str, str]) -> Iterator[str]:
                 yield f"key and nonce of round {note['round']} were used for other bytes before"
         elif note["what"] == "push" and note["sent"]:
             sent[f"upload of round {note['round']} in key epoch {note['epoch']}"].add(str(note["sent"]))
-        elif note["what"] == "post" and note["stage"] not in _OPENED_AGAIN:
+        elif note["what"] == "post" and note["stage"] not in _OPENED_AGAIN and fault != "rollback":
             sent[f"message {note['place']!r}"].add(note["sent"])
     for place, contents in plain.items():
         if len(contents) > 1:

@@ -7,7 +7,8 @@ from pathlib import Path
 from chaos.checks import notes_of
 from chaos.processes import home, notebook
 
-_TOLD = ("older copy", "another copy of its state", "LEDGER_BEHIND")
+_OF_SERVER = ("older copy of its state", "another copy of its state")
+_OF_CLIENT = ("is an older copy of itself", "LEDGER_BEHIND")
 
 
 class Rollback:
@@ -20,12 +21,9 @@ class Rollback:
         self.older: dict[str, Path] = {}
 
     def died(self, name: str) -> bool:
-        """Copy the state of a dead process, or put its copy back, or the newest; whether it is the copy."""
+        """Copy the state of a dead process, or put an earlier copy in its place; whether it did that."""
         state = home(self._place, name) / "state"
-        if name in self.older:
-            self.put_newest_back(name)
-            return False
-        if not (state / "lock").exists():
+        if name in self.older or not (state / ("run.json" if name == "server" else "session.json")).exists():
             return False
         if name not in self._copied:
             self._copied[name] = shutil.copytree(state, self._place / f"{name}.copy")
@@ -40,15 +38,26 @@ class Rollback:
         notebook(self._place / f"{name}.notes")("older", forgot=forgot)
         return True
 
-    def told(self, name: str, words: str) -> bool:
-        """Whether a process ended since it, or its server, runs on an older copy, and said so."""
-        return bool({name, "server"} & self.older.keys()) and any(word in words for word in _TOLD)
+    def told(self, name: str, words: str) -> str | None:
+        """Whose state is an older copy by the last words of a process, if it is one."""
+        about = "server" if any(each in words for each in _OF_SERVER) else name
+        return (
+            about if about in self.older and any(each in words for each in _OF_SERVER + _OF_CLIENT) else None
+        )
 
     def put_newest_back(self, name: str) -> None:
-        """The newest state of a process that is dead, which its operator had kept."""
-        state = home(self._place, name) / "state"
+        """The newest state of a process that is dead, which its operator had kept.
+
+        An older copy that went on and released something, since nothing of it was known, is the newest.
+        """
+        state, newest = home(self._place, name) / "state", self.older.pop(name)
+        whats = [note["what"] for note in notes_of(self._place, name)]
+        since = whats[len(whats) - whats[::-1].index("older") :]
+        if name != "server" and {"draw", "receipt"} & set(since):
+            shutil.rmtree(newest)
+            return
         shutil.rmtree(state)
-        self.older.pop(name).rename(state)
+        newest.rename(state)
         notebook(self._place / f"{name}.notes")("newest")
 
     def _receipts(self, name: str) -> int:
