@@ -8,7 +8,6 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -249,10 +248,8 @@ class Run:
 
 def _possible() -> list[str]:
     """The faults that can be had here; says which cannot, and why."""
-    lacking = [name for name in ("initdb", "pg_ctl") if faults.program(name) is None]
-    lacking += [] if find_spec("psycopg") else ["psycopg"]
-    if lacking:
-        print(f"no database is killed: there is no {' and no '.join(lacking)} here", flush=True)
+    if lacking := faults.lacking():
+        print(f"no database is killed: there is no {lacking} here", flush=True)
     return [fault for fault in faults.FAULTS if fault != "postgresql" or not lacking]
 
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,12 @@ def program(name: str) -> str | None:
     """Where a program of PostgreSQL's server stands: on the path, or where Debian puts it."""
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
+
+
+def lacking() -> str:
+    """What is not here of all that a database of its own needs; empty if nothing."""
+    missing = [name for name in ("initdb", "pg_ctl") if program(name) is None]
+    return " and no ".join(missing + ([] if find_spec("psycopg") else ["psycopg"]))
 
 
 class Postgresql:
