@@ -1,11 +1,12 @@
 """States that are put back to an older copy of themselves while their process is dead."""
 
+import json
 import random
 import shutil
 from pathlib import Path
 
 from chaos.checks import notes_of
-from chaos.processes import home, notebook
+from chaos.processes import home
 
 _OF_SERVER = ("older copy of its state", "another copy of its state")
 _OF_CLIENT = ("is an older copy of itself", "LEDGER_BEHIND")
@@ -35,7 +36,7 @@ class Rollback:
         state.rename(self.older[name])
         self._copied.pop(name).rename(state)
         forgot = self._receipts(name) - self._acknowledged[name]
-        notebook(self._place / f"{name}.notes")("older", forgot=forgot)
+        self._note(name, what="older", forgot=forgot)
         return True
 
     def told(self, name: str, words: str) -> str | None:
@@ -58,7 +59,11 @@ class Rollback:
             return
         shutil.rmtree(state)
         newest.rename(state)
-        notebook(self._place / f"{name}.notes")("newest")
+        self._note(name, what="newest")
+
+    def _note(self, name: str, **fields: object) -> None:
+        with open(self._place / f"{name}.notes", "a") as notes:
+            notes.write(json.dumps(fields) + "\n")
 
     def _receipts(self, name: str) -> int:
         return sum(note["what"] == "receipt" for note in notes_of(self._place, name))
