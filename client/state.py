@@ -231,7 +231,8 @@ class ClientState:
         temporary = place.with_name("saving")
         if temporary.exists():
             shutil.rmtree(temporary)
-        files.private_directory(temporary)
+        files.private_directory(place.parent)
+        temporary.mkdir(mode=0o700)
         with files.naming(place):
             save(temporary)
         files.make_private(temporary)
