@@ -109,7 +109,7 @@ class Run:
             began = time.monotonic()
             self._run(began)
             self.seconds = time.monotonic() - began
-            if not self.faults:
+            if not self.faults and not self.killed["two pasts"]:
                 self.faults += faults_of(self.place, self.members, undisturbed, self.fault)
         finally:
             if self.database is not None:
@@ -143,6 +143,8 @@ class Run:
         finished: set[str] = set()
         while len(finished) < len(self.others):
             now = time.monotonic()
+            if self.killed["two pasts"]:
+                return  # there is no going on, but with a new run
             if now - began > _LIMIT_SECONDS or len(self.faults) > 3:
                 left = ", ".join(sorted(set(self.others) - finished))
                 self.faults.append(f"not finished after {now - began:.0f} s: {left}")
@@ -174,6 +176,8 @@ class Run:
             and (whose := self.rollback.told(name, last_words(self.place, name)))
         ):
             self._put_newest_back(whose)
+        elif code in _SAID and self.rollback and "another copy of its state" in last_words(self.place, name):
+            self.killed["two pasts"] += 1  # it had gone on with the older one, and says so
         elif code not in _SAID or self.fault not in _FAILING:
             self.faults.append(f"{name} ended with exit status {code}: {last_words(self.place, name)}")
         return True
@@ -212,9 +216,9 @@ class Run:
             return
         clients = sorted(process for process, name in self.live.items() if name != "server")
         servers = sorted(self.live.keys() - set(clients))
-        os.kill(
-            self.draw.choice(servers if self.draw.random() < 0.4 or not clients else clients), signal.SIGKILL
-        )
+        share = 0.4 if self.rollback is None else 0.7  # of what a server forgets, clients have to say so
+        chosen = servers if self.draw.random() < share or not clients else clients
+        os.kill(self.draw.choice(chosen), signal.SIGKILL)
 
     def _stop(self) -> None:
         """End the server as its operator would; one that has just been killed has to come back for it."""
