@@ -75,8 +75,8 @@ class Coordinator:
         return 0 if state.phase is Phase.CLOSED else state.number
 
     def taking_part(self, number: int) -> frozenset[str]:
-        """Members that take part in a round."""
-        return self.settings.roster.taking_part(self.run_id, number)
+        """See `Run.taking_part`."""
+        return self._run.taking_part(number)
 
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.

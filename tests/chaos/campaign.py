@@ -45,6 +45,7 @@ _PLAIN = fv.terms("plain", 3, **_PATIENT)
 _MASKED = fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)
 _CKKS = fv.terms("ckks", 3, **_PATIENT)
 _SUMMED = _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20)
+_TURNS = _changed(sums.group_terms(6, minimum=3, sampled=4), "schedule", round_deadline_seconds=20)
 MODES = {
     "none": (fv.MEMBERS, _PLAIN),
     "mask": (fv.MEMBERS, _MASKED),
@@ -56,6 +57,7 @@ MODES = {
     "dp+ckks": (fv.MEMBERS, _changed(_CKKS, "adapter", protection="dp+encrypted")),
     "distributed-dp": (sums.MEMBERS[:8], _SUMMED),
     "distributed-dp+person": (sums.MEMBERS[:8], _changed(_SUMMED, "group_sums", unit="person")),
+    "distributed-dp, four of nine": (sums.MEMBERS, _TURNS),
 }
 """Members and terms by what protects the adapter, and what goes with it."""
 
