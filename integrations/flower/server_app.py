@@ -57,7 +57,7 @@ async def carry(grid: Any, make: Callable[[str], Node], members: dict[str, str],
         for name in [name for name, turn in turns.items() if turn.done()][:_BATCH]:
             turn = turns.pop(name)
             if (problem := turn.exception()) is not None:
-                log.warning("SuperNode %d: %s", name, problem)
+                log.log(logging.DEBUG if over.is_set() else logging.WARNING, "SuperNode %d: %s", name, problem)
                 await nodes.pop(name).server.stop(None)
             elif len(turn.result()) > pipe.NUMBER_BYTES or not over.is_set():
                 record = ConfigRecord({"turn": turn.result(), "idle": not nodes[name].open})
