@@ -73,7 +73,7 @@ def simulate_on(
         _simulate(ray, cluster, scenario, directory, console, reference or {})
     except ray.exceptions.RayError as error:
         raise RunFailedError(
-            f"Ray lost a process of the run: {_first_line(error)}; go on with: "
+            f"Ray lost a process of the run ({_in_a_line(error)}); go on with: "
             f"fedmosaic run {directory} --engine ray"
         ) from error
     finally:
@@ -85,19 +85,21 @@ def _connect(ray: Any, address: str | None, console: Console) -> None:
     try:
         # Without an address Ray would join whatever cluster was last started here.
         context = ray.init(address=address or "local", log_to_driver=False, logging_level="warning")
-    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones too, as where a node is slow to start
         raise ConfigurationError(
-            f"--address {address}: no Ray cluster could be joined ({_first_line(error)}); compare with "
+            f"--address {address}: no Ray cluster could be joined ({_in_a_line(error)}); compare with "
             "`ray status`, and set RAY_AUTH_MODE=token if the cluster was started with it"
             if address
-            else f"Ray cannot be started on this machine ({_first_line(error)})"
+            else f"Ray cannot be started on this machine ({_in_a_line(error)})"
         ) from error
     if context.dashboard_url:
         console.print(f"Ray's dashboard: http://{context.dashboard_url}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _in_a_line(error: BaseException) -> str:
+    """What happened and, of Ray's many lines about it, which process it was and where."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return ", ".join([first, *(line.strip() for line in more if line.startswith(("\tname: ", "\tip: ")))])
 
 
 def _result(ray: Any, reference: Any) -> Any:
@@ -131,7 +133,8 @@ def _simulate(
     server = ray.remote(_Server).options(**options).remote(parts)
     coordinator = cast(Coordinator, RemoteCoordinator(ray, server))
     actors = _Actors(ray, cluster, scenario, directory, parts)
-    console.print(f"{actors.count} actors on {sum(node['Alive'] for node in ray.nodes())} nodes")
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    console.print(f"{actors.count} actors on {nodes} nodes load their models")
     actors.wait_until_loaded()
     progress = simulate.run_progress(scenario, directory, console)
     with progress.bar:

@@ -63,7 +63,7 @@ def test_without_an_address_no_other_cluster_of_the_machine_is_joined_and_a_fail
     def init(address: str, **_: Any) -> Any:
         asked.append(address)
         if address != "local":
-            raise RuntimeError("no token\nand ten lines more")
+            raise Exception("no token\nand ten lines more")
         return SimpleNamespace(dashboard_url="127.0.0.1:8265")
 
     console = Console(file=io.StringIO())
@@ -102,6 +102,12 @@ class Machines:
     def add(self) -> Any:
         return self.nodes.add_node(num_cpus=1)
 
+    def end(self) -> None:
+        import ray
+
+        ray.shutdown()
+        self.nodes.shutdown()
+
     def lose(self, node_id: str) -> None:
         self.nodes.remove_node(self.of.pop(node_id), allow_graceful=False)
 
@@ -112,8 +118,7 @@ def machines() -> Iterator[Machines]:
     found = Machines()
     ray.init(address=found.nodes.address, log_to_driver=False)
     yield found
-    ray.shutdown()
-    found.nodes.shutdown()
+    found.end()
 
 
 def _actors() -> dict[str, Any]:
@@ -221,7 +226,9 @@ def test_a_process_that_dies_more_often_than_it_may_ends_the_run_and_another_goe
     (error,) = found
     (directory,) = (tmp_path / "ray").iterdir()
     assert isinstance(error, RunFailedError)
+    assert f"name: clients 0 of {directory.name}" in str(error)
     assert f"fedmosaic run {directory} --engine ray" in str(error)
     assert "\n" not in str(error)
+    machines.end()  # as a command does, whose processes are then gone
     runner.resume(directory, quiet)
     _same_adapters(directory, runner.run_here(scenario, tmp_path, tmp_path / "one", quiet))
