@@ -32,14 +32,14 @@ class RunProgress:
         (self._all,) = self.bar.tasks
         self._lines = -1
         self._lock = threading.Lock()
-        self._skipped = 0
-        self._marks = deque([(time.monotonic(), 0)], _MARKS)  # when so many steps were done
+        self._start = time.monotonic(), 0  # when so many steps were done
+        self._marks = deque([self._start], _MARKS)
 
     def skip(self, steps: int) -> None:
         """Steps that an earlier process of this run has done; they say nothing about the pace."""
         self.bar.reset(self._all.id, completed=int(self._all.completed) + steps)
-        self._skipped = int(self._all.completed)
-        self._marks = deque([(time.monotonic(), self._skipped)], _MARKS)
+        self._start = time.monotonic(), int(self._all.completed)
+        self._marks = deque([self._start], _MARKS)
 
     def add(self, steps: int, client: str, round_number: int) -> None:
         """`steps` more steps are done, by this client."""
@@ -54,17 +54,19 @@ class RunProgress:
                 self._console.print(text, highlight=False)
 
     def _seconds_left(self, done: int, total: int) -> float | None:
-        """At the pace of the later half of what was done here; None while little was.
+        """At the pace of the later half of what was done here, or a quarter of the time; None at first.
 
-        The first turns take longer than others: models are warmed up and profiles made.
+        The first turns take longer than others, and those of several processes end at once.
         """
-        now, here = time.monotonic(), done - self._skipped
+        now, (began, skipped) = time.monotonic(), self._start
         if (done - self._marks[-1][1]) * _MARKS >= total:
             self._marks.append((now, done))
-        while len(self._marks) > 1 and self._marks[1][1] - self._skipped <= here / 2:
+        latest, most = now - (now - began) / 4, (skipped + done) / 2
+        while len(self._marks) > 1 and self._marks[1][0] <= latest and self._marks[1][1] <= most:
             self._marks.popleft()
         since, before = self._marks[0]
-        return (total - done) * (now - since) / (done - before) if here * _LINES >= total else None
+        enough = (done - skipped) * _LINES >= total
+        return (total - done) * (now - since) / (done - before) if enough else None
 
 
 class ClientProgress(progress.Progress):
