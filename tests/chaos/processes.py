@@ -90,9 +90,12 @@ class _Learner(fv.VectorLearner):
     def train(self, round_number: int, releases: Any, give_up: Callable[[], None]) -> None:
         private = self.terms.adapter.private
         if private:
-            releases.release_adapter(
-                round_number, EVENT, lambda: None, lambda _: self.drawing("adapter") or True
-            )
+
+            def noise_is_drawn(_: None) -> bool:
+                self.drawing("adapter")
+                return True
+
+            releases.release_adapter(round_number, EVENT, lambda: None, noise_is_drawn)
         super().train(round_number, releases, give_up)
         if private:
             noise = np.random.default_rng([self.seed, round_number, 1]).normal(0, 0.1, self.local.size)

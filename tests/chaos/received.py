@@ -121,7 +121,7 @@ def _reviews(directory: Path, run: Coordinator, kept: dict[str, list[bytes]], me
     originals = {"header": head, "upload": signed, "aggregate": claim}
 
     def reviewing(name: str, content: bytes) -> None:
-        parts = dict(originals)
+        parts: dict[str, Any] = dict(originals)
         parts[name] = _parsed(type(originals[name]), content)
         header, upload, aggregate = parts.values()
         first = [pb.ReviewResponse(header=header), pb.ReviewResponse(upload=upload)]

@@ -82,7 +82,8 @@ def test_an_actor_that_cannot_load_its_model_says_where_and_why_in_a_line(
     ray = _stand_in(get=lambda _: (made, None, {}), cloudpickle=pickle, util=util)
     monkeypatch.setitem(sys.modules, "ray", ray)
     actor = cluster._ClientActor(pickle.dumps(None), tmp_path / "of another machine", 0)
-    for ask in (actor.check_loaded, lambda: actor.turn(0)):
+    asked: list[Callable[[], object]] = [actor.check_loaded, lambda: actor.turn(0)]
+    for ask in asked:
         with pytest.raises(RunFailedError, match=r"^10\.0\.0\.2: .*of another machine"):
             ask()
 

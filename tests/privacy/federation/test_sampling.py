@@ -99,7 +99,7 @@ def test_a_roster_without_sampling_keeps_the_hash_that_it_had_before_sampling_ex
 
 
 def test_sampling_is_refused_where_all_members_have_to_agree() -> None:
-    mask = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
+    mask: dict[str, Any] = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
     with pytest.raises(ValidationError, match="a group key is agreed on by all"):
         founding(*MEMBERS, schedule={"sampled_clients": 6}, **mask)
 
@@ -135,7 +135,7 @@ def test_of_every_group_enough_are_drawn_and_nobody_more_often_than_planned(data
     least = data.draw(st.integers(3, 6))
     sampled = data.draw(st.integers(least, 30))
     members = data.draw(st.integers(sampled, 80))
-    terms = Terms.model_construct(
+    terms = Terms.model_construct(  # type: ignore[call-arg]  # of which no profile is read
         group_sums=GroupSumTerms(minimum_contributors=least),
         schedule=ScheduleTerms.model_construct(rounds=20, sampled_clients=sampled),
     )
@@ -154,7 +154,12 @@ def test_noise_of_sums_is_planned_for_the_turns_and_families_have_to_fill_their_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planned: list[int] = []
-    monkeypatch.setattr(terms_checks, "noise_multiplier_for", lambda *found: planned.append(found[-1]) or 1.5)
+
+    def noting(*found: Any) -> float:
+        planned.append(found[-1])
+        return 1.5
+
+    monkeypatch.setattr(terms_checks, "noise_multiplier_for", noting)
     monkeypatch.setattr(terms_checks, "check_plannable", lambda *found: planned.append(found[-1]))
     members = tuple(f"m{number:02}" for number in range(12))
     schedule = {"rounds": 40, "sampled_clients": 4, "quorum": 4}
