@@ -18,7 +18,6 @@ the old file or the new one, never half of one. Nobody but the owner can read an
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -234,14 +233,13 @@ class ClientState:
         temporary = place.with_name("saving")
         if temporary.exists():
             shutil.rmtree(temporary)
-        files.private_directory(temporary)
+        files.private_directory(place.parent)
+        temporary.mkdir(mode=0o700)
         with files.naming(place):
             save(temporary)
         files.make_private(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        for part in (temporary, *temporary.rglob("*")):  # a folder too: its names are its own
+            files.sync_directory(part)
         temporary.rename(place)
         files.sync_directory(place.parent)
 

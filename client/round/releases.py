@@ -262,3 +262,7 @@ class Releases:
         stored = records.read_average(self._average, self._terms.profile.dimensions)
         if stored is not None:
             write_atomically(self._sent, stored.last_release_sha256.encode())
+
+    def profile_lost(self) -> None:
+        """The server has lost it again, with the upload that brought it; the next one brings it anew."""
+        self._sent.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedmosaic.privacy.files import sync_directory, write_atomically
+from fedmosaic.privacy.files import make_directory, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER
 from fedmosaic.privacy.ledger.rows import Kind, LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, check_open, parameters_of
@@ -174,7 +174,7 @@ def _building(directory: Path) -> Iterator[Path]:
     temporary = directory.with_name(directory.name + UNFINISHED)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, mode=0o700)
+        make_directory(temporary)
         yield temporary
         if directory.exists():
             directory.rmdir()

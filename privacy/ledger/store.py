@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound
 from fedmosaic.privacy.configuration import misfit
-from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
+from fedmosaic.privacy.files import make_directory, private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
     Kind,
@@ -68,7 +68,7 @@ class LedgerStore:
                 f"{path}: the ledger is missing{although}; what it says is spent stays spent: {RESTORE}"
             )
         if not existed:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_directory(path.parent)
             os.close(private_opener(str(path), os.O_CREAT | os.O_RDWR))
             sync_directory(path.parent)
         with self._reported():
@@ -86,7 +86,6 @@ class LedgerStore:
 
         A copy of the file alone may lack the newest rows, which SQLite keeps beside it until they are merged.
         """
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with self._reported(), closing(sqlite3.connect(path)) as copy:
             self._connection.backup(copy)

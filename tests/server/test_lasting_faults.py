@@ -169,6 +169,33 @@ def test_statistics_that_cannot_be_stored_break_no_call(
     assert received == 350 + federation.upload(coordinator.run_id, "clinic-a", 1).header().size
 
 
+def test_who_gives_something_receives_though_its_enrolment_was_lost(
+    federation: Any, coordinator: Any, tmp_path: Path
+) -> None:
+    """Its database was put back to before the enrolment, which a client that goes on never repeats."""
+    federation.push(coordinator, 1, federation.clients[:4])
+    coordinator.push("clinic-e", federation.upload(coordinator.run_id, "clinic-e", 1))
+    coordinator.advance()
+    assert coordinator.pull("clinic-e", 2).sections[0].row is not None
+
+
+def test_a_database_that_is_ended_in_mid_round_has_what_was_acknowledged(
+    federation: Any, begin: Any, own_postgresql: Any
+) -> None:
+    coordinator = begin(store_url=own_postgresql.url)
+    federation.push(coordinator, 1, federation.clients[:4])
+    own_postgresql.kill()
+    upload = federation.upload(coordinator.run_id, "clinic-e", 1)
+    with pytest.raises(StateError, match="database"):
+        coordinator.push("clinic-e", upload)
+    own_postgresql.start()
+    assert coordinator.push("clinic-e", upload).status is ReceiptStatus.ACCEPTED
+    coordinator.advance()
+    (result,) = coordinator.summary()["results"]
+    assert tuple(result["uploaded"]) == federation.clients
+    coordinator.close()
+
+
 def test_a_database_that_goes_with_another_folder_is_refused(
     federation: Any, tmp_path: Path, clock: Any
 ) -> None:
