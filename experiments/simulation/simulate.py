@@ -49,17 +49,13 @@ def simulate(
     """
     evaluation = Evaluation(scenario)
     scenario, settings, flops, models = prepare(scenario, directory, reference or {}, console)
-    coordinator = Coordinator(settings, standing_clock)
-    try:
-        progress = run_progress(scenario, directory, console)
-        with progress.bar:
-            worker = Worker(scenario, directory, models, evaluation, coordinator, progress, flops)
-            try:
-                play(scenario, directory, coordinator, partial(_in_threads, worker))
-            finally:
-                worker.close()
-    finally:
-        coordinator.close()
+    progress = run_progress(scenario, directory, console)
+    with Coordinator(settings, standing_clock) as coordinator, progress.bar:
+        worker = Worker(scenario, directory, models, evaluation, coordinator, progress, flops)
+        try:
+            play(scenario, directory, coordinator, partial(_in_threads, worker))
+        finally:
+            worker.close()
 
 
 def standing_clock() -> float:
