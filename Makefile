@@ -25,7 +25,7 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
 
-# A run on a Ray cluster of two nodes on this machine; installs Ray.
+# Runs on Ray clusters of several nodes on this machine, which are lost; installs Ray.
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest tests/experiments/simulation/test_cluster.py

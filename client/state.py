@@ -165,8 +165,10 @@ class ClientState:
 
     def release(self) -> None:
         """Let another process have the directory; done by the end of the process otherwise."""
-        self.audit.close()
-        self._lock.close()
+        try:
+            self.audit.close()
+        finally:
+            self._lock.close()
 
     def _write(self, **changes: object) -> None:
         record = self.record.model_copy(update=changes)

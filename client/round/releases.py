@@ -130,7 +130,12 @@ class Releases:
         if self.receive_only:
             return None
         terms, privacy = self._terms, self._terms.adapter_privacy
-        mechanism = {"name": "DP-SGD on P and Q", "expected_batch_size": privacy.expected_batch_size}
+        # Where it goes is told by nothing else in the ledger, which later runs have to speak for.
+        mechanism = {
+            "name": "DP-SGD on P and Q",
+            "expected_batch_size": privacy.expected_batch_size,
+            "protection": terms.adapter.protection,
+        }
         if terms.adapter.in_group_sums:
             sums = terms.group_sums
             mechanism |= {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}

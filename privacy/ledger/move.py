@@ -114,7 +114,9 @@ def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) ->
                 return 0
             missing = [row for row in rows[1:] if row.hash not in known]
             carried = _carry(log, rows, missing)
-            told_here = {"closed": closed.hash, "from": str(old), "carried": [row.hash for row in missing]}
+            # With the opening row, which a keeper has seen of a ledger that had no other yet.
+            carried_rows = [rows[0].hash, *(row.hash for row in missing)]
+            told_here = {"closed": closed.hash, "from": str(old), "carried": carried_rows}
             salt = json.loads(rows[0].mechanism or "{}")["salt"]
             _append(log, "RESUMED", told_here | {"salt": salt})
     return carried

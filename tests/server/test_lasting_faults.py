@@ -286,6 +286,26 @@ def test_a_server_that_cannot_write_its_account_at_its_end_says_so_and_the_next_
     again.close()
 
 
+def test_an_account_that_cannot_be_written_hides_no_other_error(
+    federation: Any, begin: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise StateError("the server's database failed: connection refused")
+
+    def ended(*, early: bool) -> None:
+        with begin() as coordinator:
+            monkeypatch.setattr(coordinator._run.store, "results", away)
+            if early:
+                raise RuntimeError("client north: its texts are too long")
+
+    with pytest.raises(RuntimeError, match="too long"):
+        ended(early=True)
+    assert "run.json is older than the run" in caplog.text
+    with pytest.raises(StateError, match=r"run\.json is older than the run"):
+        ended(early=False)
+    begin().close()  # whatever failed, the state was let go of
+
+
 def test_the_last_words_tell_who_received_and_who_is_silent(
     federation: Any, coordinator: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
