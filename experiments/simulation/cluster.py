@@ -222,11 +222,11 @@ class _ClientActor:
         if self._worker is None:
             raise RunFailedError(self._problem)
 
-    def turn(self, index: int) -> None:
+    def turn(self, index: int, number: int) -> None:
         """See `Worker.turn`."""
         self.check_loaded()
         try:
-            self._worker.turn(index)
+            self._worker.turn(index, number)
         except Exception as error:
             name = self._worker.scenario.clients[index].id
             # Only the words: not every error can be carried to another process.
@@ -286,7 +286,7 @@ class _Actors:
             if left[actor]:
                 index = left[actor].popleft()
                 named = self._actors[actor].turn.options(name=self._scenario.clients[index].id)
-                running[named.remote(index)] = index
+                running[named.remote(index, number)] = index
 
         for actor in range(len(self._actors)):
             for _ in range(self._limit):
@@ -296,7 +296,7 @@ class _Actors:
             index = running.pop(done)
             name = self._scenario.clients[index].id
             _result(ray, done)
-            if number <= self._scenario.schedule.rounds:
+            if (number > self._scenario.schedule.rounds) == self._scenario.adapter.in_group_sums:
                 progress.add(simulate.steps_of_turn(self._scenario), name, number)
             begin(self._actor_of[index])
 
