@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -82,7 +83,7 @@ def test_an_actor_that_cannot_load_its_model_says_where_and_why_in_a_line(
     ray = _stand_in(get=lambda _: (made, None, {}), cloudpickle=pickle, util=util)
     monkeypatch.setitem(sys.modules, "ray", ray)
     actor = cluster._ClientActor(pickle.dumps(None), tmp_path / "of another machine", 0)
-    for ask in (actor.check_loaded, lambda: actor.turn(0)):
+    for ask in (actor.check_loaded, lambda: actor.turn(0, 1)):
         with pytest.raises(RunFailedError, match=r"^10\.0\.0\.2: .*of another machine"):
             ask()
 
@@ -230,5 +231,8 @@ def test_a_process_that_dies_more_often_than_it_may_ends_the_run_and_another_goe
     assert f"fedmosaic run {directory} --engine ray" in str(error)
     assert "\n" not in str(error)
     machines.end()  # as a command does, whose processes are then gone
-    runner.resume(directory, quiet)
+    console = Console(file=io.StringIO(), width=200)
+    runner.resume(directory, console, Cluster(actors=2))
+    told = re.findall(r"(\d+)% of the training", console.file.getvalue())  # type: ignore[attr-defined]  # a StringIO
+    assert int(told[-1]) == 100, "every step is counted once"
     _same_adapters(directory, runner.run_here(scenario, tmp_path, tmp_path / "one", quiet))
