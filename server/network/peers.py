@@ -110,10 +110,14 @@ class Gate(aio.ServerInterceptor):
         if handler is None:
             return None
         kind = next(name for name in _KINDS if getattr(handler, name) is not None)
-        parts = getattr(handler, kind), handler.request_deserializer
-        method = self._guarded(*parts, streamed=handler.request_streaming)
-        streaming = f"stream_{kind.partition('_')[2]}"
-        changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
+        method, parse = getattr(handler, kind), handler.request_deserializer
+        # What a coroutine returns leaves with the status in one piece, also after messages that it wrote.
+        several = inspect.isasyncgenfunction(method)
+        changes = {kind: None, "request_deserializer": None, "request_streaming": True}
+        changes["response_streaming"] = several
+        changes["stream_stream" if several else "stream_unary"] = self._guarded(
+            method, parse, streamed=handler.request_streaming
+        )
         serialise = handler.response_serializer
         return handler._replace(
             **changes, response_serializer=lambda told: told if isinstance(told, bytes) else serialise(told)

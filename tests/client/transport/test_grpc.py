@@ -131,7 +131,7 @@ def parts(start: int = 0, stop: int | None = None, offset: int | None = None) ->
     )
     found = [pb.PullResponse(header=pb.AggregateHeader.FromString(header))]
     for chunk in wire.chunks([PAYLOAD[:stop]], start, 100_000):
-        found.append(pb.PullResponse(chunk=chunk))
+        found.append(pb.PullResponse(chunks=[chunk]))
     return found
 
 
@@ -201,9 +201,9 @@ def test_a_server_that_sends_nonsense_is_not_believed(
 
 
 def _spoiled(part: pb.PullResponse) -> pb.PullResponse:
-    data = bytearray(part.chunk.data)
+    data = bytearray(part.chunks[0].data)
     data[0] ^= 1
-    part.chunk.data = bytes(data)
+    part.chunks[0].data = bytes(data)
     return part
 
 
