@@ -44,7 +44,7 @@ async def serve(kit: Path, port: int, file: Path) -> None:
         answer.append(content[4:end])
         content = content[end:]
     server, bare = aio.server(), _Bare(answer)
-    methods = {
+    methods: dict[str, Any] = {
         "Pull": grpc.stream_unary_rpc_method_handler(bare.pull),
         "RoundStatus": grpc.unary_unary_rpc_method_handler(bare.open),
     }
