@@ -151,6 +151,19 @@ def test_a_cut_download_goes_on_where_it_stopped(servicer: Servicer, transport: 
     assert len(PAYLOAD) < received < len(PAYLOAD) + 1000
 
 
+def test_chunks_beside_the_header_are_taken_and_counted_apart(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    header, *chunks = parts()
+    for part in chunks:
+        header.MergeFrom(part)
+    servicer.script["Pull"] = [answer([header])]
+    assert transport.pull(2) == AGGREGATE
+    received = transport.traffic().as_dict()
+    assert len(PAYLOAD) < received["adapter"]["received"] < len(PAYLOAD) + 100
+    assert 32 < received["control"]["received"] < 200
+
+
 def test_another_aggregate_starts_from_its_first_byte(servicer: Servicer, transport: GrpcTransport) -> None:
     other = parts(stop=250_000)
     other[0].header.sha256 = bytes(32)
