@@ -245,6 +245,12 @@ class WeightRow(bounds.Message):
         row = pb.WeightRow(contributors=self.contributors, weights=self.weights, bits=self.bits)
         return row.SerializeToString()
 
+    @functools.cached_property
+    def canonical(self) -> tuple[bytes, bytes]:
+        """What digests are over: weights as little-endian uint32; names, each after a line break."""
+        names = "".join(f"\n{name}" for name in self.contributors)
+        return struct.pack(f"<{len(self.weights)}I", *self.weights), names.encode()
+
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.contributors):
             raise WireError(f"{len(self.weights)} weights for {len(self.contributors)} contributors")
