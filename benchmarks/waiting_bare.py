@@ -14,7 +14,8 @@ import grpc
 from grpc import aio
 
 from fedmosaic.protos.v1 import federation_pb2 as pb
-from fedmosaic.server.network.serving import SERVICE
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 
 
 class _Bare:
@@ -48,7 +49,7 @@ async def serve(kit: Path, port: int, file: Path) -> None:
         "Pull": grpc.stream_unary_rpc_method_handler(bare.pull),
         "RoundStatus": grpc.unary_unary_rpc_method_handler(bare.open),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
     authority, key, certificate = (
         (kit / name).read_bytes() for name in ("authority.pem", "tls.key", "tls.pem")
     )
