@@ -10,7 +10,6 @@ from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger.rows import charges
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
     CoalitionRows,
@@ -18,6 +17,7 @@ from fedmosaic.privacy.statement.models import (
     PrivacyStatement,
     StatementInputs,
 )
+from fedmosaic.privacy.statement.parts import charged_to
 from fedmosaic.privacy.statement.rounding import round_down
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
@@ -39,7 +39,6 @@ def statement_inputs(
     smallest_row = state.smallest_row()
     terms, parameters = roster.terms, roster.terms.encryption
     named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
-    steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
     fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
         run_id=state.record.run_id,
@@ -48,10 +47,14 @@ def statement_inputs(
             ClientInputs(
                 ledger=tuple(ledger.export()),
                 client_id=state.record.client,
+                target_epsilon=ledger.parameters.target_epsilon,
+                budgeted_channels=ledger.parameters.budgeted_channels,
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
                 clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
-                planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
+                planned={
+                    "adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=roster.private_steps)
+                },
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
                 largest_delta=terms.adapter_privacy.largest_delta,
             ),
@@ -80,7 +83,8 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
     _, high = cell(examples)
     delta = rounded_delta(parameters_of(client.ledger).delta, client.largest_delta)
     try:
-        planned = plan_adapter(terms, high, delta, terms.adapter_privacy.target_epsilon).noise_multiplier
+        target, steps = terms.adapter_privacy.target_epsilon, client.planned["adapter"].steps
+        planned = plan_adapter(terms, high, delta, target, steps).noise_multiplier
     except AccountingError:
         return inputs  # not planned by these terms; a coarse grid of σ is used
     least = round_down(planned * _PLANNING_MARGIN, 3)
@@ -90,7 +94,8 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
 def person_words(inputs: StatementInputs, examples: int) -> str:
     """What DP releases reveal of the person with most examples, k ≥ 2 of them; for this client's own eyes."""
     (client,) = inputs.clients
-    events = [charge.event for charge in charges(row for row in client.ledger if row.covered_by == "dp")]
+    private = (row for row in client.ledger if row.covered_by == "dp")
+    events = [charge.event for charge in charged_to(private, "colluding_recipients_with_server")]
     delta = parameters_of(client.ledger).delta
     return (
         f"one person has {examples} of the training examples. Of that person the releases under differential "

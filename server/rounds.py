@@ -89,8 +89,9 @@ class Rounds:
         run = self._run
         log.info("%s", run.state_line())
         try:
-            sampled = run.settings.terms.schedule.sampled_clients is not None
-            recipients = run.settings.roster.taking_part(run.run_id, number + 1) if sampled else None
+            # Sums are made for all members, whoever takes part in them.
+            sampled = run.settings.terms.schedule.sampled_clients is not None and run.sums is None
+            recipients = run.taking_part(number + 1) if sampled else None
             with run.traces.span("close", number):
                 closed = self._closer.close(number, recipients)
             if run.sums is not None:

@@ -8,8 +8,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from fedmosaic.privacy.audit import AuditLog
@@ -90,9 +90,6 @@ class Run:
         self.position = Position(
             state, self._stored_head(), stored_offer(self.store, self.blobs, state.number)
         )
-        self.sums: RunSums | None = None
-        if settings.terms.adapter.in_group_sums:
-            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, state.number)
 
     @property
     def _fixed(self) -> bool:
@@ -104,9 +101,13 @@ class Run:
             return False
         self.settings = self.account.settings = settings
         self.round = self._resumed()
-        if self.sums is not None:
-            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, self.round.number)
         return True
+
+    def taking_part(self, number: int) -> frozenset[str]:
+        """Members that take part in a round; of one whose groups are not formed yet, all."""
+        if self.sums is not None:
+            return self.sums.taking_part(number)
+        return self.settings.roster.taking_part(self.run_id, number)
 
     @property
     def round(self) -> rounds.Round:
@@ -130,10 +131,11 @@ class Run:
 
     def close(self) -> None:
         """Let go of the state."""
-        self.traces.close()
-        self.store.close()
-        self.audit.close()
-        self.blobs.close()
+        with ExitStack() as ending:  # from the last line to the first, whatever one of them raises
+            ending.callback(self.blobs.close)
+            ending.callback(self.audit.close)
+            ending.callback(self.store.close)
+            ending.callback(self.traces.close)
 
     def describe(self) -> RoundStatus:
         """What the server is waiting for, for whoever may know it; takes no lock."""
@@ -204,12 +206,15 @@ class Run:
         return bytes.fromhex(stored)
 
     def _resumed(self) -> rounds.Round:
-        """The round that the stored run is in, with a full deadline ahead."""
+        """The round that the stored run is in, with a full deadline ahead, and its sums."""
         settings, keys, now = self.settings, self.keys, self.clock()
         agreed = settings.terms.schedule
-        draw = partial(settings.roster.taking_part, self.run_id) if agreed.sampled_clients else None
-        terms = settings.members, agreed.quorum, agreed.rounds, agreed.round_deadline_seconds
         number = min(int(self.store.get_json("round") or 1), agreed.rounds + 1)
+        self.sums: RunSums | None = None
+        if settings.terms.adapter.in_group_sums:
+            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, number)
+        draw = self.taking_part if agreed.sampled_clients else None
+        terms = settings.members, agreed.quorum, agreed.rounds, agreed.round_deadline_seconds
         stored = {c: u for c, u in self.store.uploads(number).items() if c in settings.members}
         state = rounds.first_round(*terms, now, draw).resumed(
             number,

@@ -146,7 +146,7 @@ class GroupSumTerms(Frozen):
     minimum_contributors: int = Field(default=6, ge=3)
     """Members without whom a sum is not formed; noise is planned for so many."""
     colluders: int = Field(default=1, ge=1)
-    """Members of a sum that may work together with the server."""
+    """Members of a group, drawn for a round or not, that may work together with the server."""
     unit: Unit = "example"
     """What the privacy guarantee is for: one example, or all examples of a `person` (a column of the data).
     With `person`, n, q and batch sizes count persons, whose gradients are added up before clipping."""
@@ -199,8 +199,16 @@ class ScheduleTerms(Frozen):
     rotate_key_every: int = Field(default=50, ge=1)
     """Rounds after which a new group key is agreed on."""
     sampled_clients: int | None = Field(default=None, ge=2, le=bounds.MAX_CONTRIBUTORS)
-    """Members that take part in a round, drawn anew for each by a public rule; all of them if left out. Noise
-    is planned as if every member took part in every round. Only with `adapter.protection` `none` or `dp`."""
+    """K, the members that take part in a round; all of them if left out. They take turns by a public rule, so
+    that of n members none takes part twice within ⌊n/K⌋ rounds, and noise is planned for so many turns."""
+
+    def share(self, group: int, members: int) -> int:
+        """How many of a group of so many of the members take part in a round: ⌊K·n_r/N⌋, or all."""
+        return group if self.sampled_clients is None else self.sampled_clients * group // members
+
+    def turns(self, members: int) -> int:
+        """Rounds in which one of so many members takes part, at most; see `roster.taking_part`."""
+        return -(-self.rounds // max(1, members // (self.sampled_clients or members)))
 
 
 class CommonTerms(Frozen):
@@ -215,6 +223,15 @@ class CommonTerms(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
     """Must be `true` if nothing is encrypted (`encryption.backend = "plain"`)."""
+
+    def least_group(self, members: int) -> int:
+        """Members that each group of so many needs, so that enough of it for a sum take part in a round."""
+        least, sampled = self.group_sums.minimum_contributors, self.schedule.sampled_clients
+        return least if sampled is None else -(-least * members // sampled)
+
+    def private_steps(self, members: int) -> int:
+        """Steps of DP-SGD that each of so many members plans its noise for: all that it will ever take."""
+        return self.adapter_privacy.steps_per_round * self.schedule.turns(members)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -252,13 +269,22 @@ class CommonTerms(Frozen):
         sampled = self.schedule.sampled_clients
         if sampled is None:
             return
-        if self.adapter.protection not in ("none", "dp"):
-            why = "the groups of its sums are" if self.adapter.in_group_sums else "a group key is"
+        if self.adapter.encrypted:
             raise ValueError(
                 f"schedule.sampled_clients is {sampled} with adapter.protection {self.adapter.protection!r}: "
-                f"{why} agreed on by all members, who then are there in every round; leave it out, or choose "
-                "adapter.protection 'none' or 'dp'"
+                "a group key is agreed on by all members, who then are there in every round; leave it out, "
+                "or choose adapter.protection 'none', 'dp' or 'distributed-dp'"
             )
+        if self.adapter.in_group_sums:
+            # Shares of K are rounded down, so that a round may have one member less for every further group.
+            groups, fewest = self.group_sums.groups, self.group_sums.minimum_contributors
+            least = max(groups * fewest, self.schedule.quorum + groups - 1)
+            if sampled < least:
+                raise ValueError(
+                    f"schedule.sampled_clients is {sampled}; {groups} groups with sums of at least {fewest} "
+                    f"and a quorum of {self.schedule.quorum} take at least {least}; or take fewer groups"
+                )
+            return
         least = max(self.schedule.quorum, self.policy.fewest_contributors + 1)
         if sampled < least:
             raise ValueError(

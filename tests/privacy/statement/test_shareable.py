@@ -85,7 +85,7 @@ def facts(directory: Path, examples: int) -> StatementInputs:
 def planned_with_rdp(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner with the accountant that takes milliseconds."""
 
-    def plan(terms: Terms, examples: float, delta: float, target: float) -> AdapterPlan:
+    def plan(terms: Terms, examples: float, delta: float, target: float, _: int) -> AdapterPlan:
         rate = sampling_rate(terms, examples)
         return AdapterPlan(planned_sigma(target, delta, rate), rate)
 
@@ -219,7 +219,7 @@ def test_what_went_out_under_dp_is_told_beside_what_was_encrypted(tmp_path: Path
                 assert told["adapter", server].cover == told["joint", server].cover == "mixed"
                 assert told["adapter", server].epsilon == epsilon([dp], made.clients[0].delta, "rdp")
                 assert told["joint", server].epsilon == both, "not cut off at the profile's budget"
-            assert told["adapter", "network"].cover == "cryptography_only"
+            assert told["adapter", "network"].cover == "mixed"
             assert told["adapter", "recipient"].epsilon == math.inf
 
 
