@@ -131,7 +131,7 @@ def parts(start: int = 0, stop: int | None = None, offset: int | None = None) ->
     )
     found = [pb.PullResponse(header=pb.AggregateHeader.FromString(header))]
     for chunk in wire.chunks([PAYLOAD[:stop]], start, 100_000):
-        found.append(pb.PullResponse(chunk=chunk))
+        found.append(pb.PullResponse(chunks=[chunk]))
     return found
 
 
@@ -149,6 +149,19 @@ def test_a_cut_download_goes_on_where_it_stopped(servicer: Servicer, transport: 
     assert [request.resume_offset for request in servicer.named("Pull")] == [0, 250_000, 350_000]
     received = transport.traffic().as_dict()["adapter"]["received"]
     assert len(PAYLOAD) < received < len(PAYLOAD) + 1000
+
+
+def test_chunks_beside_the_header_are_taken_and_counted_apart(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    header, *chunks = parts()
+    for part in chunks:
+        header.MergeFrom(part)
+    servicer.script["Pull"] = [answer([header])]
+    assert transport.pull(2) == AGGREGATE
+    received = transport.traffic().as_dict()
+    assert len(PAYLOAD) < received["adapter"]["received"] < len(PAYLOAD) + 100
+    assert 32 < received["control"]["received"] < 200
 
 
 def test_another_aggregate_starts_from_its_first_byte(servicer: Servicer, transport: GrpcTransport) -> None:
@@ -201,9 +214,9 @@ def test_a_server_that_sends_nonsense_is_not_believed(
 
 
 def _spoiled(part: pb.PullResponse) -> pb.PullResponse:
-    data = bytearray(part.chunk.data)
+    data = bytearray(part.chunks[0].data)
     data[0] ^= 1
-    part.chunk.data = bytes(data)
+    part.chunks[0].data = bytes(data)
     return part
 
 

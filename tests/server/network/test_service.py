@@ -250,11 +250,26 @@ def test_a_download_goes_on_where_it_stopped(large: Any, connect: Any, dial: Any
     assert hashlib.sha256(whole).digest() == digest
     rest = pull(3_000_001, digest)
     assert rest[0].header.resume_offset == 3_000_001
-    assert b"".join(part.chunk.data for part in rest[1:]) == whole[3_000_001:]
+    assert b"".join(chunk.data for part in rest for chunk in part.chunks) == whole[3_000_001:]
     again = pull(77, bytes(32))
     assert again[0].header.resume_offset == 0
     assert len(again) == 1 + len(chunks)
     assert max(part.ByteSize() for part in again) < bounds.MAX_MESSAGE_BYTES
+
+
+def test_a_small_aggregate_is_one_message_and_so_is_the_word_that_there_is_none_yet(
+    federation: Any, server: Any, connect: Any, dial: Any
+) -> None:
+    transports = {c: connect(server, c) for c in federation.clients}
+    run_id = run_id_of(federation, *transports.values())
+    for client, transport in transports.items():
+        transport.push(federation.upload(run_id, client, 1))
+    told = dial(server).Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=60)
+    (answer,) = (part for part in told if not part.HasField("waiting"))
+    payload = b"".join(chunk.data for chunk in answer.chunks)
+    assert wire.decode_aggregate(answer.header, payload) == transports["clinic-a"].pull(2)
+    (answer,) = dial(server).Pull(pb.PullRequest(round=3), timeout=60)
+    assert answer.HasField("waiting")
 
 
 def test_a_second_push_replaces_one_that_hangs(
