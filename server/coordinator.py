@@ -233,7 +233,7 @@ class Coordinator:
             now = run.clock()
             if run.sums is not None and is_sum_step(message.stage):
                 run.sums.post(client_id, message.epoch, message.stage, message.payload)
-                run.sums.advance(run.round.members - run.round.absent, now)
+                run.sums.advance(run.round.there, now)
             else:
                 keys = required(run.keys, self.settings)
                 was_ready, held = keys.ready, keys.holders

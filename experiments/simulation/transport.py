@@ -80,10 +80,10 @@ class InProcessTransport:
             if aggregate is not None:
                 self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
                 return aggregate
-            if time.monotonic() >= deadline:
-                raise TurnOverError(f"round {round_number} did not open within {self._patience:.0f} s")
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
+            if time.monotonic() >= deadline:
+                raise TurnOverError(f"round {round_number} did not open within {self._patience:.0f} s")
             self._round_changed.wait(self._tick)
 
     def push(self, upload: Upload) -> Receipt:

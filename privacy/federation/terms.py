@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family
+from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -200,7 +201,8 @@ class ScheduleTerms(Frozen):
     """Rounds after which a new group key is agreed on."""
     sampled_clients: int | None = Field(default=None, ge=2, le=bounds.MAX_CONTRIBUTORS)
     """Members that take part in a round, drawn anew for each by a public rule; all of them if left out. Noise
-    is planned as if every member took part in every round. Only with `adapter.protection` `none` or `dp`."""
+    is planned as if every member took part in every round. Not with `adapter.protection` `distributed-dp`;
+    where adapters are encrypted, all members agree on the group key, drawn or not."""
 
 
 class CommonTerms(Frozen):
@@ -252,18 +254,19 @@ class CommonTerms(Frozen):
         sampled = self.schedule.sampled_clients
         if sampled is None:
             return
-        if self.adapter.protection not in ("none", "dp"):
-            why = "the groups of its sums are" if self.adapter.in_group_sums else "a group key is"
+        if self.adapter.in_group_sums:
             raise ValueError(
                 f"schedule.sampled_clients is {sampled} with adapter.protection {self.adapter.protection!r}: "
-                f"{why} agreed on by all members, who then are there in every round; leave it out, or choose "
-                "adapter.protection 'none' or 'dp'"
+                "the groups of its sums are agreed on by all members, who then are there in every round; "
+                "leave it out, or choose another adapter.protection"
             )
-        least = max(self.schedule.quorum, self.policy.fewest_contributors + 1)
+        holders = MINIMUM_MEMBERS if self.adapter.encrypted else 0  # those of the last round have a key too
+        least = max(self.schedule.quorum, self.policy.fewest_contributors + 1, holders)
         if sampled < least:
+            key = f", a group key has {holders} holders" if holders else ""
             raise ValueError(
                 f"schedule.sampled_clients is {sampled}; the quorum is {self.schedule.quorum} and the policy "
-                f"asks for {self.policy.fewest_contributors} other contributors, so take at least {least}"
+                f"asks for {self.policy.fewest_contributors} other contributors{key}: take at least {least}"
             )
 
     def _check_group_sums(self) -> None:

@@ -45,16 +45,20 @@ def test_a_roster_without_sampling_keeps_the_hash_that_it_had_before_sampling_ex
     assert b'"sampled_clients":4' in _roster(sampled)._canonical()
 
 
-def test_sampling_is_refused_where_all_members_have_to_agree() -> None:
+def test_a_group_key_hinders_no_draw_and_the_groups_of_sums_do() -> None:
     mask = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
     sums = {
         "adapter": {"protection": "distributed-dp"},
         "adapter_privacy": {"steps_per_round": 1},
         "encryption": {"backend": "plain"},
     }
-    for terms, reason in ((mask, "a group key is agreed on by all"), (sums, "groups of its sums are agreed")):
-        with pytest.raises(ValidationError, match=reason):
-            founding(*MEMBERS, schedule={"sampled_clients": 6}, **terms)
+    assert founding(*MEMBERS, schedule={"sampled_clients": 6}, **mask)
+    few = {"policy": {"minimum_contributors": 2, "squares_cap": 0.5}}
+    assert founding(*MEMBERS, schedule={"sampled_clients": 3, "quorum": 3}, **PLAIN, **few)
+    with pytest.raises(ValidationError, match="a group key has 4 holders: take at least 4"):
+        founding(*MEMBERS, schedule={"sampled_clients": 3, "quorum": 3}, **mask, **few)
+    with pytest.raises(ValidationError, match="groups of its sums are agreed"):
+        founding(*MEMBERS, schedule={"sampled_clients": 6}, **sums)
 
 
 @pytest.mark.parametrize(
