@@ -234,11 +234,14 @@ class Membership:
     def _agree_with_those_drawn(self, round_number: int) -> None:
         """Take part in a key agreement once; the server says again if it still waits."""
         aggregate = self._seen(self._transport.pull(round_number), round_number)
+        epoch = aggregate.upload_key_epoch
+        held = epoch == self._noted_key_epoch
         self._progress.stage(aggregate.round, "agreeing on the group key")
         error = self._try_to_agree(aggregate)
         self._progress.stage(aggregate.round, _WAITING_FOR_A_TURN)
         if error is not None:
-            log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
+            log.warning("key epoch %d: %s", epoch, error)
+        if error is not None or held:  # a server that asks for what is done may ask at once again
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
 
     def _seen(self, aggregate: Aggregate, round_number: int) -> Aggregate:

@@ -1,18 +1,24 @@
 """Encrypted adapters in a federation larger than its rounds: all agree on the key, those drawn use it."""
 
-from collections.abc import Callable
+import re
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from end_to_end import federation_of_vectors as fv
+from end_to_end import test_faults as faults
 from fedmosaic.client.round import membership
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.protos.messages import KeyMessage
 
 MEMBERS = tuple(f"m{number}" for number in range(9))
 ROUNDS, EACH, TERM = 8, 4, 3
@@ -84,9 +90,116 @@ def test_those_drawn_open_what_those_before_them_sealed(tmp_path: Path, backend:
     assert [set(result["uploaded"]) for result in summary["results"]] == list(drawn.values())
     for name, client in clients.items():
         assert client.learner.trained == [number for number, names in drawn.items() if name in names]
-        assert [path.name for path in (client.state.directory / "keys").iterdir()] == ["counter.json"]
+        assert {path.name for path in (client.state.directory / "keys").iterdir()} <= {"counter.json"}
     check_sums(clients, summary["results"], TOLERANCE[backend])
     # One epoch for all rounds of its term, of all members that have a turn ahead.
     assert [result["key_epoch"] for result in summary["results"]] == [1, 1, 1, 2, 2, 2, 3, 3]
     ahead = {epoch: set().union(*(drawn[n] for n in drawn if n > TERM * (epoch - 1))) for epoch in (1, 2, 3)}
     assert {epoch: set(names) for epoch, names in holders(directory).items()} == ahead
+
+
+class Dying:
+    """A transport whose process dies once it has posted a message of a key agreement."""
+
+    def __init__(self, inner: Any, stage: str) -> None:
+        self._inner, self._stage = inner, stage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def post_key_message(self, message: KeyMessage) -> None:
+        self._inner.post_key_message(message)
+        if message.stage == self._stage:
+            raise fv.Killed
+
+
+@pytest.mark.parametrize("stage", ["join", "opening", "confirmation"])
+def test_who_is_killed_in_an_agreement_of_others_still_gets_the_key(tmp_path: Path, stage: str) -> None:
+    directory, roster = founded(tmp_path, "mask")
+    coordinator, clients = fv.coordinator_of(directory), members_of(directory)
+    drawn = turns(roster, coordinator.run_id)
+    (idle, *_) = sorted(set().union(*drawn.values()) - drawn[1])
+
+    def dies_and_comes_back() -> None:
+        client = clients[idle]
+        with pytest.raises(fv.Killed):
+            client.session(Dying(fv.in_process(coordinator, idle), stage)).run()
+        client.close()
+        client.session(fv.in_process(coordinator, idle)).run()
+
+    sessions = {
+        name: client.session(fv.in_process(coordinator, name))
+        for name, client in clients.items()
+        if name != idle
+    }
+    sessions[idle] = SimpleNamespace(run=dies_and_comes_back)
+    assert fv.run_all(sessions) == {}
+    summary: Any = coordinator.summary()
+    coordinator.close()
+    for client in clients.values():
+        client.close()
+    assert [set(result["uploaded"]) for result in summary["results"]] == list(drawn.values())
+    assert all(idle in names for names in holders(directory).values() if idle in drawn[ROUNDS])
+
+
+@pytest.fixture
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    while faults.STARTED:
+        process = faults.STARTED.pop()
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("_no_process_is_left")
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mask", "ckks"])
+def test_a_member_that_is_killed_while_others_are_drawn_holds_the_next_key(
+    tmp_path: Path, backend: str
+) -> None:
+    """Over gRPC: it dies by SIGKILL in an agreement, the server after it; every sum is plain arithmetic."""
+    patient = {"round_deadline_seconds": 240, "gathering_seconds": 240, "key_patience_seconds": 240}
+    run = faults.Federation(tmp_path, backend, rounds=6, sampled_clients=4, rotate_key_every=2, **patient)
+    wait_until(lambda: re.search(r"run [0-9a-f]{32} of", run.log.read_text()))
+    (run_id,) = re.findall(r"run ([0-9a-f]{32}) of", run.log.read_text())
+    roster = open_kit(run.directory / "server").roster
+    (idle,) = set(fv.MEMBERS) - roster.taking_part(run_id, 3)  # in which a new key is due
+    dying = run.start_client(idle, "kill-idle")
+    clients = {name: run.in_thread(name) for name in fv.MEMBERS if name != idle}
+    assert dying.wait(faults.PATIENCE) == -signal.SIGKILL
+    run.server.kill()
+    run.server.wait()
+    run.server = run.start_server()
+    clients[idle] = run.in_thread(idle)
+    assert {name: client.result(faults.PATIENCE) for name, client in clients.items()} == dict.fromkeys(
+        fv.MEMBERS, 0
+    )
+    run.stop()
+    results: Any = run.summary()["results"]
+    assert [set(result["uploaded"]) for result in results] == [
+        roster.taking_part(run_id, number) for number in range(1, 7)
+    ]
+    first, *_, last = (result["key_epoch"] for result in results)
+    assert last >= first + 2
+    expected = plain_adapters(results, roster)
+    for name in fv.MEMBERS:
+        (place,) = (run.directory / "clients" / name / "state/adapter").glob("round-*/vector.npz")
+        with np.load(place) as stored:
+            np.testing.assert_allclose(stored["local"], expected[name], atol=TOLERANCE[backend])
+
+
+def plain_adapters(results: list[dict[str, Any]], roster: Roster) -> dict[str, np.ndarray]:
+    """What each member is left with where the rows of a run are applied to adapters in the clear."""
+    size = roster.terms.adapter.shared_dimensions
+    local = {name: np.zeros(size) for name in fv.MEMBERS}
+    rows: dict[str, dict[str, float]] = {}
+    for result in results:
+        before = dict(local)
+        for name in result["uploaded"]:
+            row, own = rows.get(name), before[name]
+            received = own if row is None else sum(share * before[other] for other, share in row.items())
+            step = np.random.default_rng([fv.MEMBERS.index(name), result["round"]]).normal(0, 0.5, size)
+            local[name] = 0.5 * own + 0.25 * received + step
+        rows = result["weights"]["shared"]
+    return local
