@@ -27,8 +27,10 @@ def sampling_rate(terms: Terms, examples: float) -> float:
     return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
 
 
-def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
-    """Find σ for all rounds of n examples, from the budget (ε, δ) that the profile leaves.
+def plan_adapter(
+    terms: Terms, examples: float, delta: float, target_epsilon: float, steps: int
+) -> AdapterPlan:
+    """Find σ for so many private steps of n examples, from the budget (ε, δ) that the profile leaves.
 
     Raises:
         AccountingError: the profile alone passes the target, no noise suffices, or the client has too few
@@ -37,7 +39,7 @@ def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: fl
     if not terms.adapter.private:
         return AdapterPlan(0.0, sampling_rate(terms, examples))
     if not terms.adapter.in_group_sums:
-        settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+        settled, rate = plan_inputs(terms, examples)
         return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
     sums = terms.group_sums
     if sums.noise_multiplier is None:

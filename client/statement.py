@@ -39,7 +39,6 @@ def statement_inputs(
     smallest_row = state.smallest_row()
     terms, parameters = roster.terms, roster.terms.encryption
     named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
-    steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
     fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
         run_id=state.record.run_id,
@@ -51,7 +50,9 @@ def statement_inputs(
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
                 clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
-                planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
+                planned={
+                    "adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=roster.private_steps)
+                },
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
                 largest_delta=terms.adapter_privacy.largest_delta,
             ),
@@ -80,7 +81,8 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
     _, high = cell(examples)
     delta = rounded_delta(parameters_of(client.ledger).delta, client.largest_delta)
     try:
-        planned = plan_adapter(terms, high, delta, terms.adapter_privacy.target_epsilon).noise_multiplier
+        target, steps = terms.adapter_privacy.target_epsilon, client.planned["adapter"].steps
+        planned = plan_adapter(terms, high, delta, target, steps).noise_multiplier
     except AccountingError:
         return inputs  # not planned by these terms; a coarse grid of σ is used
     least = round_down(planned * _PLANNING_MARGIN, 3)

@@ -75,8 +75,8 @@ class Coordinator:
         return 0 if state.phase is Phase.CLOSED else state.number
 
     def taking_part(self, number: int) -> frozenset[str]:
-        """Members that take part in a round."""
-        return self.settings.roster.taking_part(self.run_id, number)
+        """See `Run.taking_part`."""
+        return self._run.taking_part(number)
 
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.
@@ -233,7 +233,7 @@ class Coordinator:
             now = run.clock()
             if run.sums is not None and is_sum_step(message.stage):
                 run.sums.post(client_id, message.epoch, message.stage, message.payload)
-                run.sums.advance(run.round.there, now)
+                run.sums.advance(run.round.members - run.round.absent, now)
             else:
                 keys = required(run.keys, self.settings)
                 was_ready, held = keys.ready, keys.holders

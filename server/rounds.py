@@ -39,9 +39,9 @@ class Rounds:
         run.store.check_hold()
         keys_changed, due = False, []
         with run.lock:
-            there, now = run.round.there, run.clock()
+            there, now = run.round.members - run.round.absent, run.clock()
             if run.keys is not None and run.round.phase is not Phase.FINISHED:
-                keys_changed = run.keys.advance(there, now)
+                keys_changed = run.keys.advance(run.round.sharing_key, now)
             if run.sums is not None:
                 keys_changed |= run.sums.advance(there, now)
                 due = run.sums.due()
@@ -89,8 +89,9 @@ class Rounds:
         run = self._run
         log.info("%s", run.state_line())
         try:
-            sampled = run.settings.terms.schedule.sampled_clients is not None
-            recipients = run.settings.roster.taking_part(run.run_id, number + 1) if sampled else None
+            # Sums are made for all members, whoever takes part in them.
+            sampled = run.settings.terms.schedule.sampled_clients is not None and run.sums is None
+            recipients = run.taking_part(number + 1) if sampled else None
             with run.traces.span("close", number):
                 closed = self._closer.close(number, recipients)
             if run.sums is not None:

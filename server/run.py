@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from fedmosaic.privacy.audit import AuditLog
@@ -90,9 +89,6 @@ class Run:
         self.position = Position(
             state, self._stored_head(), stored_offer(self.store, self.blobs, state.number)
         )
-        self.sums: RunSums | None = None
-        if settings.terms.adapter.in_group_sums:
-            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, state.number)
 
     @property
     def _fixed(self) -> bool:
@@ -104,9 +100,13 @@ class Run:
             return False
         self.settings = self.account.settings = settings
         self.round = self._resumed()
-        if self.sums is not None:
-            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, self.round.number)
         return True
+
+    def taking_part(self, number: int) -> frozenset[str]:
+        """Members that take part in a round; of one whose groups are not formed yet, all."""
+        if self.sums is not None:
+            return self.sums.taking_part(number)
+        return self.settings.roster.taking_part(self.run_id, number)
 
     @property
     def round(self) -> rounds.Round:
@@ -142,7 +142,7 @@ class Run:
         status = self.witnessing.describe(replace(state.status(now), head=here.head), now)
         if self.keys is None or self.keys.ready or state.phase is not Phase.OPEN:
             return status
-        waiting, left, text = self.keys.describe(state.there, now)
+        waiting, left, text = self.keys.describe(state.sharing_key, now)
         message = rounds.one_line(f"round {state.number}: {text}")
         return replace(status, waiting_for=waiting, seconds_left=left, message=message)
 
@@ -204,12 +204,15 @@ class Run:
         return bytes.fromhex(stored)
 
     def _resumed(self) -> rounds.Round:
-        """The round that the stored run is in, with a full deadline ahead."""
+        """The round that the stored run is in, with a full deadline ahead, and its sums."""
         settings, keys, now = self.settings, self.keys, self.clock()
         agreed = settings.terms.schedule
-        draw = partial(settings.roster.taking_part, self.run_id) if agreed.sampled_clients else None
-        terms = settings.members, agreed.quorum, agreed.rounds, agreed.round_deadline_seconds
         number = min(int(self.store.get_json("round") or 1), agreed.rounds + 1)
+        self.sums: RunSums | None = None
+        if settings.terms.adapter.in_group_sums:
+            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, number)
+        draw = self.taking_part if agreed.sampled_clients else None
+        terms = settings.members, agreed.quorum, agreed.rounds, agreed.round_deadline_seconds
         stored = {c: u for c, u in self.store.uploads(number).items() if c in settings.members}
         state = rounds.first_round(*terms, now, draw).resumed(
             number,

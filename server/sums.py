@@ -50,10 +50,11 @@ class RunSums:
             self._current = None
             return
         settings, terms = self._settings, self._terms
+        drawn = self._partition.drawn(settings.roster, self._run_id, number)
         about = settings.roster.federation, self._run_id, number, settings.roster_hash
-        context = sum_context(*about, self._partition, chain_of(self._totals))
+        context = sum_context(*about, drawn, chain_of(self._totals))
         size, keys = settings.terms.adapter.shared_dimensions, settings.roster.identity_keys()
-        sums = self._partition.terms(context, keys, terms, size)
+        sums = drawn.terms(context, keys, terms, size)
         deadline = settings.terms.schedule.round_deadline_seconds
         seconds = {step: share * deadline for step, share in _SHARE_OF_ROUND.items()}
         self._current = RoundSums(number, sums, seconds, now, self._left_out())
@@ -90,6 +91,13 @@ class RunSums:
             found = [total for total in self._totals if total.round == round_number]
             return found[0].messages() if found else {}
         return self._round(round_number).read(member, step)
+
+    def taking_part(self, number: int) -> frozenset[str]:
+        """Members that take part in a round: all in the first, then those who add up in it."""
+        if self._partition is None or number == 1:
+            return frozenset(self._settings.members)
+        drawn = self._partition.drawn(self._settings.roster, self._run_id, number)
+        return frozenset(name for group in drawn.groups for name in group)
 
     def receivers(self, number: int) -> list[str]:
         """Members who take a step with what a closed round brought."""
@@ -132,7 +140,7 @@ class RunSums:
         asked, apart = self._settings.terms.relevance, self._settings.roster.sharing_families()
         related = relevance([profiles.get(client) for client in clients], asked.similarity)
         families = {client: apart[client] for client in clients}
-        limits = self._terms.groups, self._terms.minimum_contributors
+        limits = self._terms.groups, self._settings.terms.least_group(len(clients))
         made = divide(families, related, *limits, asked.temperature)
         self._store.put({PARTITION_FORMED: made.encoded().decode()})
         self._partition = made

@@ -146,7 +146,8 @@ class Preflight:
         """DP-SGD parameters of this client; AccountingError if there are none."""
         target = agreed_epsilon(self.settings, self.kit)
         delta = self._parameters(target).delta
-        return plan_adapter(self.kit.roster.terms, len(self._unit_ids), delta, target)
+        roster = self.kit.roster
+        return plan_adapter(roster.terms, len(self._unit_ids), delta, target, roster.private_steps)
 
     @cached_property
     def learner(self) -> ModelLearner:
@@ -283,9 +284,10 @@ class Preflight:
         rows = read_ledger(self._ledger) if has_begun(self._ledger) else []
         earlier = charges([row for row in rows if row.context != run], wanted.budgeted_channels)
         release = Release("profile", None, data_epoch(self._unit_ids), terms.profile.sha256)
-        profile, _, steps = plan_inputs(terms, len(self._unit_ids), terms.schedule.rounds)
+        profile, _ = plan_inputs(terms, len(self._unit_ids))
         planned = [] if release.made(rows) else profile
         if terms.adapter.private:
+            steps = self.kit.roster.private_steps
             planned.append(GaussianEvent(plan.noise_multiplier, plan.sampling_rate, steps))
         if not earlier or not planned:
             return

@@ -118,27 +118,37 @@ class GroupSession(Session):
             # Whether others were told the same shows in the next sum, which every member signs with them.
             found = self._read(number, "sum-totals")
             totals = RoundTotals.from_messages(number, found, len(partition.groups))
-            self._gradients.append(mixed_gradient(self._sums_of(totals, partition), mixing))
+            self._gradients.append(mixed_gradient(self._sums_of(totals), mixing))
             self._chain = totals.follow(self._chain)
+            self._state.note_received(number + 1, received=self._gradients[-1] is not None)
         terms = self._terms
         theta = shared_branch(
             self._start, self._gradients, terms.group_sums.learning_rate, max(1, terms.schedule.rounds - 1)
         )
         self._learner.load_shared(theta.astype(np.float32))
-        received = round_number > 2 and self._gradients[-1] is not None
-        self._state.note_received(round_number, received=received)
 
     @cached_property
     def _groups(self) -> Partition:
-        """Who adds up with whom in all rounds, checked against the terms."""
+        """Who adds up with whom in all rounds, checked against the terms; formed once the first is over."""
+        self._pull(2)
         partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
-        families, sums = self.roster.sharing_families(), self._terms.group_sums
-        partition.check(self._identity.client_id, families, sums.minimum_contributors, sums.groups)
+        families, terms = self.roster.sharing_families(), self._terms
+        least = terms.least_group(len(families))
+        partition.check(self._identity.client_id, families, least, terms.group_sums.groups)
         return partition
 
-    def _sums_of(self, totals: RoundTotals, partition: Partition) -> list[GroupSum | None]:
+    def _groups_in(self, number: int) -> Partition:
+        """Those of them who add up in a round."""
+        return self._groups.drawn(self.roster, self._state.record.run_id, number)
+
+    def _drawn(self, number: int) -> frozenset[str]:
+        if not 1 < number <= self._terms.schedule.rounds:
+            return frozenset(member.id for member in self.roster.members)
+        return frozenset(name for group in self._groups_in(number).groups for name in group)
+
+    def _sums_of(self, totals: RoundTotals) -> list[GroupSum | None]:
         sums: list[GroupSum | None] = []
-        terms = self._terms
+        terms, partition = self._terms, self._groups_in(totals.round)
         for group, names, packed in zip(partition.groups, totals.contributors, totals.vectors, strict=True):
             if not names:
                 sums.append(None)
@@ -155,7 +165,7 @@ class GroupSession(Session):
         if self._releases.adapter_begun(round_number):
             log.warning("round %d: begun before the restart; its sum is formed without us", round_number)
             return
-        partition = self._groups
+        partition = self._groups_in(round_number)
         index = partition.group_of(self._identity.client_id)
         group, terms = partition.groups[index], self._terms
         context = sum_context(

@@ -152,7 +152,7 @@ class Subject:
     @property
     def _steps(self) -> int:
         scenario = self.target.scenario
-        return scenario.adapter_privacy.steps_per_round * scenario.schedule.rounds
+        return scenario.private_steps(len(scenario.clients))
 
     def federation(self, skipped: list[str]) -> list[AttackResult]:
         """The group key, collusion, spoofing and task inference."""

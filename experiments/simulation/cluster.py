@@ -170,10 +170,10 @@ class _ClientActor:
             scenario, directory, models, Evaluation(scenario), coordinator, progress, flops, _TICK_SECONDS
         )
 
-    def turn(self, index: int) -> None:
+    def turn(self, index: int, number: int) -> None:
         """See `Worker.turn`."""
         try:
-            self._worker.turn(index)
+            self._worker.turn(index, number)
         except Exception as error:
             name = self._worker.scenario.clients[index].id
             # Only the words: not every error can be carried to another process.
@@ -231,7 +231,7 @@ class _Actors:
             if left[actor]:
                 index = left[actor].popleft()
                 named = self._actors[actor].turn.options(name=self._scenario.clients[index].id)
-                running[named.remote(index)] = index
+                running[named.remote(index, number)] = index
 
         for actor in range(len(self._actors)):
             for _ in range(self._limit):

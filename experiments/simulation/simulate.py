@@ -103,7 +103,7 @@ def play(scenario: Scenario, directory: Path, coordinator: Coordinator, turns: T
     turns(unfinished, scenario.schedule.rounds + 1)
 
 
-def _in_threads(worker: Worker, indices: Sequence[int], _: int) -> None:
+def _in_threads(worker: Worker, indices: Sequence[int], number: int) -> None:
     """Turns in this process, few at once where clients need not talk; the first error stops all of them."""
     left, limit = iter(indices), turns_at_once(worker.scenario, len(indices))
     running: dict[Future[None], int] = {}
@@ -111,7 +111,7 @@ def _in_threads(worker: Worker, indices: Sequence[int], _: int) -> None:
         try:
             while True:
                 for index in islice(left, limit - len(running)):
-                    running[pool.submit(worker.turn, index)] = index
+                    running[pool.submit(worker.turn, index, number)] = index
                 if not running:
                     return
                 for done in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,5 +1,6 @@
 """The transport without a network: a session talks to a coordinator in the same process."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ TICK_SECONDS = 0.25
 
 
 class TurnOverError(TransportError):
-    """The round that a client asks for is not open yet, so its turn is over."""
+    """The round that a client asks for is not open yet, or is of another turn, so its turn is over."""
 
 
 class InProcessTransport:
@@ -41,6 +42,9 @@ class InProcessTransport:
         self._stopped = stopped or threading.Event()
         self._tick = tick_seconds
         self._traffic = traffic or Traffic()
+        self.last_round = math.inf
+        """The last round that is opened to it. Whoever closes a round would begin the next alone, and wait in
+        it for others whose turns are over."""
         self._round_changed = threading.Event()
         self._keys_changed = threading.Event()
         coordinator.subscribe(self._hear)
@@ -68,9 +72,13 @@ class InProcessTransport:
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """Wait for a round to open and return what to load before it.
 
-        `TurnOverError` if it does not open within this transport's patience, `TransportError` if the run was
-        given up.
+        `TurnOverError` if it does not open within this transport's patience, or, once `on_wait` is told what
+        the server waits for, if it is after `last_round`; `TransportError` if the run was given up.
         """
+        if round_number > self.last_round:
+            if on_wait is not None:
+                on_wait(self._coordinator.status(self._client_id))
+            raise TurnOverError(f"round {round_number} is of another turn than round {self.last_round:.0f}")
         deadline = time.monotonic() + self._patience
         while True:
             self._check_going_on()
@@ -80,10 +88,10 @@ class InProcessTransport:
             if aggregate is not None:
                 self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
                 return aggregate
-            if on_wait is not None:
-                on_wait(self._coordinator.status(self._client_id))
             if time.monotonic() >= deadline:
                 raise TurnOverError(f"round {round_number} did not open within {self._patience:.0f} s")
+            if on_wait is not None:
+                on_wait(self._coordinator.status(self._client_id))
             self._round_changed.wait(self._tick)
 
     def push(self, upload: Upload) -> Receipt:

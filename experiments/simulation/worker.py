@@ -88,11 +88,12 @@ class Worker:
     def _place(self, entry: ScenarioClient) -> Path:
         return self.directory / "federation" / "clients" / entry.id
 
-    def turn(self, index: int) -> None:
-        """One client's part in the open round; `index` is its place in the scenario."""
+    def turn(self, index: int, number: int) -> None:
+        """One client's part in the rounds up to `number`; `index` is its place in the scenario."""
         began = time.monotonic() - self._seconds.get(index, 0.0)
         client, over = self._taken(index), True
         try:
+            client.transport.last_round = number
             over = client.turn(began)
         finally:
             self._put_back(client, keep=not over)
@@ -156,7 +157,8 @@ class _Client:
         self.ledger = open_ledger(self.state.ledger_path, self.entry.id, self.terms, count, target)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
+            steps = worker.roster.private_steps
+            self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target, steps)
         self.transport = InProcessTransport(
             worker.coordinator,
             self.entry.id,

@@ -53,6 +53,8 @@ from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.leverage import noise_share
+from fedmosaic.privacy.federation.roster import taking_part
+from fedmosaic.privacy.federation.terms import ScheduleTerms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clipped_sum
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise, poisson_sample
 from fedmosaic.privacy.mechanism.shares import ShareGrid, noisy_share, plan_grid
@@ -94,6 +96,8 @@ class Settings:
     form: str | None = None
     """What stands around a request, {}, in place of the task's own form; the answer follows in its line."""
     steps: int = 150
+    sampled: int | None = None
+    """Members that take part in a step, by turns; all of them if left out."""
     learning_rate: float = 0.015
     sampling_rate: float = 0.2
     clipping_norm: float = 1.0
@@ -220,22 +224,25 @@ class _Bench:
         settings = self._settings
         rows, tests = _rows(settings, members, seed)
         encoded = [encode_examples(self._tokenizer, own, _MAX_LENGTH) for own in rows]
-        sigma, share, grid = self._noise(release, members, epsilon)
+        names, present = tuple(map(str, range(members))), min(members, settings.sampled or members)
+        sigma, share, grid = self._noise(release, members, present, epsilon)
         source, rate = SeededTestNoise(10_000 + seed), settings.sampling_rate
         gradients: list[FloatArray | None] = []
         ratio = 0.0
         with only_shared_branch(self._model):
-            for _ in range(settings.steps):
+            for step in range(settings.steps):
                 self._write(gradients)
-                chosen = [own[i] for own in encoded for i in poisson_sample(len(own), rate, source)]
+                drawn = taking_part(names, settings.sampled, str(seed), step + 1)
+                giving = [own for name, own in zip(names, encoded, strict=True) if name in drawn]
+                chosen = [own[i] for own in giving for i in poisson_sample(len(own), rate, source)]
                 y = self._sum(chosen, grid).units.astype(np.float64)
                 if share:
                     nothing = ClippedSum.empty(len(y))
-                    noise = np.sum([noisy_share(nothing, grid, source) for _ in range(members)], axis=0)
+                    noise = np.sum([noisy_share(nothing, grid, source) for _ in giving], axis=0)
                     ratio = float(np.linalg.norm(noise) / max(1.0, float(np.linalg.norm(y))))
                     y = y + noise
                 y *= settings.clipping_norm / grid.steps
-                gradients.append(mixed_gradient([GroupSum(y, members * rate * settings.examples)], [1.0]))
+                gradients.append(mixed_gradient([GroupSum(y, present * rate * settings.examples)], [1.0]))
             self._write(gradients)
             accuracy = Examiner(self._model, self._tokenizer, 64, _MAX_LENGTH).score(tests).value
             self._model.unmerge_adapter()
@@ -249,18 +256,21 @@ class _Bench:
         write_shared(self._model, theta.astype(np.float32), "local")
         self._model.merge_adapter()
 
-    def _noise(self, release: Release, members: int, epsilon: float) -> tuple[float, float, ShareGrid]:
-        """σ of the claim, each member's own noise, and the grid."""
+    def _noise(
+        self, release: Release, members: int, present: int, epsilon: float
+    ) -> tuple[float, float, ShareGrid]:
+        """σ of the claim, each member's own noise, and the grid; so many of the members are in a step."""
         settings = self._settings
         sigma = 0.0
         if math.isfinite(epsilon):
             delta = 1.0 / (settings.examples * members)
-            sigma = noise_multiplier_for(epsilon, delta, [], settings.sampling_rate, settings.steps)
+            turns = ScheduleTerms(rounds=settings.steps, sampled_clients=settings.sampled).turns(members)
+            sigma = noise_multiplier_for(epsilon, delta, [], settings.sampling_rate, turns)
         share = sigma
         if release == "sum" and members > 1:
-            share = noise_share(sigma, members, max(1, members // 6))
+            share = noise_share(sigma, present, max(1, present // 6))
         batch = math.ceil(settings.sampling_rate * settings.examples)
-        return sigma, share, replace(plan_grid(members, batch, share or 1.0, 62), noise=share)
+        return sigma, share, replace(plan_grid(present, batch, share or 1.0, 62), noise=share)
 
     def _sum(self, chosen: Sequence[EncodedExample], grid: ShareGrid) -> ClippedSum:
         total = ClippedSum.empty(len(self._start))

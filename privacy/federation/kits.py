@@ -109,7 +109,7 @@ def lonely(members: Sequence[Member | MemberEntry], terms: Terms) -> str:
     """Which family could not exchange under terms that keep families apart; empty if all can."""
     family, kin, families = _smallest_family(members, terms)
     sums = terms.group_sums if terms.adapter.in_group_sums else None
-    needed = sums.minimum_contributors if sums else terms.policy.fewest_contributors + 1
+    needed = terms.least_group(len(members)) if sums else terms.policy.fewest_contributors + 1
     if families > 1 and kin < needed:
         return (
             f"family {family!r} has {kin} of the {len(members)} members, who receive from their own family "
@@ -158,7 +158,7 @@ def fragile(entries: Sequence[Member | MemberEntry], terms: Terms) -> str:
     least, (family, members, apart) = terms.policy.minimum_contributors, _smallest_family(entries, terms)
     sampled, needed = terms.schedule.sampled_clients, terms.policy.fewest_contributors + 1
     others = len(entries) - members
-    if sampled and apart > 1:
+    if sampled and apart > 1 and not terms.adapter.in_group_sums:
         # Hypergeometric: rounds are drawn without regard to families.
         unlucky = sum(math.comb(members, k) * math.comb(others, sampled - k) for k in range(needed))
         share = unlucky / math.comb(len(entries), sampled)
@@ -171,11 +171,11 @@ def fragile(entries: Sequence[Member | MemberEntry], terms: Terms) -> str:
             )
     where = f" in family {family!r}" if apart > 1 else ""
     if terms.adapter.in_group_sums:
-        fewest = terms.group_sums.minimum_contributors
+        fewest, present = terms.group_sums.minimum_contributors, terms.schedule.share(members, len(entries))
         return (
-            f"with {members} members{where} and sums of at least {fewest}, one member that is away stops all "
-            "sums: name more, or lower terms.group_sums.minimum_contributors"
-            if members <= fewest
+            f"with {present} members{where} in a round and sums of at least {fewest}, one member that is "
+            "away stops all sums: name more, or lower terms.group_sums.minimum_contributors"
+            if present <= fewest
             else ""
         )
     if members > least + 1:

@@ -6,7 +6,6 @@ the roster is exchanged on enrolment, signed into the group key and written into
 
 import base64
 import hashlib
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -142,6 +141,11 @@ class Roster(Frozen):
         mixed = section != "family" and self.terms.relevance.across_families
         return {member.id: "" if mixed else member.family for member in self.members}
 
+    @property
+    def private_steps(self) -> int:
+        """See `CommonTerms.private_steps`."""
+        return self.terms.private_steps(len(self.members))
+
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
         """Ids of the members that take part in a round; see `taking_part`."""
         members = tuple(member.id for member in self.members)
@@ -222,19 +226,20 @@ class RosterMark(Frozen):
 def taking_part(members: tuple[str, ...], sampled: int | None, run_id: str, number: int) -> frozenset[str]:
     """The members that take part in a round; `sampled` is K of the terms, None for everybody.
 
-    A member's ticket of a round is a hash of the run, the round and its name; the K smallest take part. Every
-    member can tell who that is, so it refuses a weight row that names anybody else. The draw is uniform over
-    the runs' random ids, and it is no secret: no amplification by subsampling is claimed for it, and whoever
-    draws many ids of a run can choose among its draws.
+    They take turns. A cycle is ⌊n/K⌋ rounds long; in each cycle the n members stand in another order, by a
+    hash of the run, the cycle and the name, and every round takes the next K. So nobody takes part more than
+    once in a cycle, which bounds what its noise is planned for (`ScheduleTerms.turns`), and of a single round
+    every K are as likely as any others over the runs' random ids. Every member can tell who takes part, so it
+    refuses a weight row that names anybody else. The draw is no secret, and whoever draws many ids of a run
+    can choose among draws: no amplification by subsampling is claimed for it.
     """
     if sampled is None or sampled >= len(members):
         return frozenset(members)
-    return _smallest(members, sampled, run_id, number)
+    cycle, turn = divmod(number - 1, len(members) // sampled)
+    return frozenset(_order(members, run_id, cycle)[turn * sampled : (turn + 1) * sampled])
 
 
 @lru_cache(maxsize=64)
-def _smallest(members: tuple[str, ...], sampled: int, run_id: str, number: int) -> frozenset[str]:
-    prefix = f"fedmosaic/sample/v1\x00{run_id}/{number}/"
-    return frozenset(
-        heapq.nsmallest(sampled, members, lambda name: hashlib.sha256((prefix + name).encode()).digest())
-    )
+def _order(members: tuple[str, ...], run_id: str, cycle: int) -> list[str]:
+    prefix = f"fedmosaic/sample/v2\x00{run_id}/{cycle}/"
+    return sorted(members, key=lambda name: hashlib.sha256((prefix + name).encode()).digest())

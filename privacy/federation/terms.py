@@ -200,9 +200,17 @@ class ScheduleTerms(Frozen):
     rotate_key_every: int = Field(default=50, ge=1)
     """Rounds after which a new group key is agreed on."""
     sampled_clients: int | None = Field(default=None, ge=2, le=bounds.MAX_CONTRIBUTORS)
-    """Members that take part in a round, drawn anew for each by a public rule; all of them if left out. Noise
-    is planned as if every member took part in every round. Not with `adapter.protection` `distributed-dp`;
-    where adapters are encrypted, all members agree on the group key, drawn or not."""
+    """K, the members that take part in a round; all of them if left out. They take turns by a public rule, so
+    that of n members none takes part twice within ⌊n/K⌋ rounds, and noise is planned for so many turns. On
+    the group key of encrypted adapters all members agree, drawn or not."""
+
+    def share(self, group: int, members: int) -> int:
+        """How many of a group of so many of the members take part in a round: ⌊K·n_r/N⌋, or all."""
+        return group if self.sampled_clients is None else self.sampled_clients * group // members
+
+    def turns(self, members: int) -> int:
+        """Rounds in which one of so many members takes part, at most; see `roster.taking_part`."""
+        return -(-self.rounds // max(1, members // (self.sampled_clients or members)))
 
 
 class CommonTerms(Frozen):
@@ -217,6 +225,15 @@ class CommonTerms(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
     """Must be `true` if nothing is encrypted (`encryption.backend = "plain"`)."""
+
+    def least_group(self, members: int) -> int:
+        """Members that each group of so many needs, so that enough of it for a sum take part in a round."""
+        least, sampled = self.group_sums.minimum_contributors, self.schedule.sampled_clients
+        return least if sampled is None else -(-least * members // sampled)
+
+    def private_steps(self, members: int) -> int:
+        """Steps of DP-SGD that each of so many members plans its noise for: all that it will ever take."""
+        return self.adapter_privacy.steps_per_round * self.schedule.turns(members)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -255,11 +272,15 @@ class CommonTerms(Frozen):
         if sampled is None:
             return
         if self.adapter.in_group_sums:
-            raise ValueError(
-                f"schedule.sampled_clients is {sampled} with adapter.protection {self.adapter.protection!r}: "
-                "the groups of its sums are agreed on by all members, who then are there in every round; "
-                "leave it out, or choose another adapter.protection"
-            )
+            # Shares of K are rounded down, so that a round may have one member less for every further group.
+            groups, fewest = self.group_sums.groups, self.group_sums.minimum_contributors
+            least = max(groups * fewest, self.schedule.quorum + groups - 1)
+            if sampled < least:
+                raise ValueError(
+                    f"schedule.sampled_clients is {sampled}; {groups} groups with sums of at least {fewest} "
+                    f"and a quorum of {self.schedule.quorum} take at least {least}; or take fewer groups"
+                )
+            return
         holders = MINIMUM_MEMBERS if self.adapter.encrypted else 0  # those of the last round have a key too
         least = max(self.schedule.quorum, self.policy.fewest_contributors + 1, holders)
         if sampled < least:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.federation.roster import Roster, taking_part
 from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.groupkey.messages import sha256
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
@@ -43,6 +44,18 @@ class Partition(Frozen):
             return cls.model_validate_json(data)
         except ValidationError as error:
             raise WireError(f"the groups cannot be read: {error.errors()[0]['msg']}") from None
+
+    def drawn(self, roster: Roster, run_id: str, number: int) -> "Partition":
+        """The same with those alone who add up in a round: of every group its share of K, who take turns.
+
+        The share is rounded down, so that no group's members have more turns than those of the whole roster,
+        which is what noise is planned for.
+        """
+        schedule, members = roster.terms.schedule, len(roster.members)
+        if schedule.sampled_clients is None:
+            return self
+        drawn = (taking_part(g, schedule.share(len(g), members), run_id, number) for g in self.groups)
+        return self.model_copy(update={"groups": tuple(tuple(sorted(names)) for names in drawn)})
 
     def terms(
         self, context: bytes, identity_keys: Mapping[str, bytes], sums: GroupSumTerms, dimensions: int

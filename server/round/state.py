@@ -73,8 +73,8 @@ class Round:
         return self.drawn & self.holders
 
     @property
-    def there(self) -> frozenset[str]:
-        """Members that are there, drawn or not, but for those who have had their last turn and are gone."""
+    def sharing_key(self) -> frozenset[str]:
+        """Members that agree on a group key: all that are there, drawn or not, with a turn ahead of them."""
         here = self.members - self.absent
         if self.draw is None:
             return here

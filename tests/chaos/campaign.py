@@ -39,6 +39,7 @@ def _changed(terms: Terms, part: str, **values: object) -> Terms:
 _PLAIN = fv.terms("plain", 3, **_PATIENT)
 _MASKED = fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)
 _SUMMED = _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20)
+_TURNS = _changed(sums.group_terms(6, minimum=3, sampled=4), "schedule", round_deadline_seconds=20)
 MODES = {
     "none": (fv.MEMBERS, _PLAIN),
     "mask": (fv.MEMBERS, _MASKED),
@@ -46,6 +47,7 @@ MODES = {
     "dp": (fv.MEMBERS, _changed(_PLAIN, "adapter", protection="dp")),
     "dp+mask": (fv.MEMBERS, _changed(_MASKED, "adapter", protection="dp+encrypted")),
     "distributed-dp": (sums.MEMBERS[:8], _SUMMED),
+    "distributed-dp, four of nine": (sums.MEMBERS, _TURNS),
 }
 """Members and terms by what protects the adapter."""
 

@@ -24,7 +24,7 @@ MEMBERS = tuple(f"m{number:02}" for number in range(9))
 SIGMA = 2.0
 
 
-def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1):
+def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1, sampled=None):
     return Terms.model_validate(
         {
             "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="distributed-dp"),
@@ -37,7 +37,9 @@ def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1):
                 learning_rate=0.1,
             ),
             "profile": PROFILE,
-            "schedule": ScheduleTerms(rounds=rounds, quorum=4, round_deadline_seconds=60),
+            "schedule": ScheduleTerms(
+                rounds=rounds, quorum=4, round_deadline_seconds=60, sampled_clients=sampled
+            ),
             "encryption": {"backend": "plain"},
         }
     )
@@ -159,10 +161,7 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
 
 def _check_branch_of_sums_alone(coordinator, session, learners):
     """Fed with what a member knows beside the sums, steps or their state would carry its data on."""
-    partition = coordinator._run.sums._partition
-    gradients = [
-        mixed_gradient(session._sums_of(total, partition), (1.0,)) for total in coordinator._run.sums._totals
-    ]
+    gradients = [mixed_gradient(session._sums_of(total), (1.0,)) for total in coordinator._run.sums._totals]
     theta = shared_branch(np.zeros(learners[0].local.size), gradients, 0.1, 5).astype(np.float32)
     assert all(np.array_equal(learner.branches[-1], theta) for learner in learners)
 

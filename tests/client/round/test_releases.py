@@ -45,6 +45,7 @@ class Client:
         self.books = books or place.with_name("train.jsonl.ledger")
         self.terms = agreed
         self.target = target
+        self.accountant = "rdp"
         self.draws = 0
         self.charges_before_draws: list[int] = []
 
@@ -62,7 +63,8 @@ class Client:
     ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
         path, channels = self.books / LEDGER, budgeted_channels(self.terms)
-        ledger = Ledger.open(path, "ada", DELTA, self.target, accountant="rdp", budgeted_channels=channels)
+        budget = {"accountant": self.accountant, "budgeted_channels": channels}
+        ledger = Ledger.open(path, "ada", DELTA, self.target, **budget)
         noise = SecureNoise()
         noise.gaussian = self.gaussian  # type: ignore[method-assign]  # counts the draws
         plan = AdapterPlan(1.0 if self.terms.adapter.private else 0.0, 0.02)
@@ -365,11 +367,29 @@ def test_an_adapter_without_dp_is_recorded_as_infinite_with_what_covers_it(
 
 def test_the_plan_spends_the_target_over_both_channels_and_all_rounds() -> None:
     agreed = terms()
-    plan = plan_adapter(agreed, 400, DELTA, 4.0)
+    plan = plan_adapter(agreed, 400, DELTA, 4.0, agreed.private_steps(4))
     assert plan.sampling_rate == sampling_rate(agreed, 400) == 8 / 400
     events = [GaussianEvent(2.0, 1.0, 1), GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 15)]
     spent = epsilon(events, DELTA, "prv")
     assert 3.9 < spent <= 4.0
+
+
+def test_a_roster_that_shrinks_brings_more_turns_but_no_more_epsilon(tmp_path: Path) -> None:
+    """σ was planned for one turn in two rounds; with half of the members every round is one's own."""
+    agreed = terms(schedule={"rounds": 4, "sampled_clients": 4})
+    assert (agreed.schedule.turns(8), agreed.schedule.turns(4)) == (2, 4)
+    sigma = plan_adapter(agreed, 400, DELTA, 2.5, agreed.private_steps(8)).noise_multiplier
+    client = Client(tmp_path / "state", agreed, target=2.5)
+    client.accountant = "prv"
+    event = GaussianEvent(sigma, 8 / 400, agreed.adapter_privacy.steps_per_round)
+    with client.opened() as releases:
+        assert releases.profile(1) is not None
+        done = [releases.release_adapter(n, event, lambda: 0, lambda _: "noisy") for n in range(1, 5)]
+        assert releases.receive_only
+    charged = client.reserved("profile") + client.reserved("adapter")
+    assert done == ["noisy"] * (len(charged) - 1) + [None] * (5 - len(charged))
+    assert len(charged) >= 3, "all the turns that noise was planned for"
+    assert epsilon(charged, DELTA, "prv") <= 2.5
 
 
 def test_a_batch_larger_than_the_data_samples_everything() -> None:

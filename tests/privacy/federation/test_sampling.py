@@ -1,12 +1,19 @@
 """Who takes part in a round: K of N, alike for all who ask, and each member as often as any other."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from builders import founding
+from builders import founding, tiny_mechanism
+from fedmosaic.client.planning import plan_adapter
 from fedmosaic.privacy.federation.kits import FederationConfig
 from fedmosaic.privacy.federation.roster import Roster, taking_part
+from fedmosaic.privacy.federation.terms import ScheduleTerms
 from fedmosaic.protos import bounds
 
 MEMBERS = tuple(f"m{number}" for number in range(10))
@@ -17,19 +24,60 @@ def test_each_round_has_so_many_members_drawn_by_a_rule_that_all_can_follow() ->
     first = taking_part(MEMBERS, 3, "run", 1)
     assert len(first) == 3
     assert first == taking_part(tuple(reversed(MEMBERS)), 3, "run", 1)
-    assert len({taking_part(MEMBERS, 3, "run", number) for number in range(20)}) > 10
+    assert len({taking_part(MEMBERS, 3, "run", number) for number in range(1, 20)}) > 10
     assert any(taking_part(MEMBERS, 3, f"run{i}", 1) != first for i in range(5))
     assert taking_part(MEMBERS, None, "run", 1) == taking_part(MEMBERS, 10, "run", 1) == frozenset(MEMBERS)
 
 
-def test_every_member_and_every_pair_is_drawn_equally_often() -> None:
-    rounds = 3000
-    drawn = np.array([[m in taking_part(MEMBERS, 3, "run", n) for m in MEMBERS] for n in range(rounds)])
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.text(max_size=9))
+def test_nobody_takes_part_twice_in_a_cycle_nor_in_more_rounds_than_noise_is_planned_for(
+    count: int, sampled: int, rounds: int, run_id: str
+) -> None:
+    members, sampled = tuple(f"m{number}" for number in range(count)), min(sampled, count)
+    drawn = [taking_part(members, sampled, run_id, number + 1) for number in range(rounds)]
+    assert {len(round) for round in drawn} == {sampled}
+    cycle = count // sampled
+    for begin in range(0, rounds, cycle):
+        taken = [name for round in drawn[begin : begin + cycle] for name in round]
+        assert len(taken) == len(set(taken))
+    most = max(Counter(name for round in drawn for name in round).values())
+    # Built without its checks: a draw of one is never founded, but the rule holds for it too.
+    assert most <= ScheduleTerms.model_construct(rounds=rounds, sampled_clients=sampled).turns(count)
+    assert most == -(-rounds // cycle) or count % sampled, "and where K divides n, in exactly as many"
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_in_every_round_each_member_and_each_pair_is_drawn_equally_often(number: int) -> None:
+    runs = 3000
+    drawn = np.array([[m in taking_part(MEMBERS, 3, f"r{i}", number) for m in MEMBERS] for i in range(runs)])
     # Six standard deviations of a binomial share; for pairs 3 · 2 / (10 · 9).
-    assert np.abs(drawn.mean(axis=0) - 0.3).max() < 6 * np.sqrt(0.3 * 0.7 / rounds)
-    pairs = (drawn.T.astype(float) @ drawn) / rounds
+    assert np.abs(drawn.mean(axis=0) - 0.3).max() < 6 * np.sqrt(0.3 * 0.7 / runs)
+    pairs = (drawn.T.astype(float) @ drawn) / runs
     off = pairs[~np.eye(len(MEMBERS), dtype=bool)]
-    assert np.abs(off - 1 / 15).max() < 6 * np.sqrt(1 / 15 / rounds)
+    assert np.abs(off - 1 / 15).max() < 6 * np.sqrt(1 / 15 / runs)
+
+
+def test_noise_is_planned_for_the_turns_by_an_accountant_of_others_too() -> None:
+    """K of 4·K members are drawn in 40 rounds: ten turns, whose ε dp_accounting finds to be the target."""
+    privacy = {"target_epsilon": 4.0, "expected_batch_size": 8, "steps_per_round": 2, "largest_delta": 1e-5}
+    plain = PLAIN | {"adapter": {"protection": "dp"}, "adapter_privacy": privacy}
+    members = tuple(f"m{number}" for number in range(16))
+    schedule = {"rounds": 40, "sampled_clients": 4}
+    agreed = founding(
+        *members, profile=tiny_mechanism(noise_multiplier=4.0), schedule=schedule, **plain
+    ).terms
+    steps = agreed.private_steps(len(members))
+    assert (steps, agreed.schedule.turns(15)) == (20, 14)
+    sigma = plan_adapter(agreed, 400, 1e-5, 4.0, steps).noise_multiplier
+    losses = privacy_loss_distribution.from_gaussian_mechanism(
+        sigma, value_discretization_interval=1e-3, sampling_prob=8 / 400
+    ).self_compose(steps)
+    losses = losses.compose(
+        privacy_loss_distribution.from_gaussian_mechanism(4.0, value_discretization_interval=1e-3)
+    )
+    assert 3.9 < losses.get_epsilon_for_delta(1e-5) < 4.02
+    everybody = agreed.model_copy(update={"schedule": ScheduleTerms(rounds=40)})
+    assert plan_adapter(everybody, 400, 1e-5, 4.0, everybody.private_steps(16)).noise_multiplier > 1.1 * sigma
 
 
 def _roster(config: FederationConfig) -> Roster:
@@ -45,20 +93,14 @@ def test_a_roster_without_sampling_keeps_the_hash_that_it_had_before_sampling_ex
     assert b'"sampled_clients":4' in _roster(sampled)._canonical()
 
 
-def test_a_group_key_hinders_no_draw_and_the_groups_of_sums_do() -> None:
+def test_whoever_is_drawn_last_is_enough_for_a_group_key() -> None:
     mask = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
-    sums = {
-        "adapter": {"protection": "distributed-dp"},
-        "adapter_privacy": {"steps_per_round": 1},
-        "encryption": {"backend": "plain"},
-    }
+    few = {"schedule": {"sampled_clients": 3, "quorum": 3}}
+    few["policy"] = {"minimum_contributors": 2, "squares_cap": 0.5}
     assert founding(*MEMBERS, schedule={"sampled_clients": 6}, **mask)
-    few = {"policy": {"minimum_contributors": 2, "squares_cap": 0.5}}
-    assert founding(*MEMBERS, schedule={"sampled_clients": 3, "quorum": 3}, **PLAIN, **few)
+    assert founding(*MEMBERS, **PLAIN, **few)
     with pytest.raises(ValidationError, match="a group key has 4 holders: take at least 4"):
-        founding(*MEMBERS, schedule={"sampled_clients": 3, "quorum": 3}, **mask, **few)
-    with pytest.raises(ValidationError, match="groups of its sums are agreed"):
-        founding(*MEMBERS, schedule={"sampled_clients": 6}, **sums)
+        founding(*MEMBERS, **mask, **few)
 
 
 @pytest.mark.parametrize(

@@ -38,27 +38,27 @@ def terms(
 
 
 def test_usual_terms_pass() -> None:
-    check_plan(terms())
-    check_plan(terms(rounds=1000))
-    check_plan(terms(rounds=100_000, protection="none"))
+    check_plan(terms(), 4)
+    check_plan(terms(rounds=1000), 4)
+    check_plan(terms(rounds=100_000, protection="none"), 4)
 
 
 def test_more_steps_than_can_be_accounted_for_are_refused_with_a_number_that_passes() -> None:
     with pytest.raises(ConfigurationError, match=r"2,000,000 private steps") as refused:
-        check_plan(terms(rounds=100_000))
+        check_plan(terms(rounds=100_000), 4)
     possible = re.search(r"at most ([\d,]+) rounds", str(refused.value))
-    check_plan(terms(rounds=int(possible.group(1).replace(",", ""))))
+    check_plan(terms(rounds=int(possible.group(1).replace(",", ""))), 4)
 
 
 def test_a_profile_that_spends_the_budget_is_refused_with_what_to_raise() -> None:
     with pytest.raises(ConfigurationError, match=r"noise_multiplier") as refused:
-        check_plan(terms(target=0.5, profile={"noise_multiplier": 1.0}))
+        check_plan(terms(target=0.5, profile={"noise_multiplier": 1.0}), 4)
     assert "Fewer rounds do not help" in str(refused.value)
 
 
 def test_terms_that_suit_some_clients_only_are_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    check_plan(terms(target=0.5))
+    check_plan(terms(target=0.5), 4)
     assert "1,000,000 examples could not plan" in caplog.text
 
 

@@ -85,7 +85,7 @@ def facts(directory: Path, examples: int) -> StatementInputs:
 def planned_with_rdp(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner with the accountant that takes milliseconds."""
 
-    def plan(terms: Terms, examples: float, delta: float, target: float) -> AdapterPlan:
+    def plan(terms: Terms, examples: float, delta: float, target: float, _: int) -> AdapterPlan:
         rate = sampling_rate(terms, examples)
         return AdapterPlan(planned_sigma(target, delta, rate), rate)
 
