@@ -40,6 +40,8 @@ _PLAIN = fv.terms("plain", 3, **_PATIENT)
 _MASKED = fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)
 _SUMMED = _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20)
 _TURNS = _changed(sums.group_terms(6, minimum=3, sampled=4), "schedule", round_deadline_seconds=20)
+_DRAWN = {"sampled_clients": 4, "rotate_key_every": 2, **_PATIENT}
+_SOME_PLAIN = fv.terms("plain", 6, **_DRAWN)
 MODES = {
     "none": (fv.MEMBERS, _PLAIN),
     "mask": (fv.MEMBERS, _MASKED),
@@ -48,6 +50,9 @@ MODES = {
     "dp+mask": (fv.MEMBERS, _changed(_MASKED, "adapter", protection="dp+encrypted")),
     "distributed-dp": (sums.MEMBERS[:8], _SUMMED),
     "distributed-dp, four of nine": (sums.MEMBERS, _TURNS),
+    "mask, four of nine": (sums.MEMBERS, fv.terms("mask", 6, **_DRAWN)),
+    "ckks, four of nine": (sums.MEMBERS, fv.terms("ckks", 6, **_DRAWN)),
+    "dp, four of nine": (sums.MEMBERS, _changed(_SOME_PLAIN, "adapter", protection="dp")),
 }
 """Members and terms by what protects the adapter."""
 
@@ -102,7 +107,7 @@ class Run:
             self.faults += faults_of(self.place, self.members, undisturbed, flipped=self.fault == "bit-flip")
         if self.database is not None:
             self.database.kill()
-        return final_vectors(self.place, self.members, terms.schedule.rounds)
+        return final_vectors(self.place, self.members)
 
     def _start(self, name: str) -> None:
         step, what = 0, faults.STEPS.get(self.fault, faults.kill)
