@@ -14,9 +14,10 @@ from waiting import wait_until
 
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_faults as faults
+from end_to_end import test_witness as witnesses
 from fedmosaic.client.round import membership
 from fedmosaic.privacy.audit import AUDIT, read_audit
-from fedmosaic.privacy.federation.kits import open_kit
+from fedmosaic.privacy.federation.kits import WitnessEntry, open_kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.protos.messages import KeyMessage
 
@@ -96,6 +97,26 @@ def test_those_drawn_open_what_those_before_them_sealed(tmp_path: Path, backend:
     assert [result["key_epoch"] for result in summary["results"]] == [1, 1, 1, 2, 2, 2, 3, 3]
     ahead = {epoch: set().union(*(drawn[n] for n in drawn if n > TERM * (epoch - 1))) for epoch in (1, 2, 3)}
     assert {epoch: set(names) for epoch, names in holders(directory).items()} == ahead
+
+
+def test_a_witness_countersigns_what_is_made_for_those_drawn_next(tmp_path: Path) -> None:
+    directory, roster = founded(tmp_path, "mask", witness=WitnessEntry(id="notary", seconds=240))
+    clients = members_of(directory)
+    with witnesses.serving(directory) as port, witnesses.witnessed(directory, port) as ended:
+        lines = {name: fv.dial(directory, name, port, wait_seconds=2.0) for name in clients}
+        try:
+            assert fv.run_all({name: clients[name].session(line) for name, line in lines.items()}) == {}
+        finally:
+            for name, line in lines.items():
+                clients[name].close()
+                line.close()
+    coordinator = fv.coordinator_of(directory)
+    results: Any = coordinator.summary()["results"]
+    drawn = turns(roster, coordinator.run_id)
+    coordinator.close()
+    assert [set(result["uploaded"]) for result in results] == list(drawn.values())
+    assert ended == [(sum(len(result["received"]) for result in results[:-1]), 0)]
+    check_sums(clients, results, TOLERANCE["mask"])
 
 
 class Dying:
