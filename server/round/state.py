@@ -176,7 +176,7 @@ class Round:
         everybody = state.able - state.given_up <= state.arrived.keys()
         # With everybody here no upload can come any more, so a quorum out of reach is not waited for either:
         # but for its deadline, where nobody who was drawn has the key, or a run would be over in a moment.
-        if everybody and not state.able and state.draw is not None:
+        if everybody and not state.arrived and state.draw is not None:
             everybody = now >= state.deadline
         if everybody or (enough and (not state.waiting_for or now >= state.deadline)):
             return replace(state, phase=Phase.CLOSED)

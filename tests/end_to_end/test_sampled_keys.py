@@ -99,6 +99,7 @@ def test_those_drawn_open_what_those_before_them_sealed(tmp_path: Path, backend:
     assert {epoch: set(names) for epoch, names in holders(directory).items()} == ahead
 
 
+@pytest.mark.slow
 def test_a_witness_countersigns_what_is_made_for_those_drawn_next(tmp_path: Path) -> None:
     directory, roster = founded(tmp_path, "mask", witness=WitnessEntry(id="notary", seconds=240))
     clients = members_of(directory)
