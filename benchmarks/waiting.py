@@ -308,9 +308,9 @@ class _Member:
         found = 0
         while found < expected:
             found = 0
-            async for message in self._stub.ReadKeyMessages(request, timeout=_CALL_SECONDS):
-                found += 1
-                self.relayed_bytes += message.ByteSize()
+            async for batch in self._stub.ReadKeyMessages(request, timeout=_CALL_SECONDS):
+                found += len(batch.messages)
+                self.relayed_bytes += batch.ByteSize()
             self.relayed += found
 
     async def push(self, number: int) -> float:

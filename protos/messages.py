@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import WireError
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """Version of the wire; both sides must speak the same."""
 
 NO_HEAD: Final = bytes(bounds.HASH_BYTES)

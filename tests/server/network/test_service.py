@@ -373,6 +373,17 @@ def test_key_messages_wait_for_their_readers(federation: Any, sealed: Any, conne
     assert error.value.reason == "KEY_MESSAGE_DIFFERS"
 
 
+def test_key_messages_come_as_many_at_once_as_fit() -> None:
+    small = {f"{number:063d}": bytes(272) for number in range(5000)}
+    large = {name: bytes(bounds.MAX_CHUNK_BYTES) for name in ("y", "z")}
+    batches = list(service._batches({**small, **large}))
+    assert len(batches) == 4
+    assert all(batch.ByteSize() <= bounds.MAX_MESSAGE_BYTES for batch in batches)
+    came = {message.sender: message.payload for batch in batches for message in batch.messages}
+    assert came == {**small, **large}
+    assert list(service._batches({})) == []
+
+
 def test_a_key_message_that_comes_during_a_look_is_not_waited_for(
     federation: Any, sealed: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
