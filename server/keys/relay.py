@@ -126,6 +126,10 @@ class KeyRelay:
             return {}
         return self._store.key_messages(epoch, stage, reader)
 
+    def fewer(self, epoch: int, stage: str, count: int) -> bool:
+        """See `KeyEpoch.fewer`; takes no lock."""
+        return self._present.fewer(epoch, stage, count)
+
     def advance(self, expected: Collection[str], now: float) -> bool:
         """Let time pass; True if the epoch changed. `expected` are members that are known to be there."""
         state = self._present.advance(expected, now)
