@@ -116,9 +116,12 @@ class FederationService(rpc.FederationServicer):
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
+        settings = None
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
-            client = await self.identify(context, "key messages")  # a roster may have come meanwhile
+            if self._coordinator.settings is not settings:  # at first, and where a roster has come meanwhile
+                settings = self._coordinator.settings
+                client = await self.identify(context, "key messages")
             left, wanted = deadline - time.monotonic(), max(1, request.expected)
             over = left <= 0.0 or self._changes.stopping
             # Of a thousand who wait for a thousand messages each, nobody reads those that are here in vain.
