@@ -238,6 +238,8 @@ class Coordinator:
                 keys = required(run.keys, self.settings)
                 was_ready, held = keys.ready, keys.holders
                 unused = run.round.phase is Phase.OPEN and not run.round.arrived
+                # Who needs the key that it has lost in neither this round nor the next gets one at its turn.
+                unused &= not keys.ready or client_id in run.round.needing_key
                 keys.post(client_id, message, now, unused=unused)
                 if keys.ready and not was_ready:
                     self.audit.add("key-epoch", epoch=keys.epoch, members=tuple(sorted(keys.holders)))

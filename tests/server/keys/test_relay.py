@@ -396,6 +396,19 @@ def test_who_is_away_for_good_costs_one_wait_and_no_key_epoch(
     assert (waits, coordinator._run.keys.epoch) == (int(holds_key), 1)
 
 
+def test_a_key_that_is_lost_is_agreed_on_anew_only_for_whoever_needs_it(crowd: Any) -> None:
+    federation, begin = crowd
+    coordinator = begin()
+    agree(coordinator, CROWD)
+    soon = coordinator.taking_part(1) | coordinator.taking_part(2)
+    (idle, *_), (drawn, *_) = sorted(set(CROWD) - soon), sorted(soon)
+    post(coordinator, idle, "lost")
+    assert coordinator.enrol(idle, federation.enrolment()).key_epoch == 1
+    assert set(coordinator.status(idle).waiting_for) == coordinator.taking_part(1)
+    post(coordinator, drawn, "lost")
+    assert coordinator.enrol(drawn, federation.enrolment()).key_epoch == 2
+
+
 def test_a_killed_server_waits_for_those_who_were_drawn_and_hold_the_key(crowd: Any, clock: Any) -> None:
     federation, begin = crowd
     before = begin()
