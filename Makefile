@@ -25,7 +25,7 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
 
-# A run on a Ray cluster of two nodes on this machine; installs Ray.
+# Runs on Ray clusters of several nodes on this machine, which are lost; installs Ray.
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest tests/experiments/simulation/test_cluster.py
@@ -41,11 +41,11 @@ $(FLOWER)/.installed: $(STAMP)
 	$(FLOWER)/bin/python -m pip install --disable-pip-version-check 'flwr[simulation]>=1.41,<1.43'
 	touch $@
 
-# Processes killed at random moments, and mutated messages and files: make chaos [HOURS=8] [SEED=…]
+# Processes killed at random moments, and mutated messages and files: make chaos [HOURS=8] [SEED=… [RUN=…]]
 # [KILLS=1000] [MESSAGES=100000], of each call and of each format; [GUIDED=30] seconds of each by atheris.
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONUTF8=1 PYTHONPATH=tests $(BIN)/python -m chaos \
-	  $(if $(HOURS),--hours $(HOURS)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(HOURS),--hours $(HOURS)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run $(RUN)) \
 	  $(if $(MESSAGES),--messages $(MESSAGES))
 	$(if $(GUIDED),OMP_NUM_THREADS=1 PYTHONUTF8=1 PYTHONPATH=tests $(BIN)/python -m chaos.guided $(GUIDED))
 

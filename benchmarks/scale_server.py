@@ -38,9 +38,8 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> float:
     place = directory / "federation"
     settings = settings_from_kit(place / "server").model_copy(update={"durable": False})
     random, roster = np.random.default_rng(0), settings.roster
-    coordinator = Coordinator(settings, lambda: 0.0)  # where time stands still, no deadline passes
     closing: list[float] = []
-    try:
+    with Coordinator(settings, lambda: 0.0) as coordinator:  # where time stands still, no deadline passes
         coordinator.advance()
         for number in range(1, scenario.schedule.rounds + 1):
             for name in sorted(coordinator.taking_part(number)):
@@ -52,8 +51,6 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> float:
             before = time.process_time()
             coordinator.advance()
             closing.append(time.process_time() - before)
-    finally:
-        coordinator.close()
     return float(np.mean(closing))
 
 

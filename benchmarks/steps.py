@@ -7,6 +7,7 @@
   noise, and Opacus's two ways (hooks, ghost clipping; noise of torch's generator), against the step without
   privacy on the whole batch. What `private` takes over `opacus_hooks` is the price of examples that cannot
   move each other's bits: in a batch they do, and one example can move the sum by more than the clipping norm.
+* ``sample``: the same step on samples of half, once and twice the size: what its time tells of the sample.
 * ``profile``: a task profile, example by example as its guarantee wants, against one forward pass in batches,
   which computes logits at every position; the profile computes them where a label stands.
 
@@ -53,10 +54,11 @@ from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import Reduction, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
 
-Kind = Literal["colora", "private", "profile"]
+Kind = Literal["colora", "private", "sample", "profile"]
 SHAPES: dict[Kind, tuple[int, int, int]] = {
     "colora": (8, 48, 48),
     "private": (32, 64, 16),
+    "sample": (32, 64, 16),
     "profile": (64, 64, 24),
 }
 """Examples, their tokens, and how many of these are supervised."""
@@ -151,6 +153,17 @@ def private(path: Path, arguments: Arguments) -> dict[str, Summary]:
                 in_own_process(peak_mib, name, path, arguments) for _ in range(3)
             )
     return found
+
+
+def sample(path: Path, arguments: Arguments) -> dict[str, Summary]:
+    """The private step by the number of examples that a Poisson sample happens to have."""
+    model, examples = _adapted(path, arguments)
+    samples = examples[: len(examples) // 2], examples, examples * 2
+    with only_shared_branch(model) as cores:
+        variants: dict[str, Any] = {
+            f"{len(each)} examples": partial(prepared, "private", model, cores, each) for each in samples
+        }
+        return paired(variants, arguments.repetitions)
 
 
 def peak_mib(variant: str, path: Path, arguments: Arguments) -> float:
@@ -256,7 +269,7 @@ def compare(kind: Kind, path: Path, arguments: Arguments) -> dict[str, Summary]:
     """Time the variants of one kind on one model."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
-    return {"colora": colora, "private": private, "profile": profile}[kind](path, arguments)
+    return {"colora": colora, "private": private, "sample": sample, "profile": profile}[kind](path, arguments)
 
 
 def main() -> None:

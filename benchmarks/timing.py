@@ -1,12 +1,10 @@
 """What the benchmarks share: how work is timed, a process of its own, random examples, a table of ratios."""
 
-import multiprocessing
 import random
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.experiments.scenario import children
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.terminal import ending_children
 
@@ -57,8 +56,7 @@ def measure(operation: Step, repetitions: int = 3, budget: float = 0.0) -> Timin
 @ending_children()
 def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
     """What a function of a module returns in a fresh process, whose peak of memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+    return children.in_own_process("measures", work, *arguments)
 
 
 def resident_mib(what: str, process: int | str = "self") -> float:

@@ -18,7 +18,6 @@ the old file or the new one, never half of one. Nobody but the owner can read an
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -166,8 +165,10 @@ class ClientState:
 
     def release(self) -> None:
         """Let another process have the directory; done by the end of the process otherwise."""
-        self.audit.close()
-        self._lock.close()
+        try:
+            self.audit.close()
+        finally:
+            self._lock.close()
 
     def _write(self, **changes: object) -> None:
         record = self.record.model_copy(update=changes)
@@ -232,14 +233,13 @@ class ClientState:
         temporary = place.with_name("saving")
         if temporary.exists():
             shutil.rmtree(temporary)
-        files.private_directory(temporary)
+        files.private_directory(place.parent)
+        temporary.mkdir(mode=0o700)
         with files.naming(place):
             save(temporary)
         files.make_private(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        for part in (temporary, *temporary.rglob("*")):  # a folder too: its names are its own
+            files.sync_directory(part)
         temporary.rename(place)
         files.sync_directory(place.parent)
 

@@ -10,7 +10,6 @@ from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger.rows import charges
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
     CoalitionRows,
@@ -18,6 +17,7 @@ from fedmosaic.privacy.statement.models import (
     PrivacyStatement,
     StatementInputs,
 )
+from fedmosaic.privacy.statement.parts import charged_to
 from fedmosaic.privacy.statement.rounding import round_down
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
@@ -47,6 +47,8 @@ def statement_inputs(
             ClientInputs(
                 ledger=tuple(ledger.export()),
                 client_id=state.record.client,
+                target_epsilon=ledger.parameters.target_epsilon,
+                budgeted_channels=ledger.parameters.budgeted_channels,
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
                 clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
@@ -92,7 +94,8 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
 def person_words(inputs: StatementInputs, examples: int) -> str:
     """What DP releases reveal of the person with most examples, k ≥ 2 of them; for this client's own eyes."""
     (client,) = inputs.clients
-    events = [charge.event for charge in charges(row for row in client.ledger if row.covered_by == "dp")]
+    private = (row for row in client.ledger if row.covered_by == "dp")
+    events = [charge.event for charge in charged_to(private, "colluding_recipients_with_server")]
     delta = parameters_of(client.ledger).delta
     return (
         f"one person has {examples} of the training examples. Of that person the releases under differential "

@@ -35,6 +35,11 @@ _REFUSALS_KEPT: Final = 1000
 _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Word = Annotated[str, Field(pattern=_WORD)]
 _Number = Annotated[int, Field(strict=True, ge=0)]
+_UNSEEN: Final = (
+    "Not shown: whether lines at the end were cut off. For that, ask with --holds for a hash that somebody "
+    "else has kept: of a server's log server_head in a member's session.json, of a client's the hash of a "
+    "row of its ledger, of any log the hash that an earlier check has printed."
+)
 _ROW: Final = {
     "channel": Literal["profile", "adapter", "family"],
     "round": _Number,
@@ -211,16 +216,29 @@ def main(arguments: Sequence[str]) -> int:
     verify = parser.add_subparsers(required=True).add_parser(
         "verify",
         help="check every line, and that each follows the one before",
-        epilog="A chain does not show that its end was cut off: note the hash that is printed.",
+        epilog=_UNSEEN,
     )
     verify.add_argument("state", type=Path, help="state directory of a server, a client or a witness")
-    path = parser.parse_args(arguments).state / AUDIT
+    verify.add_argument(
+        "--holds", metavar="HASH", help="a hash that somebody else has kept; fails without it"
+    )
+    parsed = parser.parse_args(arguments)
+    path = parsed.state / AUDIT
     if not path.is_file():
         raise StateError(f"{path}: there is no audit log; give the state directory of a server or client")
     lines, torn = read_audit(path)
     if lines:
         print(f"{path}: {len(lines)} lines from {lines[0].time} to {lines[-1].time}, unbroken")
         print(f"hash of line {len(lines)}: {lines[-1].hash}")
+    if parsed.holds:
+        kept = next((line for line in lines if parsed.holds in (line.hash, *line.fields.values())), None)
+        if kept is None:
+            raise StateError(
+                f"{path}: no line has {parsed.holds}: the end was cut off, a crash came before the line was "
+                "written, or it is of another log"
+            )
+        print(f"line {kept.sequence + 1} ({kept.event}) has {parsed.holds}: nothing before it was cut off")
+    print(_UNSEEN)
     if torn:
         raise StateError(
             f"{path}: line {len(lines) + 1} is torn after {torn} bytes: it is being written, or a process "

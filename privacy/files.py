@@ -62,14 +62,20 @@ def private_opener(path: str, flags: int) -> int:
     return descriptor
 
 
-def private_directory(directory: Path) -> None:
-    """Make a directory that only its owner can enter, and those above it; close one that is open to others.
+def make_directory(directory: Path) -> None:
+    """Make a directory that only its owner can enter, and those above it; what is there stays as it is.
 
-    What stands above and was there before stays as it is. StateError if it is open and somebody else's.
+    Their names are on the disk afterwards: with a name, a power cut takes all that was waited for below it.
     """
     for place in reversed((directory, *directory.parents)):
         if not place.exists():
             place.mkdir(exist_ok=True, mode=0o700)
+            sync_directory(place.parent)
+
+
+def private_directory(directory: Path) -> None:
+    """`make_directory`, and close one that is open to others; StateError if that is somebody else's."""
+    make_directory(directory)
     mode = directory.stat().st_mode
     if not _POSIX or not mode & _OTHERS:
         return

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import get_args
+from typing import Self, get_args
 
 from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.errors import StateError
@@ -282,12 +282,26 @@ class Coordinator:
         """What to say when the run is over, and whether anybody received anything."""
         return last_words(self.settings, self._run.store)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close; where an error is on its way, that of closing is logged and does not take its place."""
+        try:
+            self.close()
+        except (StateError, OSError) as late:
+            if error is None:
+                raise
+            log.error("%s", late)
+
     def close(self) -> None:
         """Write the account and let go of the state; StateError if what is written is older than the run."""
         account = self._run.account
         account.due = True
-        account.keep_up(self._run.round)
-        self._run.close()
+        try:
+            account.keep_up(self._run.round)
+        finally:
+            self._run.close()
         if account.failure is not None and not isinstance(account.failure, StoreTakenError):
             raise StateError(
                 f"{self.settings.state_dir / FILE} is older than the run, since it could not be written "

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -130,10 +131,11 @@ class Run:
 
     def close(self) -> None:
         """Let go of the state."""
-        self.traces.close()
-        self.store.close()
-        self.audit.close()
-        self.blobs.close()
+        with ExitStack() as ending:  # from the last line to the first, whatever one of them raises
+            ending.callback(self.blobs.close)
+            ending.callback(self.audit.close)
+            ending.callback(self.store.close)
+            ending.callback(self.traces.close)
 
     def describe(self) -> RoundStatus:
         """What the server is waiting for, for whoever may know it; takes no lock."""

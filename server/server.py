@@ -111,7 +111,7 @@ class Server:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "fedmosaic-work"))
         coordinator = await asyncio.to_thread(Coordinator, settings)
         async with AsyncExitStack() as ending:  # from the last line to the first
-            ending.push_async_callback(asyncio.to_thread, coordinator.close)
+            ending.push_async_exit(lambda *how: asyncio.to_thread(coordinator.__exit__, *how))
             changes = Changes()
             coordinator.subscribe(changes.notify)
             service = FederationService(coordinator, changes)

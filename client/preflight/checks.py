@@ -189,9 +189,15 @@ class Preflight:
         public_map(roster.terms.profile, kit.basis)
         if warning := unaligned(roster):
             self.warnings.append(warning)
+        schedule, turns = roster.terms.schedule, roster.terms.schedule.turns(len(roster.members))
+        words = (
+            f"{schedule.rounds} rounds"
+            if schedule.sampled_clients is None
+            else (f"in at most {turns} of {schedule.rounds} rounds")
+        )
         return (
             f"{member} of federation {roster.federation}, roster {roster.serial}, protection "
-            f"{roster.terms.adapter.protection!r}, {roster.terms.schedule.rounds} rounds"
+            f"{roster.terms.adapter.protection!r}, {words}"
         )
 
     def _check_certificate(self) -> str:

@@ -19,6 +19,19 @@ from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, trust
 _COLUMNS: Final = 80
 
 
+def _score(found: dict[str, Any]) -> Score:
+    return Score(**found | {"right": tuple(found["right"])})
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, with scores that can be read; rows are not in one of a version before."""
+    content = dict(content)
+    for scores in content.get("rows", {}).values():
+        for found in scores.values():
+            _score(found)
+    return content
+
+
 class ResultFile:
     """`result.json`: what a client's own people read afterwards; it stays in the state directory."""
 
@@ -26,7 +39,7 @@ class ResultFile:
         """Read what an earlier process wrote; StateError if that is damaged."""
         self._path = path
         remedy = "delete it: only the scores before training are lost"
-        self._content: dict[str, Any] = read_own(path, dict, remedy) or {}
+        self._content: dict[str, Any] = read_own(path, _checked, remedy) or {}
 
     def has(self, key: str) -> bool:
         """Whether something was put under this key."""
@@ -48,7 +61,7 @@ class ResultFile:
     def score(self, when: str, name: str) -> Score | None:
         """A score row by row, as it was put; None if it was not, or by a version before."""
         found = self._part("rows").get(when, {}).get(name)
-        return None if found is None else Score(**found | {"right": tuple(found["right"])})
+        return None if found is None else _score(found)
 
     def _part(self, key: str) -> dict[str, Any]:
         found = self._content.get(key)

@@ -106,7 +106,7 @@ class GroupSession(Session):
         # A crash in between leaves no adapter of the round, to be made anew.
         if (place := self._state.adapter_path(enrolled.rounds)).exists():
             shutil.rmtree(place)
-        self._state.save_adapter(enrolled.rounds, self._learner.save)
+        self._state.complete_round(enrolled.rounds, self._learner.save)
         write_atomically(done, b"")
 
     def _receive_sums(self, round_number: int) -> None:
@@ -120,7 +120,8 @@ class GroupSession(Session):
             totals = RoundTotals.from_messages(number, found, len(partition.groups))
             self._gradients.append(mixed_gradient(self._sums_of(totals), mixing))
             self._chain = totals.follow(self._chain)
-            self._state.note_received(number + 1, received=self._gradients[-1] is not None)
+            if number >= self._state.record.received_round:  # not all over again after a restart
+                self._state.note_received(number + 1, received=self._gradients[-1] is not None)
         terms = self._terms
         theta = shared_branch(
             self._start, self._gradients, terms.group_sums.learning_rate, max(1, terms.schedule.rounds - 1)
@@ -130,6 +131,7 @@ class GroupSession(Session):
     @cached_property
     def _groups(self) -> Partition:
         """Who adds up with whom in all rounds, checked against the terms; formed once the first is over."""
+        self._progress.stage(2, "waiting for the groups")
         self._pull(2)
         partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
         families, terms = self.roster.sharing_families(), self._terms
@@ -142,7 +144,8 @@ class GroupSession(Session):
         return self._groups.drawn(self.roster, self._state.record.run_id, number)
 
     def _drawn(self, number: int) -> frozenset[str]:
-        if not 1 < number <= self._terms.schedule.rounds:
+        schedule = self._terms.schedule
+        if schedule.sampled_clients is None or not 1 < number <= schedule.rounds:
             return frozenset(member.id for member in self.roster.members)
         return frozenset(name for group in self._groups_in(number).groups for name in group)
 

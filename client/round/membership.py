@@ -383,4 +383,6 @@ class Membership:
         """Nothing is sealed under its key epoch any more."""
         self._protection.retire(upload.key_epoch)
         self._state.reopen_round(upload.round)
+        if upload.profile is not None:
+            self._releases.profile_lost()
         return SealAnewError(upload)

@@ -130,7 +130,12 @@ class Releases:
         if self.receive_only:
             return None
         terms, privacy = self._terms, self._terms.adapter_privacy
-        mechanism = {"name": "DP-SGD on P and Q", "expected_batch_size": privacy.expected_batch_size}
+        # Where it goes is told by nothing else in the ledger, which later runs have to speak for.
+        mechanism = {
+            "name": "DP-SGD on P and Q",
+            "expected_batch_size": privacy.expected_batch_size,
+            "protection": terms.adapter.protection,
+        }
         if terms.adapter.in_group_sums:
             sums = terms.group_sums
             mechanism |= {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}
@@ -257,3 +262,7 @@ class Releases:
         stored = records.read_average(self._average, self._terms.profile.dimensions)
         if stored is not None:
             write_atomically(self._sent, stored.last_release_sha256.encode())
+
+    def profile_lost(self) -> None:
+        """The server has lost it again, with the upload that brought it; the next one brings it anew."""
+        self._sent.unlink(missing_ok=True)

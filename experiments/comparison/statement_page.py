@@ -195,5 +195,8 @@ def evidence(statement: PrivacyStatement, directory: Path) -> list[tuple[str, st
         ("privacy ledger", f"{len(rows)} rows, chain of hashes whole, {since}"),
         ("its anchor at the end of this run", noted["anchor"]),
         ("who signed it", "this member's identity key, with every upload; the server keeps the newest"),
-        ("the server's history as last seen, SHA-256", session.get("server_head") or "none"),
+        (
+            "the server's history as last seen, SHA-256, for audit verify --holds there",
+            session.get("server_head") or "none",
+        ),
     ]

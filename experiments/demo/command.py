@@ -6,10 +6,8 @@ newsrooms have it cut to 10, and share P and Q alone. All have sixty examples, m
 
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +30,7 @@ from fedmosaic.experiments.demo.data import (
 )
 from fedmosaic.experiments.demo.ending import command_line, ending
 from fedmosaic.experiments.runs.command import run
+from fedmosaic.experiments.scenario.children import in_own_process
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
 from fedmosaic.privacy.federation.terms import (
     AdapterPrivacyTerms,
@@ -93,8 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     models = model_folders(cache, sorted(set(_LAYERS.values())))
     if not all(is_complete(folder, MODEL_FILES) for folder in models.values()):
         # In a process of its own, so that the whole model's memory is given back before the clients start.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_make_models, cache, list(models)).result()
+        in_own_process("cuts the models", _make_models, cache, list(models))
     scenario = demo_scenario(parsed, models, data)
     fitted = cache / "profiles" / _profile_name(scenario)
     place = Path.cwd(), parsed.output_dir

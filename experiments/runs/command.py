@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedmosaic.experiments.runs import processes as managed
 from fedmosaic.experiments.runs.processes import ManagedProcess
+from fedmosaic.experiments.scenario.children import how_it_ended
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
@@ -268,9 +269,7 @@ def _watch(
                 )
             for process in (*clients, *([server] if going_on else [])):
                 if process.status not in (None, *_OVER):
-                    raise RunFailedError(
-                        f"{process.name} ended with status {process.status}; {process.end()}"
-                    )
+                    raise RunFailedError(f"{process.name} {how_it_ended(process.status)}; {process.end()}")
             time.sleep(0.25)
     alone = [client.name for client in clients if client.status == NOTHING_EXCHANGED]
     if alone:

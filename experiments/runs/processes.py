@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from fedmosaic import cli
 from fedmosaic.client.data.records import read_examples
+from fedmosaic.experiments.scenario.children import how_it_ended
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario, ScenarioClient
 from fedmosaic.protos.errors import ConfigurationError
@@ -101,7 +102,9 @@ def wait_for_port(port: int, process: ManagedProcess, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not process.running:
-            raise RunFailedError(f"{process.name} ended at its start; {process.end()}")
+            raise RunFailedError(
+                f"{process.name} {how_it_ended(process.status)} at its start; {process.end()}"
+            )
         with socket.socket() as probe:
             probe.settimeout(0.5)
             if probe.connect_ex(("127.0.0.1", port)) == 0:

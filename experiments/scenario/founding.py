@@ -1,14 +1,12 @@
 """What has to be there before a scenario's first round: the public basis, identities and the roster."""
 
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
 
-from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
+from fedmosaic.experiments.scenario.children import in_own_process
+from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
@@ -24,8 +22,9 @@ def fit_profile(
 ) -> ProfileMechanism:
     """Fit the public basis of the task profile, unless the run's `profile/` holds it already.
 
-    With a process of its own (`RunFailedError` if it is killed) the memory of its model is given back. `kept`
-    is the folder of what an earlier run fitted to the same probe, data and settings; it is made if absent.
+    With a process of its own (`RunFailedError` if it gives no answer) the memory of its model is given back.
+    `kept` is the folder of what an earlier run fitted to the same probe, data and settings; it is made if
+    absent.
     """
     stored = directory / "profile" / federation.PROFILE
     if kept is not None and not stored.exists() and _usable(kept):
@@ -47,16 +46,10 @@ def fit_profile(
         **profile.model_dump(exclude={"public_data"}),
     )
     with console.status("a pass over every public example"):
-        try:
-            if own_process:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    mechanism = pool.submit(fit, arguments).result()
-            else:
-                mechanism = fit(arguments)
-        except BrokenProcessPool:
-            raise RunFailedError(
-                "the process that fits the public basis was killed; give it more memory, or a smaller probe"
-            ) from None
+        if own_process:
+            mechanism = in_own_process("fits the public basis", fit, arguments)
+        else:
+            mechanism = fit(arguments)
     if kept is not None:
         # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
         kept.mkdir(parents=True, exist_ok=True)

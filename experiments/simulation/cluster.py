@@ -36,7 +36,7 @@ _QUIET: Final = Console(quiet=True)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the actors are: the address of a running cluster, None to start one on this machine.
+    """Where the actors are: the address of a running cluster, None to start one on this machine for the run.
 
     `actors` hold clients, 0 for one per core or as many as the GPUs have room for; `actors_per_gpu` share a
     GPU.
@@ -55,7 +55,11 @@ def simulate_on(
     console: Console,
     reference: Mapping[str, float] | None = None,
 ) -> None:
-    """Run a scenario on a cluster, as `simulate` does here; `ConfigurationError` without Ray or room."""
+    """Run a scenario on a cluster, as `simulate` does here.
+
+    `ConfigurationError` without Ray, the cluster or room; `RunFailedError` if a client failed, or a process
+    died too often.
+    """
     try:
         ray = importlib.import_module("ray")
     except ImportError:
@@ -64,12 +68,46 @@ def simulate_on(
         ) from None
     begun = not ray.is_initialized()
     if begun:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        _connect(ray, cluster.address, console)
     try:
         _simulate(ray, cluster, scenario, directory, console, reference or {})
+    except ray.exceptions.RayError as error:
+        raise RunFailedError(
+            f"Ray lost a process of the run ({_in_a_line(error)}); go on with: "
+            f"fedmosaic run {directory} --engine ray"
+        ) from error
     finally:
         if begun:
             ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, console: Console) -> None:
+    try:
+        # Without an address Ray would join whatever cluster was last started here.
+        context = ray.init(address=address or "local", log_to_driver=False, logging_level="warning")
+    except Exception as error:  # Ray raises plain ones too, as where a node is slow to start
+        raise ConfigurationError(
+            f"--address {address}: no Ray cluster could be joined ({_in_a_line(error)}); compare with "
+            "`ray status`, and set RAY_AUTH_MODE=token if the cluster was started with it"
+            if address
+            else f"Ray cannot be started on this machine ({_in_a_line(error)})"
+        ) from error
+    if context.dashboard_url:
+        console.print(f"Ray's dashboard: http://{context.dashboard_url}")
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What happened and, of Ray's many lines about it, which process it was and where."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return ", ".join([first, *(line.strip() for line in more if line.startswith(("\tname: ", "\tip: ")))])
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    """What a call gave, or what it raised, as itself; Ray's errors for a lost process are raised too."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def _simulate(
@@ -83,22 +121,24 @@ def _simulate(
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
+    # A head that is to do no work itself has no CPU to give.
+    placed = {"num_cpus": 0, "scheduling_strategy": here}
     # In a process of its own, whose memory of all models is given back.
-    ready = ray.remote(_prepared).options(name="prepare", scheduling_strategy=here, max_retries=0)
-    try:
-        scenario, settings, flops = ray.get(ready.remote(scenario, directory, reference))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    placed = {"name": f"server of {directory.name}", "scheduling_strategy": here}
-    server = (
-        ray.remote(_Server).options(num_cpus=0, max_concurrency=32, **placed, **_LASTING).remote(settings)
-    )
+    ready = ray.remote(_prepared).options(name="prepare", max_retries=0, **placed)
+    scenario, settings, flops = _result(ray, ready.remote(scenario, directory, reference))
+    # So pickled, they are kept until this process ends. An actor's large arguments and handles need not be,
+    # and without them it cannot be started anew.
+    parts = ray.cloudpickle.dumps(ray.put((scenario, settings, flops)))
+    options = {"name": _server_name(directory), "max_concurrency": 32, **placed, **_LASTING}
+    server = ray.remote(_Server).options(**options).remote(parts)
     coordinator = cast(Coordinator, RemoteCoordinator(ray, server))
+    actors = _Actors(ray, cluster, scenario, directory, parts)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    console.print(f"{actors.count} actors on {nodes} nodes load their models")
+    actors.wait_until_loaded()
     progress = simulate.run_progress(scenario, directory, console)
     with progress.bar:
-        actors = _Actors(ray, cluster, scenario, directory, server, flops, progress)
-        console.print(f"{actors.count} actors on {len(ray.nodes())} nodes")
-        simulate.play(scenario, directory, coordinator, actors.turns)
+        simulate.play(scenario, directory, coordinator, partial(actors.turns, progress))
     coordinator.close()
 
 
@@ -109,10 +149,16 @@ def _prepared(
     return scenario, settings, flops
 
 
+def _server_name(directory: Path) -> str:
+    return f"server of {directory.name}"
+
+
 class _Server:
     """The coordinator in an actor of its own; its state is on disk, for the next one if this one dies."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, parts: bytes) -> None:
+        ray = importlib.import_module("ray")
+        _, settings, _ = ray.get(ray.cloudpickle.loads(parts))
         self._coordinator = Coordinator(settings, simulate.standing_clock)
 
     def call(self, name: str, arguments: Sequence[Any]) -> tuple[Any, tuple[Any, ...] | None]:
@@ -145,10 +191,8 @@ class RemoteCoordinator:
         return partial(self._call, name)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        try:
-            found, refused = self._ray.get(self._server.call.remote(name, arguments))
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+        call = self._server.call.options(name=f"server: {name}")
+        found, refused = _result(self._ray, call.remote(name, arguments))
         if refused is not None:
             raise Refusal(*refused)
         return found
@@ -157,21 +201,30 @@ class RemoteCoordinator:
 class _ClientActor:
     """A process with the model of one architecture, which takes the turns of its clients."""
 
-    def __init__(
-        self, scenario: Scenario, directory: Path, server: Any, flops: Mapping[str, float], first: int
-    ) -> None:
+    def __init__(self, parts: bytes, directory: Path, first: int) -> None:
         """Load the model of the client at place `first` in the scenario."""
-        entry = scenario.clients[first]
-        terms = open_kit(directory / "federation" / "clients" / entry.id).roster.terms
-        models = {architecture(entry): simulate.load_shared(scenario, entry, terms.adapter)}
-        coordinator = cast(Coordinator, RemoteCoordinator(importlib.import_module("ray"), server))
-        progress = RunProgress(_QUIET, 1)
-        self._worker = Worker(
-            scenario, directory, models, Evaluation(scenario), coordinator, progress, flops, _TICK_SECONDS
-        )
+        ray = importlib.import_module("ray")
+        scenario, _, flops = ray.get(ray.cloudpickle.loads(parts))
+        self._worker: Any = None  # a Worker, once the model is loaded
+        try:
+            entry = scenario.clients[first]
+            terms = open_kit(directory / "federation" / "clients" / entry.id).roster.terms
+            models = {architecture(entry): simulate.load_shared(scenario, entry, terms.adapter)}
+            coordinator = cast(Coordinator, RemoteCoordinator(ray, ray.get_actor(_server_name(directory))))
+            said = RunProgress(_QUIET, 1), flops, _TICK_SECONDS
+            self._worker = Worker(scenario, directory, models, Evaluation(scenario), coordinator, *said)
+        except Exception as error:
+            # Told in words when it is asked: of an actor that is not made Ray would show the trace.
+            self._problem = f"{ray.util.get_node_ip_address()}: {error}"
+
+    def check_loaded(self) -> None:
+        """`RunFailedError` if the model could not be loaded."""
+        if self._worker is None:
+            raise RunFailedError(self._problem)
 
     def turn(self, index: int, number: int) -> None:
         """See `Worker.turn`."""
+        self.check_loaded()
         try:
             self._worker.turn(index, number)
         except Exception as error:
@@ -189,11 +242,9 @@ class _Actors:
         cluster: Cluster,
         scenario: Scenario,
         directory: Path,
-        server: Any,
-        flops: Mapping[str, float],
-        progress: RunProgress,
+        parts: bytes,
     ) -> None:
-        self._ray, self._scenario, self._progress = ray, scenario, progress
+        self._ray, self._scenario = ray, scenario
         alike: dict[Architecture, list[int]] = defaultdict(list)
         for index, entry in enumerate(scenario.clients):
             alike[architecture(entry)].append(index)
@@ -202,8 +253,7 @@ class _Actors:
         self._limit = simulate.turns_at_once(scenario, len(scenario.clients))
         gpus = {"num_gpus": 1 / cluster.actors_per_gpu} if cluster.actors_per_gpu else {}
         options = {"max_concurrency": self._limit, **gpus, **_LASTING}
-        # Held for as long as the actors: one that is started anew is given it again.
-        self._whole, made = ray.put(scenario), ray.remote(_ClientActor)
+        made = ray.remote(_ClientActor)
         self._actor_of: dict[int, int] = {}
         self._actors: list[Any] = []
         for count, indices in zip(counts, alike.values(), strict=True):
@@ -212,7 +262,7 @@ class _Actors:
                 name = f"clients {len(self._actors)} of {directory.name}"
                 place = self._on_node(len(self._actors), "GPU" if gpus else "CPU")
                 actor = made.options(name=name, scheduling_strategy=place, **options)
-                self._actors.append(actor.remote(self._whole, directory, server, flops, indices[0]))
+                self._actors.append(actor.remote(parts, directory, indices[0]))
 
     def _on_node(self, number: int, resource: str) -> Any:
         """On the nodes in turn, as long as they are there."""
@@ -220,7 +270,12 @@ class _Actors:
         strategies = self._ray.util.scheduling_strategies
         return strategies.NodeAffinitySchedulingStrategy(nodes[number % len(nodes)]["NodeID"], soft=True)
 
-    def turns(self, indices: Sequence[int], number: int) -> None:
+    def wait_until_loaded(self) -> None:
+        """Return when every actor has its model; `RunFailedError` if one has not."""
+        for asked in [actor.check_loaded.options(name="load").remote() for actor in self._actors]:
+            _result(self._ray, asked)
+
+    def turns(self, progress: RunProgress, indices: Sequence[int], number: int) -> None:
         """See `fedmosaic.experiments.simulation.simulate.Turns`."""
         ray, left = self._ray, defaultdict[int, deque[int]](deque)
         for index in indices:
@@ -240,14 +295,9 @@ class _Actors:
             (done,), _ = ray.wait(list(running))
             index = running.pop(done)
             name = self._scenario.clients[index].id
-            try:
-                ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.RayError as error:
-                raise RunFailedError(f"client {name}: its actor is lost ({error})") from error
-            if number <= self._scenario.schedule.rounds:
-                self._progress.add(simulate.steps_of_turn(self._scenario), name, number)
+            _result(ray, done)
+            if (number > self._scenario.schedule.rounds) == self._scenario.adapter.in_group_sums:
+                progress.add(simulate.steps_of_turn(self._scenario), name, number)
             begin(self._actor_of[index])
 
 

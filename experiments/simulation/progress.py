@@ -1,9 +1,11 @@
 """How far a run in one process is, and how long it will still take."""
 
 import threading
+import time
+from collections import deque
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedmosaic.client import progress
 from fedmosaic.experiments.scenario.terms import RunFailedError
@@ -11,6 +13,7 @@ from fedmosaic.protos.messages import RoundStatus
 
 _TRAINING = ("training", "private training")
 _LINES = 20
+_MARKS = 1000
 
 
 class RunProgress:
@@ -22,28 +25,48 @@ class RunProgress:
             TextColumn("{task.description}"),
             BarColumn(30),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self.bar.add_task("starting", total=max(1, total_steps))
         (self._all,) = self.bar.tasks
         self._lines = -1
+        self._lock = threading.Lock()
+        self._start = time.monotonic(), 0  # when so many steps were done
+        self._marks = deque([self._start], _MARKS)
 
     def skip(self, steps: int) -> None:
         """Steps that an earlier process of this run has done; they say nothing about the pace."""
         self.bar.reset(self._all.id, completed=int(self._all.completed) + steps)
+        self._start = time.monotonic(), int(self._all.completed)
+        self._marks = deque([self._start], _MARKS)
 
     def add(self, steps: int, client: str, round_number: int) -> None:
         """`steps` more steps are done, by this client."""
-        share = (self._all.completed + steps) / (self._all.total or 1.0)
-        text = f"round {round_number}, {client}: {share:.0%} of the training"
-        self.bar.update(self._all.id, advance=steps, description=text)
-        if not self._console.is_terminal and int(share * _LINES) > self._lines:
-            self._lines = int(share * _LINES)
-            left = self._all.time_remaining
-            estimate = "" if left is None else f", about {left / 60:.1f} min left"
-            self._console.print(f"{text}{estimate}", highlight=False)
+        with self._lock:
+            done, total = int(self._all.completed) + steps, int(self._all.total or 1)
+            text = f"round {round_number}, {client}: {done / total:.0%} of the training"
+            if (left := self._seconds_left(done, total)) is not None:
+                text += f", about {left / 60:.1f} min left"
+            self.bar.update(self._all.id, advance=steps, description=text)
+            if not self._console.is_terminal and done * _LINES // total > self._lines:
+                self._lines = done * _LINES // total
+                self._console.print(text, highlight=False)
+
+    def _seconds_left(self, done: int, total: int) -> float | None:
+        """At the pace of the later half of what was done here, or a quarter of the time; None at first.
+
+        The first turns take longer than others, and those of several processes end at once.
+        """
+        now, (began, skipped) = time.monotonic(), self._start
+        if (done - self._marks[-1][1]) * _MARKS >= total:
+            self._marks.append((now, done))
+        latest, most = now - (now - began) / 4, (skipped + done) / 2
+        while len(self._marks) > 1 and self._marks[1][0] <= latest and self._marks[1][1] <= most:
+            self._marks.popleft()
+        since, before = self._marks[0]
+        enough = (done - skipped) * _LINES >= total
+        return (total - done) * (now - since) / (done - before) if enough else None
 
 
 class ClientProgress(progress.Progress):

@@ -49,17 +49,13 @@ def simulate(
     """
     evaluation = Evaluation(scenario)
     scenario, settings, flops, models = prepare(scenario, directory, reference or {}, console)
-    coordinator = Coordinator(settings, standing_clock)
-    try:
-        progress = run_progress(scenario, directory, console)
-        with progress.bar:
-            worker = Worker(scenario, directory, models, evaluation, coordinator, progress, flops)
-            try:
-                play(scenario, directory, coordinator, partial(_in_threads, worker))
-            finally:
-                worker.close()
-    finally:
-        coordinator.close()
+    progress = run_progress(scenario, directory, console)
+    with Coordinator(settings, standing_clock) as coordinator, progress.bar:
+        worker = Worker(scenario, directory, models, evaluation, coordinator, progress, flops)
+        try:
+            play(scenario, directory, coordinator, partial(_in_threads, worker))
+        finally:
+            worker.close()
 
 
 def standing_clock() -> float:
@@ -132,22 +128,28 @@ def turns_at_once(scenario: Scenario, count: int) -> int:
 
 
 def run_progress(scenario: Scenario, directory: Path, console: Console) -> RunProgress:
-    """Progress over the training steps of all clients, less what an earlier process of the run has done."""
+    """Progress over the training steps of all clients, less what an earlier process of the run has done.
+
+    Members of group sums train once, after the last round.
+    """
     steps, schedule = steps_of_turn(scenario), scenario.schedule
-    turns = schedule.rounds * (schedule.sampled_clients or len(scenario.clients))
+    once, turns = scenario.adapter.in_group_sums, len(scenario.clients)
+    if not once:
+        turns = schedule.rounds * (schedule.sampled_clients or turns)
     progress = RunProgress(console, steps * turns)
     for client in scenario.clients:
-        record = read_record(state_of(directory, client.id))
+        state = state_of(directory, client.id)
+        record = read_record(state)
         if record is not None:
-            progress.skip(record.completed_round * steps)
+            progress.skip(steps * ((state / RESULT).exists() if once else record.completed_round))
     return progress
 
 
 def steps_of_turn(scenario: Scenario) -> int:
-    """Training steps of a client in a round, private ones among them."""
-    return scenario.training.steps + (
-        scenario.adapter_privacy.steps_per_round if scenario.adapter.private else 0
-    )
+    """Training steps of a client in a round, private ones among them; in all, under group sums."""
+    adapter, steps = scenario.adapter, scenario.training.steps
+    private = adapter.private and not adapter.in_group_sums
+    return steps + (scenario.adapter_privacy.steps_per_round if private else 0)
 
 
 def make_models(scenario: Scenario) -> tuple[dict[Architecture, SharedModel], AdapterTerms]:

@@ -57,7 +57,8 @@ async def carry(grid: Any, make: Callable[[str], Node], members: dict[str, str],
         for name in [name for name, turn in turns.items() if turn.done()][:_BATCH]:
             turn = turns.pop(name)
             if (problem := turn.exception()) is not None:
-                log.warning("SuperNode %d: %s", name, problem)
+                level = logging.DEBUG if over.is_set() else logging.WARNING  # at the end clients leave
+                log.log(level, "SuperNode %d: %s", name, problem)
                 await nodes.pop(name).server.stop(None)
             elif len(turn.result()) > pipe.NUMBER_BYTES or not over.is_set():
                 record = ConfigRecord({"turn": turn.result(), "idle": not nodes[name].open})
@@ -75,8 +76,7 @@ async def carry(grid: Any, make: Callable[[str], Node], members: dict[str, str],
 async def _answered(node: Node, reply: Message) -> bytes:
     """The turn that follows on a reply; OSError if there can be none."""
     record = reply.content.config_records.get(pipe.RECORD, {}) if reply.has_content() else {}
-    turn = record.get("turn")
-    if not isinstance(turn, bytes) or len(turn) > pipe.TURN_BYTES:
+    if not isinstance(turn := record.get("turn"), bytes) or len(turn) > pipe.TURN_BYTES:
         raise ConnectionError(repr(reply.error.reason) if reply.has_error() else "no turn came")
     return await node.answer(turn)
 

@@ -135,9 +135,11 @@ def _made_at_once(
             shutil.copyfile(basis, making / kits.BASIS)
         yield making
         # For thousands of kits that takes minutes, and a simulated server waits for no disk either.
-        for path in () if simulated else (*making.rglob("*"), making, making.parent):
+        for path in () if simulated else (*making.rglob("*"), making):
             sync_directory(path)
         making.rename(directory)
+        if not simulated:
+            sync_directory(directory.parent)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise

@@ -22,7 +22,7 @@ from fedmosaic.privacy.federation.install import consortium_fingerprint, install
 from fedmosaic.privacy.federation.office import ANSWERS, is_sealed
 from fedmosaic.privacy.federation.requests import STRENGTH, make_request, member_fingerprint, read_request
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.files import write_atomically
+from fedmosaic.privacy.files import sync_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 _VARIABLE: Final = "FEDMOSAIC_PASSPHRASE"
@@ -105,6 +105,8 @@ class Request:
     def run(self, console: Console) -> None:
         """Make the keys and write the request."""
         request = make_request(self.kit, self.federation, self.id, self.family, self.hosts)
+        for part in (self.kit / kits.PENDING / kits.REQUEST, self.kit / kits.PENDING, self.kit):
+            sync_directory(part)  # what is handed out now is worth nothing without these keys
         out = self.out or Path(f"{request.id or 'server'}.request.json")
         write_atomically(out, (self.kit / kits.PENDING / kits.REQUEST).read_bytes())
         console.print(

@@ -147,7 +147,7 @@ class GroupSumTerms(Frozen):
     minimum_contributors: int = Field(default=6, ge=3)
     """Members without whom a sum is not formed; noise is planned for so many."""
     colluders: int = Field(default=1, ge=1)
-    """Members of a sum that may work together with the server."""
+    """Members of a group, drawn for a round or not, that may work together with the server."""
     unit: Unit = "example"
     """What the privacy guarantee is for: one example, or all examples of a `person` (a column of the data).
     With `person`, n, q and batch sizes count persons, whose gradients are added up before clipping."""

@@ -98,7 +98,7 @@ class Ledger:
             log.verify()
             rules.check_open(log.rows)
             rules.check_parameters(parameters, log.rows)
-            store.write_head(log.rows[-1])
+            store.keep_head(log.rows[-1].sequence)
         except BaseException:
             store.close()
             raise

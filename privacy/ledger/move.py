@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedmosaic.privacy.files import sync_directory, write_atomically
+from fedmosaic.privacy.files import make_directory, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER
 from fedmosaic.privacy.ledger.rows import Kind, LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, check_open, parameters_of
@@ -114,7 +114,9 @@ def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) ->
                 return 0
             missing = [row for row in rows[1:] if row.hash not in known]
             carried = _carry(log, rows, missing)
-            told_here = {"closed": closed.hash, "from": str(old), "carried": [row.hash for row in missing]}
+            # With the opening row, which a keeper has seen of a ledger that had no other yet.
+            carried_rows = [rows[0].hash, *(row.hash for row in missing)]
+            told_here = {"closed": closed.hash, "from": str(old), "carried": carried_rows}
             salt = json.loads(rows[0].mechanism or "{}")["salt"]
             _append(log, "RESUMED", told_here | {"salt": salt})
     return carried
@@ -172,7 +174,7 @@ def _building(directory: Path) -> Iterator[Path]:
     temporary = directory.with_name(directory.name + UNFINISHED)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, mode=0o700)
+        make_directory(temporary)
         yield temporary
         if directory.exists():
             directory.rmdir()

@@ -69,10 +69,12 @@ def parameters_of(rows: Sequence[LedgerRow]) -> LedgerParameters:
 def anchor_of(rows: Sequence[LedgerRow], keeper: str) -> bytes:
     """What a keeper may have of a ledger: HMAC-SHA-256 of its last row's hash under its salt, 32 bytes.
 
+    Of the last row but those that end a ledger which is moved: where it goes on, the very last is not.
     It tells its keeper nothing but whether anything was recorded since, not the number of rows either.
     Keepers who compare theirs cannot tell that they are of one ledger, since each has its own.
     """
-    return _anchor(_salt(rows), rows[-1].hash, keeper)
+    last = next(row for row in reversed(rows) if row.kind not in ("CLOSED", "MOVED"))
+    return _anchor(_salt(rows), last.hash, keeper)
 
 
 def keeper(federation: str, client: str) -> str:

@@ -1,8 +1,9 @@
 """The file under the privacy ledger: SQLite that only grows, and a head file beside it.
 
-Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the head
-file, `<ledger>.head`, is replaced by the new last row's sequence and hash, which tells a ledger that is
-shorter. Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
+Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it, and before
+the call returns, the head file, `<ledger>.head`, is replaced by the last row's sequence and hash, which tells
+a ledger that is shorter. A row that a crash leaves out of it is one that nothing was drawn or sent on. Both
+files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
 """
 
 import datetime as dt
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound
 from fedmosaic.privacy.configuration import misfit
-from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
+from fedmosaic.privacy.files import make_directory, private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
     Kind,
@@ -67,7 +68,7 @@ class LedgerStore:
                 f"{path}: the ledger is missing{although}; what it says is spent stays spent: {RESTORE}"
             )
         if not existed:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_directory(path.parent)
             os.close(private_opener(str(path), os.O_CREAT | os.O_RDWR))
             sync_directory(path.parent)
         with self._reported():
@@ -85,7 +86,6 @@ class LedgerStore:
 
         A copy of the file alone may lack the newest rows, which SQLite keeps beside it until they are merged.
         """
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with self._reported(), closing(sqlite3.connect(path)) as copy:
             self._connection.backup(copy)
@@ -139,8 +139,9 @@ class LedgerStore:
     def verified_rows(self) -> list[LedgerRow]:
         """All rows, after checking chain, head file and evidence; else LedgerError."""
         # The head first: a row that another process appends in between must not look cut off.
-        head = self.read_head()
-        rows = self.rows()
+        head, rows = self.read_head(), self.rows()
+        if head is None and len(rows) > 1:  # begun by another process in between
+            head, rows = self.read_head(), self.rows()
         if not rows:
             raise LedgerError(f"{self.path} holds no rows, not even the opening one; {RESTORE}")
         check_chain(rows)
@@ -153,6 +154,15 @@ class LedgerStore:
         values = [getattr(row, name) for name in _COLUMNS]
         marks = ", ".join("?" for _ in _COLUMNS)
         self._connection.execute(f"INSERT INTO rows ({', '.join(_COLUMNS)}) VALUES ({marks})", values)  # noqa: S608  # the columns are this module's own
+
+    def keep_head(self, since: int) -> None:
+        """Have the head file name the newest row, which `since` is no later than.
+
+        Under the lock of a transaction: after it, a slower process would put an older head over a newer one,
+        and rows that are cut off in between would not be missed.
+        """
+        with self.transaction():
+            self.write_head(self.rows(since)[-1])
 
     def write_head(self, row: LedgerRow) -> None:
         """Replace the head file durably by this row's sequence and hash."""
@@ -261,7 +271,7 @@ class LedgerLog:
             except BaseException:
                 del self.rows[known:]
                 raise
-            self.store.write_head(self.rows[-1])
+            self.store.keep_head(self.rows[-1].sequence)
             if self.told is not None:
                 for row in self.rows[known:]:
                     self.told(row)

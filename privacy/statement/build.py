@@ -1,13 +1,13 @@
 """Build the privacy statement of a run from its clients' ledgers.
 
-The ledger says what happened, and where it and the configuration disagree the worse of the two is
-reported. A statement whose accountants contradict each other is not made: `AccountingError`.
+The ledger says what happened, in this run and in all others on the same data; where runs, or ledger and
+configuration, differ, the worst is reported. A statement whose accountants contradict each other is not made:
+`AccountingError`.
 """
 
-import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedmosaic.privacy.accounting import epsilon as accounting
 from fedmosaic.privacy.accounting.epsilon import (
@@ -17,41 +17,38 @@ from fedmosaic.privacy.accounting.epsilon import (
     person_epsilon,
 )
 from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent
-from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier
 from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
 from fedmosaic.privacy.ledger import rows as ledger
-from fedmosaic.privacy.ledger.rows import Channel, Charge, LedgerRow, compositions
-from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameters_of
+from fedmosaic.privacy.ledger.rows import Charge, LedgerRow, compositions
+from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of
 from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.models import Adversary, ClientStatement, Guarantee, PrivacyStatement
+from fedmosaic.privacy.statement.parts import ChannelParts, Part, channels_of, charged_to, parameters_in
 from fedmosaic.privacy.statement.words import (
     ADVERSARY_NAMES,
     CHANNEL_NAMES,
-    SERVERS,
     assumptions,
     coverage,
     leaks,
 )
 
-_BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
-    {"colluding_recipients", "colluding_recipients_with_server"}
-)
-"""Adversaries of any number of members: against them only a member's own noise is left in a sum."""
 _WITH_NOISE: frozenset[models.Cover] = frozenset({"dp", "dp_and_cryptography", "mixed"})
-"""Covers of a channel that an ε is stated for."""
+"""Covers that an ε is stated for."""
+_NOT_ALL_NOISE: frozenset[models.Cover] = frozenset({"mixed", "cryptography_only"})
+_Covers = Mapping[models.StatementChannel, models.Cover]
 _TELLING = 20.0
 """Largest ε of one example beside which that of several is worth its minutes."""
 _NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
 
 
 @dataclass(frozen=True, slots=True)
-class _Channel:
-    """One channel of one client, as the ledger and the configuration tell it."""
+class _Seen:
+    """What protects one part against one adversary; `void` if its noise was claimed and is a test's."""
 
-    name: Channel
-    protection: models.Protection
-    rows: tuple[LedgerRow, ...]
-    test_noise: bool
+    part: Part
+    cover: models.Cover
+    words: str
+    void: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +58,7 @@ class _Client:
     parameters: LedgerParameters
     inputs: models.ClientInputs
     run: models.StatementInputs
-    channels: tuple[_Channel, ...]
-
-    def charges(self, names: Iterable[str], adversary: Adversary = "server_malicious") -> list[Charge]:
-        """What was charged on these channels, with the noise that is left against an adversary."""
-        wanted = frozenset(names)
-        found = []
-        for row in self.inputs.ledger:
-            for charge in ledger.charges([row], wanted):
-                sigma = charge.event.noise_multiplier * noise_left(row, adversary)
-                found.append(replace(charge, event=replace(charge.event, noise_multiplier=sigma)))
-        return found
+    channels: tuple[ChannelParts, ...]
 
     def bound(self, charged: Sequence[Charge], *, private: bool = True) -> EpsilonBound:
         """ε of what was charged; ∞ where something besides is not private."""
@@ -80,24 +67,14 @@ class _Client:
         return bound_of(charged, self.parameters.delta, self.parameters.accountant)
 
 
-def noise_left(row: LedgerRow, adversary: Adversary) -> float:
-    """Noise of one release against an adversary, over that of the row; other than 1 in sums of groups alone.
-
-    The row holds σ = s·√(m − t), against the server with t members (`privacy.accounting.leverage`). Every
-    release has the m and t of its own run's terms: a ledger outlives runs.
-    """
-    group = json.loads(row.mechanism or "{}") if row.channel == "adapter" else {}
-    if adversary not in _BEYOND_THE_CLAIM or "minimum_contributors" not in group:
-        # Against fewer than the claim is made for, a little more is left; the claim's ε bounds that too.
-        return 1.0
-    least, colluders = int(group["minimum_contributors"]), int(group["colluders"])
-    return 1.0 / effective_noise_multiplier(1.0, least, colluders)
-
-
 def statement(inputs: models.StatementInputs) -> PrivacyStatement:
     """Make the privacy statement of a run; from an altered ledger or without a sound ε there is none."""
-    clients = tuple(_client(client, inputs) for client in inputs.clients)
-    modes = {c.protection for client in clients for c in client.channels if c.protection is not None}
+    made = [_client(client, inputs) for client in inputs.clients]
+    parts = [part for _, channels in made for channel in channels for part in channel.parts]
+    modes = {part.protection for part in parts}
+    own = {part.protection for part in parts if part.run != "others"}
+    others = {part.protection for part in parts if part.run == "others"}
+    clients = tuple(client for client, _ in made)
     return PrivacyStatement(
         run_id=inputs.run_id,
         created=inputs.created,
@@ -110,25 +87,23 @@ def statement(inputs: models.StatementInputs) -> PrivacyStatement:
         assumptions=assumptions(
             (client.unit for client in clients),
             any("encrypted" in mode for mode in modes),
-            # Releases of an earlier run stay in the ledger, and so does what their noise rests on.
-            "distributed-dp" in modes
-            or any(noise_left(row, "colluding_recipients") < 1.0 for c in inputs.clients for row in c.ledger),
+            "distributed-dp" in modes,
         ),
-        leaks=leaks(inputs, bool(modes & {"none", "encrypted"}), "distributed-dp" in modes),
+        leaks=leaks(inputs, own, others),
     )
 
 
-def _client(inputs: models.ClientInputs, run: models.StatementInputs) -> ClientStatement:
+def _client(
+    inputs: models.ClientInputs, run: models.StatementInputs
+) -> tuple[ClientStatement, tuple[ChannelParts, ...]]:
     ledger.check_chain(inputs.ledger)
-    parameters = parameters_of(inputs.ledger)
-    if inputs.client_id:
-        parameters = replace(parameters, client_id=inputs.client_id)
-    channels, warnings = _channels(inputs)
+    parameters = parameters_in(inputs)
+    channels, warnings = channels_of(inputs, run.run_id)
     client = _Client(parameters, inputs, run, channels)
-    spent = client.bound(client.charges(parameters.budgeted_channels)).epsilon
+    bounded = [row for row in inputs.ledger if row.channel in parameters.budgeted_channels]
+    spent = client.bound(charged_to(bounded)).epsilon
     target = parameters.target_epsilon
-    joint = _channel("joint", channels, inputs.ledger, client)
-    return ClientStatement(
+    made = ClientStatement(
         client_id=parameters.client_id,
         delta=parameters.delta,
         unit=parameters.unit,
@@ -138,56 +113,28 @@ def _client(inputs: models.ClientInputs, run: models.StatementInputs) -> ClientS
         spent_epsilon=spent,
         remaining_epsilon=None if target is None else max(0.0, target - spent),
         refusals=sum(row.kind == "REFUSED" for row in inputs.ledger),
-        test_noise=any(channel.test_noise for channel in channels),
-        channels=(*(_channel(each.name, (each,), each.rows, client) for each in channels), joint),
+        test_noise=any(part.test_noise for channel in channels for part in channel.parts),
+        channels=(
+            *(_channel(each.name, (each,), each.rows, client) for each in channels),
+            _channel("joint", channels, inputs.ledger, client),
+        ),
         guarantees=tuple(_guarantees(client)),
         warnings=tuple(warnings),
     )
-
-
-def _channels(inputs: models.ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
-    configured: dict[Channel, models.Protection | None] = {
-        "profile": "dp",
-        "adapter": inputs.adapter_protection,
-        "family": inputs.family_protection,
-    }
-    found, warnings = [], []
-    for name, mode in configured.items():
-        rows = tuple(row for row in inputs.ledger if row.channel == name)
-        reserved = [row for row in rows if row.kind == "RESERVED"]
-        if mode is None and not reserved:
-            continue
-        actual = _actual_protection(mode, reserved)
-        if actual != mode:
-            warnings.append(
-                f"{CHANNEL_NAMES[name]}: configured as {mode or 'not sent'!r}, but the ledger shows "
-                f"releases that were protected by {actual!r} only; the latter is reported"
-            )
-        found.append(_Channel(name, actual, rows, any(row.secure_noise is False for row in reserved)))
-    return tuple(found), warnings
-
-
-def _actual_protection(
-    configured: models.Protection | None, reserved: Sequence[LedgerRow]
-) -> models.Protection:
-    covers = {row.covered_by for row in reserved}
-    if configured is None:
-        configured = "dp"
-    private = configured in models.PRIVATE and covers <= {"dp"}
-    encrypted = "encrypted" in configured and "nothing" not in covers
-    encrypted |= not private and covers == {"cryptography"} and configured == "dp"
-    if private:
-        return configured if configured == "distributed-dp" else "dp+encrypted" if encrypted else "dp"
-    return "encrypted" if encrypted else "none"
+    return made, channels
 
 
 def _channel(
-    name: models.StatementChannel, channels: Sequence[_Channel], rows: Sequence[LedgerRow], client: _Client
+    name: models.StatementChannel,
+    channels: Sequence[ChannelParts],
+    rows: Sequence[LedgerRow],
+    client: _Client,
 ) -> models.ChannelStatement:
     """What was released on one channel, or jointly on several; `rows` are the ledger's about them."""
-    charged = client.charges([channel.name for channel in channels])
-    private = all(channel.protection in models.PRIVATE for channel in channels)
-    test_noise = any(channel.test_noise for channel in channels)
+    parts = [part for channel in channels for part in channel.parts]
+    charged = charged_to(row for part in parts for row in part.rows)
+    private = all(part.protection in models.PRIVATE for part in parts)
+    test_noise = any(part.test_noise for part in parts)
     bound = client.bound(charged, private=private)
     events = compositions(charged)
     kinds = [row.kind for row in rows]
@@ -195,7 +142,12 @@ def _channel(
     lost = sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
     return models.ChannelStatement(
         channel=name,
-        protection=None if name == "joint" else channels[0].protection,
+        protection=None
+        if name == "joint"
+        else min((p.protection for p in parts), key=models.WEAKEST_FIRST.index),
+        protected=()
+        if name == "joint"
+        else tuple(models.Protected(protection=p.protection, run=p.run, releases=len(p.rows)) for p in parts),
         epsilon=math.inf if test_noise else bound.epsilon,
         nominal_epsilon=bound.epsilon,
         accountant=bound.accountant,
@@ -251,67 +203,80 @@ def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[models.Mechanism, ...]:
     )
 
 
-def _guarantees(client: _Client) -> Iterable[Guarantee]:
+def _guarantees(client: _Client) -> Iterator[Guarantee]:
+    elsewhere = client.run
+    if any(part.run == "others" for channel in client.channels for part in channel.parts):
+        elsewhere = elsewhere.model_copy(update={"transport": "mutual_tls"})
     for adversary in models.ADVERSARIES:
-        found = [_single(channel, adversary, client) for channel in client.channels]
-        yield from found
-        yield _together(found, adversary, client)
+        seen = {
+            channel.name: tuple(
+                _seen(part, adversary, client.run if part.run == "this" else elsewhere)
+                for part in channel.parts
+            )
+            for channel in client.channels
+        }
+        for name, parts in seen.items():
+            yield _guarantee(client, name, adversary, parts, "; ".join(part.words for part in parts))
+        covers: _Covers = {name: _together(part.cover for part in parts) for name, parts in seen.items()}
+        everything = [part for parts in seen.values() for part in parts]
+        yield _guarantee(client, "joint", adversary, everything, _joint_words(covers), covers)
 
 
-def _single(channel: _Channel, adversary: Adversary, client: _Client) -> Guarantee:
-    cover, words = coverage(channel.name, channel.protection, adversary, client.run)
-    noisy = any(row.kind == "RESERVED" and row.covered_by == "dp" for row in channel.rows)
-    if noisy and cover == "cryptography_only" and adversary in SERVERS:
-        # The ledger does not tell whether another run encrypted what it had made private.
-        cover, words = "mixed", f"{words}, but for releases under differential privacy, of which ε is"
-    void = channel.test_noise and cover in _WITH_NOISE
+def _seen(part: Part, adversary: Adversary, run: models.StatementInputs) -> _Seen:
+    """What protects one part against one adversary."""
+    cover, words = coverage(part.channel, part.protection, adversary, run)
+    void = part.test_noise and cover in _WITH_NOISE
     if void:
         # What is left once noise that can be taken off again is left out.
         cover = "cryptography_only" if cover == "dp_and_cryptography" else "nothing"
-    private = (channel.name,) if cover in _WITH_NOISE else ()
-    only = (channel.name,) if cover == "mixed" else ()
-    return _guarantee(client, channel.name, adversary, cover, private, only, void, words)
+    return _Seen(part, cover, f"{part.whose}: {words}" if part.run == "others" else words, void)
 
 
-def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client) -> Guarantee:
-    covers = {guarantee.cover for guarantee in found}
-    private = tuple(g.channel for g in found if g.cover in _WITH_NOISE)
-    only = tuple(g.channel for g in found if g.cover in ("cryptography_only", "mixed"))
-    cover: models.Cover
-    if "nothing" in covers:
-        bare = [CHANNEL_NAMES[g.channel] for g in found if g.cover == "nothing"]
-        cover, words = "nothing", f"nothing but trust protects: {', '.join(bare)}"
-    elif covers == {"nothing_sent"}:
-        cover, words = "nothing_sent", "nothing is sent where this adversary could look"
-    elif not private:
-        cover, words = "cryptography_only", "cryptography only, so ε does not apply"
-    elif only:
-        named = ", ".join(CHANNEL_NAMES[name] for name in only)
-        words = f"ε is of the differentially private channels; cryptography only covers: {named}"
-        cover = "mixed"
-    else:
-        cover, words = ("dp" if "dp" in covers else "dp_and_cryptography"), "composed over all channels"
-    void = any(g.test_noise for g in found)
-    return _guarantee(client, "joint", adversary, cover, private, only, void, words)
+def _together(found: Iterable[models.Cover]) -> models.Cover:
+    """What releases rest on together, of which the adversary has all."""
+    covers = set(found)
+    if "nothing" in covers or covers == {"nothing_sent"}:
+        return "nothing" if "nothing" in covers else "nothing_sent"
+    if not covers & _WITH_NOISE:
+        return "cryptography_only"
+    if covers & {"cryptography_only", "mixed"}:
+        return "mixed"
+    return "dp" if "dp" in covers else "dp_and_cryptography"
+
+
+def _joint_words(covers: _Covers) -> str:
+    match _together(covers.values()):
+        case "nothing":
+            bare = [CHANNEL_NAMES[name] for name, cover in covers.items() if cover == "nothing"]
+            return f"nothing but trust protects: {', '.join(bare)}"
+        case "nothing_sent":
+            return "nothing is sent where this adversary could look"
+        case "cryptography_only":
+            return "cryptography only, so ε does not apply"
+        case "mixed":
+            only = [CHANNEL_NAMES[name] for name, cover in covers.items() if cover in _NOT_ALL_NOISE]
+            covered = f"cryptography alone covers others, of: {', '.join(only)}"
+            return f"ε is of the differentially private releases; {covered}"
+    return "composed over all channels"
 
 
 def _guarantee(
     client: _Client,
     channel: models.StatementChannel,
     adversary: Adversary,
-    cover: models.Cover,
-    private: Sequence[models.StatementChannel],
-    cryptography_only: tuple[models.StatementChannel, ...],
-    test_noise: bool,
+    seen: Sequence[_Seen],
     words: str,
+    covers: _Covers | None = None,
 ) -> Guarantee:
-    parameters = client.parameters
-    applies = bool(private) and cover != "nothing"
+    """What holds of these parts together; `covers` are those of the channels, for all of them."""
+    parameters, cover = client.parameters, _together(each.cover for each in seen)
+    test_noise = any(each.void for each in seen)
+    noisy = [row for each in seen if each.cover in _WITH_NOISE for row in each.part.rows]
+    applies = cover in _WITH_NOISE
     stated = applies or cover == "nothing"
-    # Of a mixed channel, ε is of what has noise; encryption covers the rest.
-    everything = client.charges(private, adversary)
-    charged = [each for each in everything if each.event.is_private or cover != "mixed"]
+    charged = charged_to(noisy, adversary)
     bound = client.bound(charged, private=applies)
+    only = [name for name, each in (covers or {channel: cover}).items() if each in _NOT_ALL_NOISE]
     name = f"{parameters.client_id}, {CHANNEL_NAMES[channel]}, against {ADVERSARY_NAMES[adversary]}"
     return Guarantee(
         channel=channel,
@@ -322,7 +287,7 @@ def _guarantee(
         unit=parameters.unit,
         neighbouring_relation=ledger.NEIGHBOURING_RELATION,
         accountant=bound.accountant,
-        cryptography_only=cryptography_only,
+        cryptography_only=tuple(only) if covers or cover == "mixed" else (),
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
         persons=_persons(charged, parameters) if bound.epsilon <= _TELLING else (),
         test_noise=test_noise,

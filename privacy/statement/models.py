@@ -13,6 +13,7 @@ from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"]
 PRIVATE: frozenset[Protection] = frozenset({"dp", "dp+encrypted", "distributed-dp"})
 """Protections whose releases an ε bounds."""
+WEAKEST_FIRST: tuple[Protection, ...] = ("none", "encrypted", "distributed-dp", "dp", "dp+encrypted")
 StatementChannel = Literal["profile", "adapter", "family", "joint"]
 Adversary = Literal[
     "network",
@@ -47,6 +48,10 @@ class ClientInputs(Frozen):
     """The client's whole ledger; it holds δ, budget and accountant."""
     client_id: str = ""
     """Who the client is in this run; whoever opened the ledger first if empty."""
+    target_epsilon: float | None = Field(default=None, gt=0.0)
+    """Budget of this run, which may be stricter than the one that the ledger was opened with."""
+    budgeted_channels: tuple[Channel, ...] = ()
+    """What this run's budget bounds; as the ledger was opened if empty."""
     adapter_protection: Protection
     """How P and Q leave the client."""
     family_protection: Protection | None = None
@@ -126,12 +131,24 @@ class Mechanism(Frozen):
     """Reservations that were charged."""
 
 
+class Protected(Frozen):
+    """Releases of one channel that left under one protection."""
+
+    protection: Protection
+    run: Literal["this", "others", "any"]
+    """Whose they are. A task profile is of its public map, and whichever run needs it sends it."""
+    releases: int = Field(ge=0)
+    """Reservations that were charged; 0 where this run's terms name a protection, and nothing left."""
+
+
 class ChannelStatement(Frozen):
     """What one client released on one channel (or on all, `joint`), whoever reads it."""
 
     channel: StatementChannel
     protection: Protection | None
-    """Configured protection; None for `joint`."""
+    """The weakest of `protected`; None for `joint`."""
+    protected: tuple[Protected, ...] = ()
+    """What protected which releases; none for `joint`, and in statements from before this was told."""
     epsilon: Epsilon
     """ε of this channel alone towards a reader of its plaintext."""
     nominal_epsilon: Epsilon
@@ -175,7 +192,7 @@ class Guarantee(Frozen):
     adversary: Adversary
     """Against whom."""
     cover: Cover
-    """What the protection rests on."""
+    """What the protection rests on, that of the least protected release of any run."""
     epsilon: Epsilon | None
     """ε against this adversary; None where only cryptography covers, and ε does not apply."""
     delta: float = Field(gt=0.0, lt=1.0)

@@ -25,7 +25,8 @@ _COVERED: Final[dict[models.Cover, str]] = {
     "nothing": "NOT protected against {who}: nothing limits what they can learn about one {unit}{value}.",
     "dp": "Protected by differential privacy against {who}{value}.",
     "dp_and_cryptography": "Protected by differential privacy and by encryption against {who}{value}.",
-    "mixed": "Protected against {who}: {only} by encryption alone, the rest by differential privacy{value}.",
+    "mixed": "Protected against {who}: releases of {only} by encryption alone, all others "
+    "by differential privacy{value}.",
     "cryptography_only": "Protected by encryption alone against {who}.",
     "nothing_sent": "Nothing is sent where this could be seen: {who}.",
 }
@@ -77,11 +78,11 @@ def trust(client: ClientStatement) -> str:
 
 def verdict(client: ClientStatement) -> tuple[str, ...]:
     """Against whom one client is protected, and by what; what is not protected comes first."""
-    groups: dict[tuple[models.Cover, float | None], list[Guarantee]] = {}
+    groups: dict[tuple[models.Cover, float | None, tuple[str, ...]], list[Guarantee]] = {}
     for each in worst_first(client):
-        groups.setdefault((each.cover, each.epsilon), []).append(each)
+        groups.setdefault((each.cover, each.epsilon, each.cryptography_only), []).append(each)
     lines = []
-    for (cover, epsilon), found in groups.items():
+    for (cover, epsilon, _), found in groups.items():
         who = _listed([ADVERSARY_NAMES[each.adversary] for each in reversed(found)])
         only = _listed([CHANNEL_NAMES[name] for name in found[0].cryptography_only])
         value = f" (ε {'=' if epsilon == math.inf else 'at most'} {epsilon_text(epsilon)})"
@@ -99,6 +100,14 @@ def person_text(guarantee: Guarantee, examples: int) -> str:
     return "∞" if guarantee.cover == "nothing" else "-"
 
 
+def protected_words(channel: models.ChannelStatement) -> str:
+    """Which releases of a channel left under which protection, this run's and others'."""
+    whose = {"this": "this run", "others": "other runs on the same data", "any": "all runs on the data"}
+    return "; ".join(
+        f"{whose[each.run]}: {each.releases} under {each.protection}" for each in channel.protected
+    )
+
+
 def reach(guarantee: Guarantee) -> str:
     """What an attacker gets at most who wrongly accuses one in a hundred, from the whole privacy curve."""
     if guarantee.attack is None:
@@ -112,9 +121,10 @@ def delta_words(delta: float) -> str:
     weak = " That is weak: one example of few stands out. Terms with a bound of 1e-5 cost more noise."
     return (
         f"δ = {delta_text(delta)} is the part of all outcomes, about 1 in {1 / round_up(delta, 1):,.0f}, for "
-        "which ε promises nothing. It is the smaller of n^-1.1 for n examples and the bound of the signed "
-        "terms (adapter_privacy.largest_delta). Below 1/n, no mechanism passes that publishes one example "
-        "picked at random." + (weak if delta > 1e-4 else "")
+        "which ε promises nothing. It was fixed when the ledger was opened, as the smaller of n^-1.1 for n "
+        "examples and the bound of the signed terms (adapter_privacy.largest_delta), and more examples than "
+        "1/δ are refused: then no mechanism passes that publishes one example picked at random."
+        + (weak if delta > 1e-4 else "")
     )
 
 
@@ -144,8 +154,10 @@ def keys(statement: PrivacyStatement) -> tuple[tuple[str, str, str], ...]:
         ("the server's TLS key", "proves the server to the members", "the server's operator"),
         ("ledger's salt", "hides the ledger's rows from who keeps its anchor", "the member alone"),
     ]
-    modes = {channel.protection for client in statement.clients for channel in client.channels}
-    if any("encrypted" in (mode or "") for mode in modes):
+    channels = [channel for client in statement.clients for channel in client.channels]
+    modes = {channel.protection or "" for channel in channels}
+    modes |= {part.protection for channel in channels for part in channel.protected}
+    if any("encrypted" in mode for mode in modes):
         who = "every member, one key for all; not the server. Deleted at a member when its run is over"
         found.insert(0, ("group key", "decrypts adapters and their sums", who))
     if "distributed-dp" in modes:

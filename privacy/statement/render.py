@@ -154,7 +154,7 @@ def _notes(client: ClientStatement) -> Iterable[str]:
             f"spent{nominal}; {client.refusals} release(s) refused."
         )
     if client.refusals:
-        yield "After a refusal the client goes on in receive-only mode."
+        yield "What was refused did not leave; the client goes on receiving."
     for channel in client.channels[:-1]:
         name = _SHORT_CHANNELS[channel.channel]
         releases = sum(mechanism.releases for mechanism in channel.mechanisms)
@@ -163,6 +163,8 @@ def _notes(client: ClientStatement) -> Iterable[str]:
             details.append(f"{channel.reservations_never_released} charged but never sent (a crash)")
         if channel.parallel_composition:
             details.append("disjoint data epochs composed in parallel")
+        if channel.protected:
+            details.append(plain.protected_words(channel))
         yield f"{name}: {'; '.join(details)}."
 
 

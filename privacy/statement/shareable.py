@@ -17,8 +17,9 @@ from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH
 from fedmosaic.privacy.ledger.rows import LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
 from fedmosaic.privacy.statement import models
-from fedmosaic.privacy.statement.build import noise_left, statement
+from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
+from fedmosaic.privacy.statement.parts import noise_left, parameters_in
 from fedmosaic.privacy.statement.rounding import round_down, round_up
 
 CELL = 1.5
@@ -104,7 +105,7 @@ def _batch(row: LedgerRow, default: int) -> int:
 
 def _within_budget(found: ClientStatement, client: models.ClientInputs) -> ClientStatement:
     """What the ledger's filter has held is at most the budget, at its own δ and so at the larger one."""
-    parameters = parameters_of(client.ledger)
+    parameters = parameters_in(client)
     target = parameters.target_epsilon
     charged = charges(client.ledger, parameters.budgeted_channels)
     spent = bound_of(charged, parameters.delta, parameters.accountant).epsilon

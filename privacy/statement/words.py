@@ -3,7 +3,7 @@
 They are those of the project's threat model, and no stronger.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.ledger.rows import Channel, Unit
@@ -78,8 +78,14 @@ LEAKS = (
     "Whether a client has the examples that a profile needs at least, and how often its data changed: it "
     "then sends a new profile.",
     "How long a private step takes, which grows with the size of its random sample, and how long a task "
-    "profile and an evaluation take, which grows with the number of examples.",
+    "profile and an evaluation take, which grows with the number of examples. Where a round takes nearly as "
+    "long as the terms' deadline, that decides who is in time, which all members see.",
     "Poisoning and free-riding are not a question of privacy and are not covered here.",
+)
+OTHER_RUNS_LEAK = (
+    "Other runs released from the same data ({modes}), and every ε counts that. Who took part there, who "
+    "served, what a recipient got and whether a witness checked it is not known here, and nothing that is "
+    "said of recipients, sums and rows here is about them: the statements of those runs tell it."
 )
 UNCHECKED_ROWS_LEAK = (
     "With the encryption ckks a recipient cannot check that its sum was made with the weights that it is "
@@ -170,15 +176,19 @@ def assumptions(units: Iterable[Unit], any_encrypted: bool, group_sums: bool) ->
     return (*found, NO_METRICS_ASSUMPTION)
 
 
-def leaks(inputs: models.StatementInputs, any_unprotected: bool, group_sums: bool) -> tuple[str, ...]:
-    """What this run discloses whatever its protection."""
+def leaks(
+    inputs: models.StatementInputs, own: Set[models.Protection], others: Set[models.Protection]
+) -> tuple[str, ...]:
+    """What this run discloses whatever its protection; `own` are this run's, `others` those of others."""
     found = list(LEAKS)
-    if group_sums:
+    if others:
+        found.append(OTHER_RUNS_LEAK.format(modes=", ".join(sorted(others))))
+    if "distributed-dp" in own:
         return (*found, GROUP_SUMS_LEAK)
     found.append(
         f"What a recipient gets is a sum of the adapters of at least {inputs.minimum_contributors} others, "
         f"each with a share of at most {inputs.weight_cap:g} (squared, the shares add up to at most "
-        f"{inputs.squares_cap:g}). " + _collusion(inputs, any_unprotected)
+        f"{inputs.squares_cap:g}). " + _collusion(inputs, bool(own & {"none", "encrypted"}))
     )
     if inputs.encryption.startswith("ckks"):
         witnessed = WITNESSED_ROWS_LEAK.format(witness=inputs.witness)

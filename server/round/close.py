@@ -136,10 +136,12 @@ class Closer:
         """Relevance and rows; computed, and written, only where something that they follow from is new."""
         settings, adapter = self._settings, self._settings.terms.adapter
         found = []
+        # A database that was put back to a moment before may have no enrolment of who gives something.
+        known = self._store.enrolled() | uploads.keys()
         if not adapter.in_group_sums:  # else members share sums of groups, which are not formed here
             found = groups(
                 {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
-                self._store.enrolled() & settings.members.keys() if recipients is None else recipients,
+                known & settings.members.keys() if recipients is None else recipients,
                 {client: family for client in settings.members if (family := settings.family(client))},
                 adapter.shared_dimensions,
                 adapter.family_dimensions,

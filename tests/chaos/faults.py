@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ STEPS = {
     "kill": kill, "disk-full": disk_full, "read-only": read_only, "slow-disk": slow_disk, "clock": clock_jump,
 }  # fmt: skip
 """What befalls a process at one of its durable steps."""
-FAULTS = (*STEPS, "bit-flip", "postgresql")
+FAULTS = (*STEPS, "power-cut", "bit-flip", "rollback", "peers", "postgresql")
 
 
 def flip_bit(state: Path, draw: random.Random) -> dict[Path, bytes]:
@@ -101,6 +103,12 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
 
 
+def lacking() -> str:
+    """What is not here of all that a database of its own needs; empty if nothing."""
+    missing = [name for name in ("initdb", "pg_ctl") if program(name) is None]
+    return " and no ".join(missing + ([] if find_spec("psycopg") else ["psycopg"]))
+
+
 class Postgresql:
     """A database of its own, which can be killed; its programs do not run as root."""
 
@@ -119,6 +127,12 @@ class Postgresql:
     def kill(self) -> None:
         """End every process of it at once, as a power cut would."""
         self._run("pg_ctl", "stop", "--mode=immediate")
+
+    def remove(self) -> None:
+        """End it, and leave nothing of it."""
+        with suppress(subprocess.CalledProcessError):  # it did not run
+            self.kill()
+        shutil.rmtree(self._folder)
 
     def _run(self, name: str, *words: str) -> None:
         command = [str(program(name)), *words, "--pgdata", f"{self._folder}/data"]

@@ -14,36 +14,49 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from chaos.mutations import MEMBER, mutate, mutate_json, mutate_messages, where
+from chaos.received import received
 from end_to_end import federation_of_vectors as fv
+from fedmosaic.client.client import RESULT
+from fedmosaic.client.ledger import SEEN, DataLedger
+from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.planning import AdapterPlan
+from fedmosaic.client.result.ending import ResultFile
+from fedmosaic.client.result.saved import RECORD, SavedModel, read_saved
 from fedmosaic.client.round.keyring import Keyring
 from fedmosaic.client.round.records import ClippingRecord, read_average, read_profile, read_upload
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, read_record
+from fedmosaic.client.statement import STATEMENT, statement_inputs
+from fedmosaic.client.transport.grpc import Traffic
 from fedmosaic.client.witness import WitnessSettings
 from fedmosaic.privacy.audit import AUDIT, read_audit
-from fedmosaic.privacy.configuration import parse_json, read_configuration
+from fedmosaic.privacy.configuration import parse_json, read_configuration, read_own
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.federation.identity import check_pair, read_certificate
-from fedmosaic.privacy.federation.kits import REQUEST, FederationConfig, open_kit
+from fedmosaic.privacy.federation.kits import REQUEST, FederationConfig, Kit, open_kit
 from fedmosaic.privacy.federation.requests import make_request, read_request
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.groupkey.nonces import NonceCounter
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger
 from fedmosaic.privacy.ledger.store import read_ledger
 from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.check import check_received
+from fedmosaic.privacy.statement.models import PrivacyStatement
 from fedmosaic.protos import wire
 from fedmosaic.protos.errors import FedMosaicError, WireError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, WeightRow
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.dashboard.records import Status
 from fedmosaic.server.round.relations import unpack
 from fedmosaic.server.settings import OperatorSettings
 from fedmosaic.server.storage.store import Store, default_url
-from fedmosaic.server.summary import with_rounds
+from fedmosaic.server.summary import STATUS, with_rounds
 
 _AUDIT_BYTES = 2000
 """An audit log's first lines are mutated; the rest is more of the same."""
@@ -99,6 +112,7 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
             store.results(), store.profiles(), store.uploads(1), store.reports(), store.get_json("run")
 
     found.file(database, all_of_it)
+    found.file(state / STATUS, lambda path: read_own(path, Status.model_validate, ""))
     found["statement"] = pb.ReportRequest.FromString(kept["Report"][0]).statement, _statement
     key = next((kit / "state" / "keys").glob("epoch-*.json")).read_bytes()
     return found | _records(GroupKey.load(json.loads(key)["key"].encode()))
@@ -156,6 +170,11 @@ def _of_client(found: _Formats, kit: Path) -> None:
     found.file(next(state.glob("profile-*.npy")), lambda path: read_profile(path, 32))
     found.file(state / "profile-average.npz", lambda path: read_average(path, 32))
     found.file(state / "clipping.json", lambda path: ClippingRecord(path).shares())
+    held.give_up(1)
+    found.file(state / "given-up.json", lambda _: held.gave_up(1))
+    Traffic(state / "traffic.json").save()
+    found.file(state / "traffic.json", Traffic)
+    _of_result(found, opened, held)
     ledger = state / "ledger.sqlite"
     charged = read_ledger(ledger)
 
@@ -166,6 +185,23 @@ def _of_client(found: _Formats, kit: Path) -> None:
     found.file(ledger, same_ledger)
     found.file(state / "ledger.sqlite.head", same_ledger)
     found.file(state / AUDIT, read_audit, _AUDIT_BYTES)
+
+
+def _of_result(found: _Formats, kit: Kit, held: ClientState) -> None:
+    """What a client keeps for its own people, and where its ledger is."""
+    state = held.directory
+    ResultFile(state / RESULT).put_scores("before", {"self": Score((True, False), "accuracy", None)})
+    found.file(state / RESULT, lambda path: ResultFile(path).score("before", "self"))
+    settings = read_configuration(kit.directory / "client.toml", ClientSettings)
+    SavedModel.of(settings, kit.roster, MEMBER).write(state)
+    found.file(state / RECORD, lambda path: read_saved(path.parent))
+    books = DataLedger(state, True, state, held.record)
+    with Ledger.open(state / LEDGER, MEMBER, 1e-5, 8.0, "rdp", budgeted_channels=("profile",)) as ledger:
+        books.remember(ledger)
+        inputs = statement_inputs(kit.roster, held, ledger, AdapterPlan(0.0, 0.1))
+    found.file(state / SEEN, lambda _: books.check(()))
+    (state / STATEMENT).write_text(statement(inputs).model_dump_json())
+    found.file(state / STATEMENT, lambda path: read_own(path, PrivacyStatement.model_validate, ""))
 
 
 def calls(run: Coordinator, kept: dict[str, list[bytes]]) -> dict[str, tuple[bytes, Reader]]:
@@ -261,6 +297,7 @@ def mutate_everything(directory: Path, seed: int, count: int) -> tuple[int, list
     federation = found_federation(directory / "f")
     sent, faults, kept = mutate_messages(federation, seed, count)
     with closing(fv.coordinator_of(federation)) as run:
-        asked, refused = mutate_contents(federation, calls(run, kept), seed, count)
+        parts = calls(run, kept) | received(federation, run, kept, MEMBER)
+        asked, refused = mutate_contents(federation, parts, seed, count)
     tried, more = mutate_contents(federation, readers(federation, kept), seed, count)
     return sent + asked + tried, [*faults, *refused, *more]

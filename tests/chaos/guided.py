@@ -17,7 +17,8 @@ import atheris
 
 with atheris.instrument_imports(include=["fedmosaic"], enable_loader_override=False):
     from chaos import formats
-    from chaos.mutations import record, where
+    from chaos.mutations import MEMBER, record, where
+    from chaos.received import received
     from end_to_end import federation_of_vectors as fv
     from fedmosaic.privacy.terminal import ending_children
     from fedmosaic.protos.errors import FedMosaicError
@@ -27,7 +28,10 @@ with atheris.instrument_imports(include=["fedmosaic"], enable_loader_override=Fa
 
 def contents(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, Any]:
     """Every call and format: an original, and what reads it."""
-    return formats.calls(fv.coordinator_of(directory), kept) | formats.readers(directory, kept)
+    run = fv.coordinator_of(directory)
+    return (
+        formats.calls(run, kept) | received(directory, run, kept, MEMBER) | formats.readers(directory, kept)
+    )
 
 
 def recorded(directory: Path) -> tuple[dict[str, list[bytes]], list[str]]:

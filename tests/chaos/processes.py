@@ -7,6 +7,7 @@ a client does before it can be seen outside is noted in a file that survives the
 import json
 import logging
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable
@@ -20,10 +21,14 @@ from uuid import UUID
 
 import numpy as np
 
-from chaos.faults import changes_disk
+from chaos.disk import Disk
+from chaos.faults import STEPS, changes_disk, kill
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_group_sums as sums
+from fedmosaic.client.round.records import digest_of
 from fedmosaic.client.transport import connection
+from fedmosaic.client.witness import WitnessSettings
+from fedmosaic.client.witness import run as witness
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -68,15 +73,29 @@ def at_step(step: int, befall: Callable[[], None]) -> None:
     os.fsync = flushing
 
 
+class _Noise(SeededTestNoise):
+    """The same in every process, so that runs are alike; tells before it draws of which channel."""
+
+    def __init__(self, seed: int, drawing: Callable[[str], None], terms: Terms) -> None:
+        super().__init__(seed)
+        self._drawing = drawing
+        self._channels = {terms.profile.dimensions: "profile", terms.adapter.shared_dimensions: "adapter"}
+
+    def gaussian(self, size: int, standard_deviation: float) -> Any:
+        self._drawing(self._channels[size])
+        return super().gaussian(size, standard_deviation)
+
+
 @dataclass
 class _Learner(fv.VectorLearner):
-    note: Note = lambda *_, **__: None
+    drawing: Callable[[str], None] = lambda _: None
 
     def train(self, round_number: int, releases: Any, give_up: Callable[[], None]) -> None:
         private = self.terms.adapter.private
         if private:
-            draw = partial(self.note, "draw", round=round_number)
-            releases.release_adapter(round_number, EVENT, lambda: None, lambda _: draw())
+            releases.release_adapter(
+                round_number, EVENT, lambda: None, lambda _: self.drawing("adapter") or True
+            )
         super().train(round_number, releases, give_up)
         if private:
             noise = np.random.default_rng([self.seed, round_number, 1]).normal(0, 0.1, self.local.size)
@@ -84,13 +103,25 @@ class _Learner(fv.VectorLearner):
 
 
 @dataclass
-class _GroupLearner(sums.PullingLearner):
-    note: Note = lambda *_, **__: None
+class _FamilyLearner(_Learner):
+    """Shares a part of its vector with its family besides."""
 
-    def group_share(self, round_number: int, members: int, releases: Any) -> Any:
-        share = super().group_share(round_number, members, releases)
-        self.note("draw", round=round_number)
-        return share
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ((self.family, self.length),) = self.terms.adapter.family_dimensions.items()
+
+    def sections(self) -> Any:
+        return {**super().sections(), "family": -self.local[: self.length]}
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        if section == "shared":
+            super().load_global(section, vector)
+        else:
+            self.global_branch[: self.length] += vector.astype(np.float32)
+
+    def keep_own(self, section: str) -> None:
+        if section == "shared":
+            super().keep_own(section)
 
 
 @dataclass
@@ -100,12 +131,19 @@ class _Member(sums.Member):
 
     @property
     def noise(self) -> SeededTestNoise:
-        """The same in every process, so that profiles and weights are those of the undisturbed run."""
-        return SeededTestNoise(self.seed)
+        """Noise that is noted."""
+        return _Noise(self.seed, self._drawing, self.learner.terms)
+
+    def _drawing(self, channel: str) -> None:
+        rows = self.ledger.export() if self.ledger else ()
+        charged = sum((row.kind, row.channel) == ("RESERVED", channel) for row in rows)
+        self.note("draw", channel=channel, charged=charged)
 
     def make_learner(self, agreed: Terms) -> Any:
-        kind = _GroupLearner if agreed.adapter.in_group_sums else _Learner
-        return kind(self.seed, agreed, note=self.note)
+        if agreed.adapter.in_group_sums:
+            return sums.PullingLearner(self.seed, agreed)
+        kind = _FamilyLearner if agreed.adapter.family_dimensions else _Learner
+        return kind(self.seed, agreed, drawing=self._drawing)
 
 
 def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> int:
@@ -113,36 +151,65 @@ def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> i
     connection._LONGEST_DELAY_SECONDS = 1.0  # type: ignore[misc]  # a server that is back is soon asked
     transport = fv.dial(directory, name, port)
     session = _Member(directory, name, seed, note=note).session(transport)
-    encrypt, push = session._protection._cipher.encrypt, transport.push
+    encrypt, push, post = session._protection._cipher.encrypt, transport.push, transport.post_key_message
 
     def encrypting(vector: Any, key: Any, context: Any, nonce: bytes) -> bytes:
         record = encrypt(vector, key, context, nonce)
-        plain = sha256(np.asarray(vector, "<f4").tobytes()).hexdigest()
         under = "" if key is None else f"{key.fingerprint.hex()} {nonce.hex()}"
-        note("encrypt", round=context.round, under=under, plain=plain, record=sha256(record).hexdigest())
+        about = {"round": context.round, "section": context.section, "under": under}
+        note("encrypt", **about, plain=digest_of(vector), record=_hash(record))
         return record
 
     def pushing(upload: Any) -> Any:
-        note("push", round=upload.round, adapter=bool(upload.sections), profile=upload.profile is not None)
+        sent = {section.name: _hash(section.payload) for section in upload.sections}
+        profile = "" if upload.profile is None else digest_of(upload.profile.vector)
+        note("push", round=upload.round, epoch=upload.key_epoch, sent=sent, profile=profile)
         receipt = push(upload)
         note("receipt", round=upload.round, status=receipt.status.value, hash=receipt.content_hash.hex())
         return receipt
 
+    def posting(message: Any) -> None:
+        place = f"{message.epoch} {message.stage} {message.recipient}"
+        note("post", place=place, number=message.epoch, stage=message.stage, sent=_hash(message.payload))
+        post(message)
+
     session._protection._cipher.encrypt, transport.push = encrypting, pushing
+    transport.post_key_message = posting
     session.run()
     return 0
 
 
-def start(place: Path, name: str, seed: int, port: int, step: int, befall: Callable[[], None]) -> int:
-    """Fork the server, or a client, of the federation in `place / "f"`; returns its process id.
+def _hash(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
+def countersign(directory: Path, name: str, port: int) -> int:
+    """The witness's process."""
+    kit = directory / "clients" / name
+    _, refused = witness(
+        WitnessSettings(kit=kit, server=f"localhost:{port}", state_dir=kit / "state", retry_seconds=300)
+    )
+    return 3 if refused else 0
+
+
+def home(place: Path, name: str) -> Path:
+    """The folder of a server, a member or a witness, in which its state stands."""
+    return place / "f" / ("server" if name == "server" else f"clients/{name}")
+
+
+def start(
+    place: Path, name: str, seed: int | None, port: int, step: int, fault: str, draw: random.Random
+) -> int:
+    """Fork the server, a client or the witness of the federation in `place / "f"`; returns its process id.
 
     Args:
         place: directory of the run; logs and notes are written there.
-        name: "server", or a member.
-        seed: of the member's vectors.
+        name: "server", a member or the witness.
+        seed: of the member's vectors; None for the others.
         port: of the server.
         step: the durable step at which something befalls it; 0 for none.
-        befall: what does.
+        fault: what does, of `faults.FAULTS`.
+        draw: of the fault's moments.
     """
     if process := os.fork():
         return process
@@ -153,15 +220,21 @@ def start(place: Path, name: str, seed: int, port: int, step: int, befall: Calla
         os.dup2(log, 1)
         os.dup2(log, 2)
         note = notebook(place / f"{name}.notes")
-        if step:
-            at_step(step, befall)
+        if step and fault == "power-cut":
+            at_step(step, Disk(home(place, name), place / f"{name}.disk").cut)
+        elif step:
+            at_step(step, partial(STEPS.get(fault, kill), draw))
         if name == "server":
             # Every run of a campaign draws the same members, so that all end alike.
             runs.uuid = SimpleNamespace(uuid4=lambda: UUID(int=0))
             code = guarded(name, lambda: serve(["--kit", str(place / "f" / "server")]))
         else:
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-            code = guarded(name, lambda: take_part(place / "f", name, seed, port, note))
+            there = place / "f", name
+            code = guarded(
+                name,
+                lambda: countersign(*there, port) if seed is None else take_part(*there, seed, port, note),
+            )
     except BaseException:
         logging.exception("the process of %s ended", name)
     finally:

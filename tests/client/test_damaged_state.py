@@ -105,6 +105,10 @@ def test_small_records_are_named_and_can_be_deleted(content: bytes, tmp_path: Pa
     path.write_bytes(b'{"adapter": [1]}')
     with pytest.raises(StateError, match="delete it"):
         ClippingRecord(path).shares()
+    for rows in (3, {"before": 3}, {"before": {"self": {"right": [True]}}}):
+        path.write_text(json.dumps({"rows": rows}))
+        with pytest.raises(StateError, match="delete it"):
+            ResultFile(path)
 
 
 def releases(place: Path) -> tuple[Releases, Ledger, ClientState]:

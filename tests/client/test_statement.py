@@ -1,13 +1,32 @@
 """What the statement says of coalitions: from the rows that were accepted, never from the roster's size."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from builders import founding
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import coalition_rows
+from fedmosaic.client.statement import coalition_rows, statement_inputs
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger
+from fedmosaic.privacy.statement.build import statement
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import WeightRow
+
+
+def test_the_budget_that_is_told_is_the_one_that_this_run_was_held_to(tmp_path: Path) -> None:
+    """Stricter, and over more channels, than that of the run before, which opened the ledger."""
+    path, state = tmp_path / LEDGER, ClientState(tmp_path / "state", "f", "ada")
+    state.join_run("0" * 32)
+    Ledger.open(path, "north", 1e-5, 8.0, "rdp", budgeted_channels=("profile",)).close()
+    roster: Any = SimpleNamespace(terms=founding().terms, hash=bytes(32), witness=None)
+    both = ("adapter", "profile")
+    with Ledger.open(path, "ada", 1e-5, 2.0, "rdp", budgeted_channels=both) as ledger:
+        (told,) = statement(statement_inputs(roster, state, ledger, AdapterPlan(0.0, 0.1))).clients
+    state.release()
+    assert (told.client_id, told.target_epsilon, told.budgeted_channels) == ("ada", 2.0, both)
 
 
 def row(*weights: int) -> WeightRow:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from end_to_end import federation_of_vectors as fv
+from fedmosaic.client.state import read_record
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.audit import main as command
 from fedmosaic.privacy.ledger.ledger import LEDGER, read_ledger
@@ -46,6 +47,27 @@ def test_a_run_is_on_record_at_server_and_client(tmp_path: Path) -> None:
         assert command(["verify", str(state)]) == 0
         text = (state / AUDIT).read_text()
         assert not any(word in text for word in ("loss", "epsilon", "examples", "score"))
+
+
+def test_an_end_that_was_cut_off_is_missed_by_what_another_party_has_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 3))
+    server, client = directory / "server" / "state", directory / "clients" / "ada" / "state"
+    fv.finish(directory)
+    record, row = read_record(client), read_ledger(client / LEDGER)[-1]
+    assert record is not None
+    for state, kept, event in ((server, record.server_head, "closed"), (client, row.hash, "released")):
+        assert command(["verify", str(state), "--holds", kept]) == 0
+        said = capsys.readouterr().out
+        assert f"({event}) has {kept}" in said
+        assert "Not shown: whether lines at the end were cut off" in said
+        lines = (state / AUDIT).read_bytes().splitlines(keepends=True)
+        held = next(number for number, line in enumerate(lines) if kept.encode() in line)
+        (state / AUDIT).write_bytes(b"".join(lines[:held]))
+        assert command(["verify", str(state)]) == 0, "a chain alone does not tell"
+        with pytest.raises(StateError, match=f"no line has {kept}: the end was cut off"):
+            command(["verify", str(state), "--holds", kept])
 
 
 def test_a_server_that_cannot_trust_its_log_does_not_start(tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_anothe
     clients = fv.played(directory, coordinator)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert all(client.learner.trained == [2] for client in clients.values()), "round 1 was trained once"
+    assert set(coordinator._run.store.profiles()) == set(fv.MEMBERS), "and what it went with is there again"
     coordinator.close()
 
 

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import builders
+from chaos.faults import Postgresql, lacking
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, upload_header
@@ -237,15 +238,23 @@ def coordinator(begin: Callable[..., Coordinator]) -> Coordinator:
     return begin()
 
 
+@pytest.fixture(scope="session")
+def own_postgresql() -> Iterator[Postgresql]:
+    """A PostgreSQL of the tests' own, where its programs and psycopg are."""
+    if missing := lacking():
+        pytest.skip(f"there is no {missing} here")
+    database = Postgresql()
+    yield database
+    database.remove()
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An empty database of either kind."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'server.db'}"
         return
-    url = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")
-    if not url:
-        pytest.skip("FEDMOSAIC_TEST_POSTGRESQL names no server")
+    url = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL") or request.getfixturevalue("own_postgresql").url
     engine = sa.create_engine(url)
     tables.metadata.drop_all(engine)
     yield url

@@ -169,6 +169,33 @@ def test_statistics_that_cannot_be_stored_break_no_call(
     assert received == 350 + federation.upload(coordinator.run_id, "clinic-a", 1).header().size
 
 
+def test_who_gives_something_receives_though_its_enrolment_was_lost(
+    federation: Any, coordinator: Any, tmp_path: Path
+) -> None:
+    """Its database was put back to before the enrolment, which a client that goes on never repeats."""
+    federation.push(coordinator, 1, federation.clients[:4])
+    coordinator.push("clinic-e", federation.upload(coordinator.run_id, "clinic-e", 1))
+    coordinator.advance()
+    assert coordinator.pull("clinic-e", 2).sections[0].row is not None
+
+
+def test_a_database_that_is_ended_in_mid_round_has_what_was_acknowledged(
+    federation: Any, begin: Any, own_postgresql: Any
+) -> None:
+    coordinator = begin(store_url=own_postgresql.url)
+    federation.push(coordinator, 1, federation.clients[:4])
+    own_postgresql.kill()
+    upload = federation.upload(coordinator.run_id, "clinic-e", 1)
+    with pytest.raises(StateError, match="database"):
+        coordinator.push("clinic-e", upload)
+    own_postgresql.start()
+    assert coordinator.push("clinic-e", upload).status is ReceiptStatus.ACCEPTED
+    coordinator.advance()
+    (result,) = coordinator.summary()["results"]
+    assert tuple(result["uploaded"]) == federation.clients
+    coordinator.close()
+
+
 def test_a_database_that_goes_with_another_folder_is_refused(
     federation: Any, tmp_path: Path, clock: Any
 ) -> None:
@@ -257,6 +284,26 @@ def test_a_server_that_cannot_write_its_account_at_its_end_says_so_and_the_next_
     again.advance()
     assert json.loads((tmp_path / "state" / "run.json").read_text())["open_round"] == 2
     again.close()
+
+
+def test_an_account_that_cannot_be_written_hides_no_other_error(
+    federation: Any, begin: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise StateError("the server's database failed: connection refused")
+
+    def ended(*, early: bool) -> None:
+        with begin() as coordinator:
+            monkeypatch.setattr(coordinator._run.store, "results", away)
+            if early:
+                raise RuntimeError("client north: its texts are too long")
+
+    with pytest.raises(RuntimeError, match="too long"):
+        ended(early=True)
+    assert "run.json is older than the run" in caplog.text
+    with pytest.raises(StateError, match=r"run\.json is older than the run"):
+        ended(early=False)
+    begin().close()  # whatever failed, the state was let go of
 
 
 def test_the_last_words_tell_who_received_and_who_is_silent(

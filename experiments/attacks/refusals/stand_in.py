@@ -100,11 +100,8 @@ def founded(encryption: Parameters | None = None) -> Iterator[tuple[Path, Coordi
         )
         (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
         settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
-        coordinator = Coordinator(settings)
-        try:
+        with Coordinator(settings) as coordinator:
             yield directory, coordinator
-        finally:
-            coordinator.close()
 
 
 def open_member(

@@ -1,5 +1,6 @@
 """The accounting rules where they are enforced: one charge per draw, before it, none for a resend."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -122,6 +123,17 @@ def test_an_adapter_is_summed_charged_noised_and_stored_in_this_order(client: Cl
         )
     assert seen == [("sum", 0), ("noise", 1), ("store", 1)]
     assert client.reserved("adapter") == [EVENT]
+
+
+def test_the_ledger_tells_whether_a_release_under_dp_was_encrypted(tmp_path: Path) -> None:
+    """Or a later run on the same data could not tell who has read it."""
+    for number, protection in enumerate(("dp", "dp+encrypted")):
+        encryption = {"backend": "mask" if number else "plain"}
+        client = Client(tmp_path / protection, terms(protection, encryption=encryption))  # type: ignore[arg-type]  # two of them
+        with client.opened() as releases:
+            released(releases)
+        *_, row = (row for row in read_ledger(client.books / LEDGER) if row.kind == "RESERVED")
+        assert json.loads(row.mechanism or "")["protection"] == protection
 
 
 def test_a_damaged_record_of_clipping_costs_nothing(client: Client) -> None:

@@ -86,7 +86,7 @@ def test_the_page_of_an_encrypted_run_says_first_that_members_are_trusted(tmp_pa
     first = text[text.index("<body>") : text.index("Not covered")]
     assert "You trust the other members, and that none of them helps the server." in first
     assert "NOT protected against one recipient; colluding recipients;" in first
-    assert "shared adapter (P, Q) by encryption alone, the rest by differential privacy" in first
+    assert "shared adapter (P, Q) by encryption alone, all others by differential privacy" in first
     rows = re.findall(r"<tr.*?</tr>", first, re.DOTALL)
     assert "(worst)" in rows[1], "the worst adversary stands in the first row"
     assert "∞" in rows[1]

@@ -271,3 +271,36 @@ def test_processes_still_run_a_scenario(tmp_path: Path, tiny_scenario: Any) -> N
     assert all("after" in result for result in record.clients.values())
     with pytest.raises(ConfigurationError, match="no run of one process"):
         runner.resume(directory, Console(quiet=True))
+
+
+def _sampled_sums(make: Any) -> Any:
+    base = make(
+        adapter={"rank": 2, "blocks": 2, "protection": "distributed-dp"},
+        adapter_privacy={"steps_per_round": 1, "expected_batch_size": 4, "largest_delta": 1e-3},
+        group_sums={"minimum_contributors": 3, "least_examples": 8, "noise_multiplier": 2.0},
+        schedule={"rounds": 3, "quorum": 2, "sampled_clients": 3},
+        unsafe_test_noise_seed=5,
+        score="nothing",
+    )
+    alike = base.clients[1].model_dump()
+    clients = tuple(ScenarioClient.model_validate(alike | {"id": f"c{n}"}) for n in range(6))
+    return base.model_copy(update={"clients": clients})
+
+
+def test_sums_in_one_process_are_of_those_drawn_and_reach_all(tmp_path: Path, tiny_scenario: Any) -> None:
+    """A turn ends with its round: the member that closes one would wait alone in the next one's sum."""
+    console = Console(file=io.StringIO(), width=200)
+    record = read_run(runner.run_here(_sampled_sums(tiny_scenario), tmp_path, tmp_path, console))
+    results = record.server["results"]
+    assert [len(result["uploaded"]) for result in results] == [6, 3, 3]
+    assert [len(result["received"]) for result in results] == [0, 6, 6], "whoever was not drawn too"
+    assert "100% of the training" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_sums_of_those_drawn(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario, console = _sampled_sums(tiny_scenario), Console(quiet=True)
+    one, again = (
+        last_adapters(runner.run_here(scenario, tmp_path, tmp_path / f"r{n}", console)) for n in range(2)
+    )
+    assert all(np.array_equal(adapter, again[name]) for name, adapter in one.items())

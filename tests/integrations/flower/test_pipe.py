@@ -257,6 +257,7 @@ def test_what_nodes_answer_loses_no_more_than_a_turn_and_nodes_without_a_member_
         over, make = asyncio.Event(), partial(Node, service, carrier.settings.tls, str(carrier.folder))
         work = asyncio.create_task(server_app.carry(grid, make, members, over))
         yield
+        answers.extend(["the client has left"] * 2)
         over.set()
         await work
 
@@ -265,4 +266,4 @@ def test_what_nodes_answer_loses_no_more_than_a_turn_and_nodes_without_a_member_
     with carrier.running(), caplog.at_level(logging.WARNING, "fedmosaic"):
         assert transport.status().round == 1
     assert {sent.metadata.dst_node_id for sent in asked} == {1}
-    assert caplog.text.count("SuperNode 1: ") == 5
+    assert caplog.text.count("SuperNode 1: ") == 5, "at the end clients leave, which is no problem to tell"

@@ -1,6 +1,9 @@
 """Who takes part in a round: K of N, alike for all who ask, and each member as often as any other."""
 
+import contextlib
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from pydantic import ValidationError
 
 from builders import founding, tiny_mechanism
 from fedmosaic.client.planning import plan_adapter
-from fedmosaic.privacy.federation.kits import FederationConfig
+from fedmosaic.privacy.federation import consortium, terms_checks
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import Roster, taking_part
-from fedmosaic.privacy.federation.terms import ScheduleTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.secureaggregation.partition import Partition
 from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import ConfigurationError
 
 MEMBERS = tuple(f"m{number}" for number in range(10))
 PLAIN = {"adapter": {"protection": "none"}, "encryption": {"backend": "plain"}, "allow_plaintext": True}
@@ -59,7 +65,7 @@ def test_in_every_round_each_member_and_each_pair_is_drawn_equally_often(number:
 
 def test_noise_is_planned_for_the_turns_by_an_accountant_of_others_too() -> None:
     """K of 4·K members are drawn in 40 rounds: ten turns, whose ε dp_accounting finds to be the target."""
-    privacy = {"target_epsilon": 4.0, "expected_batch_size": 8, "steps_per_round": 2, "largest_delta": 1e-5}
+    privacy = {"target_epsilon": 8.0, "expected_batch_size": 8, "steps_per_round": 2, "largest_delta": 1e-5}
     plain = PLAIN | {"adapter": {"protection": "dp"}, "adapter_privacy": privacy}
     members = tuple(f"m{number}" for number in range(16))
     schedule = {"rounds": 40, "sampled_clients": 4}
@@ -68,16 +74,14 @@ def test_noise_is_planned_for_the_turns_by_an_accountant_of_others_too() -> None
     ).terms
     steps = agreed.private_steps(len(members))
     assert (steps, agreed.schedule.turns(15)) == (20, 14)
-    sigma = plan_adapter(agreed, 400, 1e-5, 4.0, steps).noise_multiplier
+    sigma = plan_adapter(agreed, 400, 1e-5, 8.0, steps).noise_multiplier
     losses = privacy_loss_distribution.from_gaussian_mechanism(
         sigma, value_discretization_interval=1e-3, sampling_prob=8 / 400
     ).self_compose(steps)
     losses = losses.compose(
         privacy_loss_distribution.from_gaussian_mechanism(4.0, value_discretization_interval=1e-3)
     )
-    assert 3.9 < losses.get_epsilon_for_delta(1e-5) < 4.02
-    everybody = agreed.model_copy(update={"schedule": ScheduleTerms(rounds=40)})
-    assert plan_adapter(everybody, 400, 1e-5, 4.0, everybody.private_steps(16)).noise_multiplier > 1.1 * sigma
+    assert 7.9 < losses.get_epsilon_for_delta(1e-5) < 8.02
 
 
 def _roster(config: FederationConfig) -> Roster:
@@ -101,6 +105,69 @@ def test_whoever_is_drawn_last_is_enough_for_a_group_key() -> None:
     assert founding(*MEMBERS, **PLAIN, **few)
     with pytest.raises(ValidationError, match="a group key has 4 holders: take at least 4"):
         founding(*MEMBERS, **mask, **few)
+
+
+def _sums(**changes: Any) -> dict[str, Any]:
+    return {
+        "adapter": {"protection": "distributed-dp"},
+        "adapter_privacy": {"steps_per_round": 1, "expected_batch_size": 10, "largest_delta": 1e-3},
+        "encryption": {"backend": "plain"},
+        "group_sums": {"minimum_contributors": 3} | changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sampled", "quorum", "groups", "words"),
+    [
+        (5, 4, 2, "2 groups with sums of at least 3 and a quorum of 4 take at least 6"),
+        (6, 6, 2, "a quorum of 6 take at least 7"),
+        (6, 5, 2, ""),
+    ],
+)
+def test_a_round_is_large_enough_for_the_sums_of_all_groups(
+    sampled: int, quorum: int, groups: int, words: str
+) -> None:
+    """Shares of K are rounded down, so of two groups a round may have one member less than K."""
+    schedule = {"sampled_clients": sampled, "quorum": quorum}
+    with pytest.raises(ValidationError, match=words) if words else contextlib.nullcontext():
+        founding(*MEMBERS, schedule=schedule, **_sums(groups=groups))
+
+
+@given(st.data())
+def test_of_every_group_enough_are_drawn_and_nobody_more_often_than_planned(data: st.DataObject) -> None:
+    least = data.draw(st.integers(3, 6))
+    sampled = data.draw(st.integers(least, 30))
+    members = data.draw(st.integers(sampled, 80))
+    terms = Terms.model_construct(
+        group_sums=GroupSumTerms(minimum_contributors=least),
+        schedule=ScheduleTerms.model_construct(rounds=20, sampled_clients=sampled),
+    )
+    size = terms.least_group(members)
+    assert terms.schedule.share(size, members) >= least > terms.schedule.share(size - 1, members)
+    group = data.draw(st.integers(size, members))
+    names = tuple(f"m{number:02}" for number in range(members))
+    partition = Partition(groups=(names[:group],), mixing={})
+    roster = SimpleNamespace(terms=terms, members=names)
+    drawn = [partition.drawn(roster, "run", number).groups[0] for number in range(1, 21)]  # type: ignore[arg-type]
+    assert all(len(names) >= least and list(names) == sorted(names) for names in drawn)
+    assert max(Counter(name for names in drawn for name in names).values()) <= terms.schedule.turns(members)
+
+
+def test_noise_of_sums_is_planned_for_the_turns_and_families_have_to_fill_their_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[int] = []
+    monkeypatch.setattr(terms_checks, "noise_multiplier_for", lambda *found: planned.append(found[-1]) or 1.5)
+    monkeypatch.setattr(terms_checks, "check_plannable", lambda *found: planned.append(found[-1]))
+    members = tuple(f"m{number:02}" for number in range(12))
+    schedule = {"rounds": 40, "sampled_clients": 4, "quorum": 4}
+    agreed = consortium.planned(founding(*members, schedule=schedule, **_sums())).terms
+    assert (agreed.group_sums.noise_multiplier, set(planned)) == (1.5, {14})
+    entries = tuple(MemberEntry(id=name, family="ab"[n > 3]) for n, name in enumerate(members))
+    split = founding(*members, schedule=schedule | {"sampled_clients": 6}, **_sums(groups=2))
+    words = r"family 'a' has 4 of the 12 members.* fewer than 6 nobody receives"
+    with pytest.raises(ConfigurationError, match=words):
+        consortium.planned(split.model_copy(update={"members": entries}))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import datetime as dt
 import json
 import math
+import sqlite3
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.ledger.ledger import Ledger, LedgerParameters, data_epoch, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.rows import LedgerRow
+from fedmosaic.privacy.ledger.store import LedgerStore
 from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError
 
 DELTA = 1e-5
@@ -407,6 +411,43 @@ def test_two_openings_see_each_others_charges(path: Path) -> None:
         assert one.epsilon() == two.epsilon() == rdp(STEP, STEP)
         with pytest.raises(BudgetExceededError):
             reserve(one, round=2)
+
+
+def test_the_head_never_lags_behind_a_row_of_another_process(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process commits row 1 and is slow to say so; another commits row 2 meanwhile. Then row 2 is cut."""
+    write, slow = LedgerStore.write_head, threading.get_ident()
+    with open_ledger(path) as one, open_ledger(path) as two:
+        other = threading.Thread(target=reserve, args=(two,), kwargs={"round": 2})
+
+        def late(store: LedgerStore, row: LedgerRow) -> None:
+            if threading.get_ident() == slow:
+                other.start()
+                other.join(0.5)  # it waits for the lock, unless there is none
+            write(store, row)
+
+        monkeypatch.setattr(LedgerStore, "write_head", late)
+        reserve(one, round=1)
+        other.join()
+        rows = one.export()
+    assert json.loads(path.with_name(f"{path.name}.head").read_text())["sequence"] == rows[-1].sequence == 2
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TRIGGER rows_keep_delete")
+        connection.execute("DELETE FROM rows WHERE sequence = 2")
+    with pytest.raises(LedgerError, match="rows were cut off"):
+        read_ledger(path)
+
+
+def test_a_ledger_that_another_process_begins_meanwhile_has_lost_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = LedgerStore.read_head
+    with open_ledger(path) as ledger:
+        reserve(ledger)
+    answers = [None]  # as it was before the other had written it
+    monkeypatch.setattr(LedgerStore, "read_head", lambda store: answers.pop() if answers else read(store))
+    assert len(read_ledger(path)) == 2
 
 
 def test_the_default_accountant_is_prv_and_a_fallback_is_named(path: Path) -> None:

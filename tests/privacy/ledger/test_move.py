@@ -157,6 +157,36 @@ def test_ledgers_that_were_copied_are_joined_with_every_draw_counted_once(old: P
         ledger.verify()
 
 
+def test_who_has_seen_an_empty_ledger_finds_it_in_the_one_that_it_was_joined_to(
+    old: Path, tmp_path: Path
+) -> None:
+    """A client notes the opening row of a ledger, and its server keeps it, before anything is released."""
+    with opened(tmp_path / "begun") as ledger:
+        seen = ledger.anchor("server")
+        spend(ledger, "begun")
+    assert move(tmp_path / "begun", old) == 1
+    assert move(old, tmp_path / "last") == 0
+    with opened(tmp_path / "last") as ledger:
+        ledger.check_anchor("server", seen, "the server")
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_who_has_seen_a_ledger_after_its_move_finds_it_where_it_goes_on(
+    old: Path, tmp_path: Path, joined: bool
+) -> None:
+    """A run that sends nothing more of its own, in receive-only mode, goes on while the ledger is moved."""
+    new = tmp_path / "new"
+    if joined:
+        opened(new).close()
+    with opened(old) as running:
+        before = running.anchor("server")
+        move(old, new)
+        after = running.anchor("server")
+    with opened(new) as ledger:
+        for seen in (before, after):
+            ledger.check_anchor("server", seen, "the server")
+
+
 def test_a_reservation_that_two_copies_both_released_is_two_draws(old: Path, tmp_path: Path) -> None:
     with opened(old) as ledger:
         pending = charge(ledger, STEP, "profile", 1)

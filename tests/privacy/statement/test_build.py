@@ -72,8 +72,9 @@ def make_client(
 
         def release(channel: str, round: int, event: GaussianEvent, covered_by: str) -> None:
             options = {"secure_noise": secure, "covered_by": covered_by, "clipping_norm": 0.5}
-            if protection == "distributed-dp" and channel == "adapter":
-                options["mechanism"] = GROUP
+            if channel != "profile":
+                about = GROUP if protection == "distributed-dp" else {"protection": protection}
+                options |= {"mechanism": about, "context": "run-1"}
             charge(ledger, event, channel, round, digest=DIGEST, dimensions=256, **options)
 
         release("profile", 0, PROFILE, "dp")

@@ -219,7 +219,7 @@ def test_what_went_out_under_dp_is_told_beside_what_was_encrypted(tmp_path: Path
                 assert told["adapter", server].cover == told["joint", server].cover == "mixed"
                 assert told["adapter", server].epsilon == epsilon([dp], made.clients[0].delta, "rdp")
                 assert told["joint", server].epsilon == both, "not cut off at the profile's budget"
-            assert told["adapter", "network"].cover == "cryptography_only"
+            assert told["adapter", "network"].cover == "mixed"
             assert told["adapter", "recipient"].epsilon == math.inf
 
 
