@@ -257,10 +257,10 @@ class Coordinator:
                 return run.sums.read(client_id, epoch, stage)
             return required(run.keys, self.settings).read(client_id, epoch, stage)
 
-    def fewer_key_messages(self, epoch: int, stage: str, count: int) -> bool:
+    def fewer_key_messages(self, client_id: str, epoch: int, stage: str, count: int) -> bool:
         """Whether `read_key_messages` need not be asked yet by whoever waits for so many; takes no lock."""
         keys = self._run.keys
-        return keys is not None and keys.fewer(epoch, stage, count)
+        return keys is not None and keys.fewer(client_id, epoch, stage, count)
 
     def count_traffic(self, client_id: str, received: int, sent: int) -> None:
         """Add to the bytes that were received from and sent to a client."""

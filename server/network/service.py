@@ -125,7 +125,8 @@ class FederationService(rpc.FederationServicer):
             left, wanted = deadline - time.monotonic(), max(1, request.expected)
             over = left <= 0.0 or self._changes.stopping
             # Of a thousand who wait for a thousand messages each, nobody reads those that are here in vain.
-            if over or not self._coordinator.fewer_key_messages(request.epoch, request.stage, wanted):
+            fewer = self._coordinator.fewer_key_messages
+            if over or not fewer(client, request.epoch, request.stage, wanted):
                 read = self._coordinator.read_key_messages
                 look = asyncio.to_thread(read, client, request.epoch, request.stage)
                 found = await self.guarded(context, "key messages", client, look)
