@@ -21,7 +21,8 @@ def test_the_budget_that_is_told_is_the_one_that_this_run_was_held_to(tmp_path: 
     path, state = tmp_path / LEDGER, ClientState(tmp_path / "state", "f", "ada")
     state.join_run("0" * 32)
     Ledger.open(path, "north", 1e-5, 8.0, "rdp", budgeted_channels=("profile",)).close()
-    roster: Any = SimpleNamespace(terms=founding().terms, hash=bytes(32), witness=None)
+    about = {"hash": bytes(32), "witness": None, "private_steps": 1}
+    roster: Any = SimpleNamespace(terms=founding().terms, **about)
     both = ("adapter", "profile")
     with Ledger.open(path, "ada", 1e-5, 2.0, "rdp", budgeted_channels=both) as ledger:
         (told,) = statement(statement_inputs(roster, state, ledger, AdapterPlan(0.0, 0.1))).clients
