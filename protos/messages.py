@@ -301,7 +301,7 @@ class RoundStatus(bounds.Message):
     round: bounds.Round
     phase: Phase
     arrived: bounds.Identifiers
-    waiting_for: bounds.Identifiers
+    waiting_for: bounds.Members
     seconds_left: Annotated[float, Field(strict=True, ge=0.0, le=1e12)]
     message: bounds.Text
     head: bounds.Hash = NO_HEAD

@@ -313,13 +313,13 @@ class GrpcTransport:
             size = 0
             for part in self._stub.ReadKeyMessages(request, timeout=wait + _CALL_SECONDS):
                 self._traffic.received("keys", part.ByteSize())
-                message = wire.decode(part, RelayedKeyMessage)
-                found[message.sender] = message.payload
-                if len(found) > bounds.MAX_MEMBERS:
-                    raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")
-                size += len(message.payload)
-                if size > bounds.MAX_RELAYED_BYTES:
-                    raise WireError(f"messages of more than {bounds.MAX_RELAYED_BYTES:,} bytes came")
+                for message in (wire.decode(one, RelayedKeyMessage) for one in part.messages):
+                    found[message.sender] = message.payload
+                    if len(found) > bounds.MAX_MEMBERS:
+                        raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")
+                    size += len(message.payload)
+                    if size > bounds.MAX_RELAYED_BYTES:
+                        raise WireError(f"messages of more than {bounds.MAX_RELAYED_BYTES:,} bytes came")
             return found
 
         while True:

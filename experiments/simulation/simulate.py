@@ -86,10 +86,10 @@ def prepare(
 
 
 def play(scenario: Scenario, directory: Path, coordinator: Coordinator, turns: Turns) -> None:
-    """Run the rounds that are left, each with a turn of those who take part in it."""
+    """Run the rounds that are left, each with a turn of those who take part, if only in its key agreement."""
     coordinator.advance()
     for number in range(coordinator.available_round, scenario.schedule.rounds + 1):
-        chosen = coordinator.taking_part(number)
+        chosen = coordinator.taking_part(number).union(coordinator.describe().waiting_for)
         turns([i for i, client in enumerate(scenario.clients) if client.id in chosen], number)
     unfinished = [
         index

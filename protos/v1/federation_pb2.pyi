@@ -754,6 +754,28 @@ Global___ReadKeyMessagesRequest: _TypeAlias = ReadKeyMessagesRequest  # noqa: Y0
 
 @_typing.final
 class ReadKeyMessagesResponse(_message.Message):
+    """As many messages as fit: of a thousand members each reads a thousand."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RelayedKeyMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___RelayedKeyMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadKeyMessagesResponse: _TypeAlias = ReadKeyMessagesResponse  # noqa: Y015
+
+@_typing.final
+class RelayedKeyMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_FIELD_NUMBER: _builtins.int
@@ -772,7 +794,7 @@ class ReadKeyMessagesResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReadKeyMessagesResponse: _TypeAlias = ReadKeyMessagesResponse  # noqa: Y015
+Global___RelayedKeyMessage: _TypeAlias = RelayedKeyMessage  # noqa: Y015
 
 @_typing.final
 class ReviewRequest(_message.Message):

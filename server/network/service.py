@@ -6,7 +6,7 @@ CPU and disk work runs in threads; waiting costs none, so hundreds of clients ma
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from typing import Final, TypeVar
 
@@ -41,6 +41,8 @@ _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
 _SMALL_BYTES: Final = 1 << 16
 """Aggregates that are read and hashed in less time than a thread takes to begin."""
+_AROUND_KEY_MESSAGE_BYTES: Final = 96
+"""Its sender's name, and the lengths."""
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 _Requests = Callable[[], Awaitable[pb.PushRequest | None]]
@@ -114,23 +116,28 @@ class FederationService(rpc.FederationServicer):
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
+        settings = None
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
-            client = await self.identify(context, "key messages")  # a roster may have come meanwhile
-            look = asyncio.to_thread(
-                self._coordinator.read_key_messages, client, request.epoch, request.stage
-            )
-            found = await self.guarded(context, "key messages", client, look)
-            left = deadline - time.monotonic()
-            if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
-                break
+            if self._coordinator.settings is not settings:  # at first, and where a roster has come meanwhile
+                settings = self._coordinator.settings
+                client = await self.identify(context, "key messages")
+            left, wanted = deadline - time.monotonic(), max(1, request.expected)
+            over = left <= 0.0 or self._changes.stopping
+            # Of a thousand who wait for a thousand messages each, nobody reads those that are here in vain.
+            fewer = self._coordinator.fewer_key_messages
+            if over or not fewer(client, request.epoch, request.stage, wanted):
+                read = self._coordinator.read_key_messages
+                look = asyncio.to_thread(read, client, request.epoch, request.stage)
+                found = await self.guarded(context, "key messages", client, look)
+                if len(found) >= wanted or over:
+                    break
             await self._changes.until("keys", lambda: self._changes.work > seen, left)  # noqa: B023
             await asyncio.sleep(min(breath, max(0.0, deadline - time.monotonic())))
         sent = 0
-        for sender, payload in sorted(found.items()):
-            message = pb.ReadKeyMessagesResponse(sender=sender, payload=payload)
-            sent += message.ByteSize()
-            yield message
+        for batch in _batches(found):
+            sent += batch.ByteSize()
+            yield batch
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> bytes:  # type: ignore[override]  # see `Gate`
@@ -310,6 +317,20 @@ async def _next(
     if newer.done():
         raise _SupersededError
     return message
+
+
+def _batches(found: Mapping[str, bytes]) -> Iterator[pb.ReadKeyMessagesResponse]:
+    """Key messages by sender, as many in one answer as fit."""
+    batch, size = pb.ReadKeyMessagesResponse(), 0
+    for sender, payload in sorted(found.items()):
+        more = len(payload) + _AROUND_KEY_MESSAGE_BYTES
+        if size and size + more > bounds.MAX_MESSAGE_BYTES:
+            yield batch
+            batch, size = pb.ReadKeyMessagesResponse(), 0
+        batch.messages.add(sender=sender, payload=payload)
+        size += more
+    if size:
+        yield batch
 
 
 def wait_seconds(milliseconds: int) -> float:

@@ -81,7 +81,7 @@ class Offer:
         """
         number, stored = self.round, self.stored.get(client)
         if stored is None:
-            why = f"{client} had not enrolled when round {number - 1} was closed"
+            why = f"{client} had not enrolled when round {number - 1} was closed, or others were drawn"
             names = settings.dimensions(client) if number > 1 else ()
             nothing = tuple(AggregateSection(name, None, b"", why) for name in names)
             empty = tuple(memoryview(b"") for _ in names)

@@ -324,11 +324,17 @@ def test_a_payload_that_differs_at_once_is_our_fault(servicer: Servicer, transpo
     assert len(servicer.named("Push")) == 1
 
 
+def relayed(**payloads: bytes) -> pb.ReadKeyMessagesResponse:
+    made = (pb.RelayedKeyMessage(sender=name, payload=payload) for name, payload in payloads.items())
+    return pb.ReadKeyMessagesResponse(messages=made)
+
+
 def test_key_messages_are_polled_until_enough_are_there(servicer: Servicer, transport: GrpcTransport) -> None:
     def some(*names: str) -> Callable[..., Any]:
-        return answer([pb.ReadKeyMessagesResponse(sender=n, payload=n.encode()) for n in names])
+        return answer([relayed(**{name: name.encode() for name in names})])
 
-    servicer.script["ReadKeyMessages"] = [some(), some("a"), some("a", "b")]
+    both = answer([relayed(a=b"a"), relayed(b=b"b")])
+    servicer.script["ReadKeyMessages"] = [some(), some("a"), both]
     assert transport.read_key_messages(1, "opening", 2, 10.0) == {"a": b"a", "b": b"b"}
     servicer.script["ReadKeyMessages"] = [some("a")]
     started = time.monotonic()
@@ -337,7 +343,7 @@ def test_key_messages_are_polled_until_enough_are_there(servicer: Servicer, tran
 
 
 def test_hostile_key_messages_are_refused(servicer: Servicer, transport: GrpcTransport) -> None:
-    servicer.script["ReadKeyMessages"] = [answer([pb.ReadKeyMessagesResponse(sender="../../x", payload=b"")])]
+    servicer.script["ReadKeyMessages"] = [answer([relayed(**{"../../x": b""})])]
     with pytest.raises(WireError, match="sender"):
         transport.read_key_messages(1, "opening", 1, 1.0)
 
@@ -347,7 +353,7 @@ def test_relayed_messages_fill_no_memory(
 ) -> None:
     monkeypatch.setattr(bounds, "MAX_RELAYED_BYTES", 100)
     # Of one sender again and again: the number of senders is no bound then.
-    many = [pb.ReadKeyMessagesResponse(sender="a", payload=bytes(30))] * 4
+    many = [relayed(a=bytes(30))] * 4
     servicer.script["ReadKeyMessages"] = [answer(many)]
     with pytest.raises(WireError, match="more than 100 bytes"):
         transport.read_key_messages(1, "sum-totals", 1, 1.0)
