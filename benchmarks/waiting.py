@@ -1,7 +1,8 @@
 """`python -m benchmarks.waiting`: one server process under load, over gRPC and mutual TLS, with no model.
 
 All members but one push and wait in `Pull`; the last one pushes, and the time from its receipt to every
-answer is the round's overhead. With `--pushes`, so many members send adapters of `--mib` MiB at once instead.
+answer is the round's overhead. With `--pushes`, so many members send adapters of `--mib` MiB at once instead,
+with `--keys` all agree on a group key: messages of the right lengths, which nobody here verifies.
 Clients are coroutines of one process, on the same machine as the server: its processor's time is told apart
 from theirs. After each round all wait at a server of `grpc.aio` alone, which sends everybody one answer of
 that round: what gRPC itself takes on this machine at this moment.
@@ -34,9 +35,11 @@ from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
 from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.groupkey import messages
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.terminal import ending_children
 from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.messages import KeyMessage
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 
@@ -49,6 +52,9 @@ _HEADS: Final = (
     "members; round; push, s; first, ms; median, ms; last, ms; server's CPU, ms; clients' CPU, ms; "
     "bare: last, ms; server's CPU, ms; clients' CPU, ms; × bare; "
     "memory before, MB; waiting, MB; peak, MB; load"
+).split("; ")
+_KEY_HEADS: Final = (
+    "members; posted; relayed; relayed, MB; wall clock, s; server's CPU, s; clients' CPU, s; peak, MB; load"
 ).split("; ")
 """× bare is of the servers' CPU.
 
@@ -70,6 +76,8 @@ class Arguments:
     """Members that push at once, in place of rounds."""
     mib: int = 16
     """Size of each of these adapters."""
+    keys: bool = False
+    """Measure a key agreement of all members, of whom 64 are drawn for a round, in place of rounds."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,7 +89,8 @@ def main(arguments: Sequence[str]) -> int:
         for count in ((parsed.pushes,) if parsed.pushes else parsed.clients)
         for row in in_own_process(federation, parsed, count)
     ]
-    print("\n".join(markdown_table(list(_HEADS), rows, numbers=True)))
+    heads = _KEY_HEADS if parsed.keys else _HEADS
+    print("\n".join(markdown_table(list(heads), rows, numbers=True)))
     return 0
 
 
@@ -112,13 +121,15 @@ def _terms(parsed: Arguments) -> Terms:
     reduction = Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32)
     profile = ProfileMechanism(probe="none", probe_sha256="0" * 64, reduction=reduction, noise_multiplier=1.0)
     schedule = {"rounds": parsed.rounds + 1, "quorum": 4, "round_deadline_seconds": 3000 + parsed.settle}
+    # So many rounds that everybody has a turn, and therefore needs the key.
+    sampled = {"sampled_clients": 64, "rounds": 1000, "gathering_seconds": 3000} if parsed.keys else {}
     return Terms.model_validate(
         {
-            "adapter": {**shape, "protection": "none"},
+            "adapter": {**shape, "protection": "encrypted" if parsed.keys else "none"},
             "profile": profile,
-            "schedule": schedule,
-            "encryption": {"backend": "plain"},
-            "allow_plaintext": True,
+            "schedule": schedule | sampled,
+            "encryption": {"backend": "mask" if parsed.keys else "plain"},
+            "allow_plaintext": not parsed.keys,
         }
     )
 
@@ -132,7 +143,7 @@ class _Load:
         self._at_once = parsed.pushes or _AT_ONCE
         self._clients, self._port, self._peak = place / "clients", port, 0.0
         self._members: list[_Member] = []
-        self._place = place
+        self._place, self._keys = place, parsed.keys
         self._bare: psutil.Popen | None = None
 
     async def run(self) -> list[list[str]]:
@@ -142,7 +153,8 @@ class _Load:
         self._members = [_Member(kit, self._port) for kit in kits]
         await _all([member.enrol() for member in self._members], self._at_once)
         watching = asyncio.create_task(self._watch())
-        rows = [await self._round(number) for number in range(1, self._rounds + 1)]
+        numbers = range(1, self._rounds + 1)
+        rows = [await self._agreement()] if self._keys else [await self._round(n) for n in numbers]
         watching.cancel()
         if self._bare is not None:
             self._bare.kill()
@@ -183,6 +195,17 @@ class _Load:
         numbers = [*(f"{value:.0f}" for value in told), f"{ratio:.1f}", *(f"{value:.0f}" for value in memory)]
         return [*start, *numbers, end]
 
+    async def _agreement(self) -> list[str]:
+        """A row of the other table; the first member stands for the leader."""
+        names = [member.name for member in self._members]
+        started, server, clients = time.monotonic(), self._seconds(), time.process_time()
+        await asyncio.gather(*(member.agree(names) for member in self._members))
+        took = time.monotonic() - started, self._seconds() - server, time.process_time() - clients
+        posted, relayed = 4 * len(names) - 1, sum(member.relayed for member in self._members)
+        size = sum(member.relayed_bytes for member in self._members) / 1e6
+        memory, load = f"{self._peak:.0f}", f"{os.getloadavg()[0]:.1f}"
+        return [*map(str, (len(names), posted, relayed)), *(f"{v:.1f}" for v in (size, *took)), memory, load]
+
     async def _wait_at_bare(self, number: int, ours: float) -> list[float]:
         """Last answer there, its CPU, the clients', all in ms, and how many times the second `ours` is."""
         if self._bare is None:
@@ -219,7 +242,8 @@ class _Member:
     """One member with its own connection; sends random numbers."""
 
     def __init__(self, kit: Kit, port: int) -> None:
-        self._name, self._roster, self._run = kit.directory.name, kit.roster, ""
+        self.name, self._roster, self._run = kit.directory.name, kit.roster, ""
+        self.relayed = self.relayed_bytes = 0
         self.channels: list[aio.Channel] = []
         self._protection = Protection(Identity.of(kit), kit.roster, "", None)
         files = (kit.authority, kit.tls_key, kit.tls_certificate)
@@ -260,23 +284,52 @@ class _Member:
                 self.answer = self.answer if bare else [part.SerializeToString() for part in parts]
                 return arrived
 
+    async def agree(self, names: Sequence[str]) -> None:
+        """Take part in the first key epoch, as `Keyring` does."""
+        await self._post("join", b"here")
+        await self._read("join", 4)
+        await self._post("opening", bytes(messages.OPENING_BYTES))
+        await self._read("opening", len(names))
+        leader, box = names[0], bytes(messages.CONFIRMATION_BYTES + 48)  # 32 bytes, sealed
+        if self.name == leader:
+            for recipient in names[1:]:
+                await self._post("box", box, recipient)
+        else:
+            await self._read("box", 1)
+        await self._post("confirmation", bytes(messages.CONFIRMATION_BYTES))
+        await self._read("confirmation", len(names))
+
+    async def _post(self, stage: str, payload: bytes, recipient: str = "") -> None:
+        request = wire.encode(KeyMessage(1, stage, recipient, payload), pb.PostKeyMessageRequest)
+        await self._stub.PostKeyMessage(request, timeout=_CALL_SECONDS)
+
+    async def _read(self, stage: str, expected: int) -> None:
+        request = pb.ReadKeyMessagesRequest(epoch=1, stage=stage, expected=expected, wait_milliseconds=20_000)
+        found = 0
+        while found < expected:
+            found = 0
+            async for batch in self._stub.ReadKeyMessages(request, timeout=_CALL_SECONDS):
+                found += len(batch.messages)
+                self.relayed_bytes += batch.ByteSize()
+            self.relayed += found
+
     async def push(self, number: int) -> float:
         """When the receipt was here."""
-        random = np.random.default_rng(int(self._name[1:]))
+        random = np.random.default_rng(int(self.name[1:]))
         upload = await asyncio.to_thread(
             random_upload, self._protection, self._roster.terms, random, self._run, number, new=number == 1
         )
 
         header, offset = upload.header(), 0
 
-        async def messages() -> AsyncIterator[pb.PushRequest]:
+        async def requests() -> AsyncIterator[pb.PushRequest]:
             yield pb.PushRequest(header=wire.encode_upload_header(header, offset))
             for chunk in wire.chunks([section.payload for section in upload.sections], offset):
                 yield pb.PushRequest(chunk=chunk)
 
         while True:
             try:
-                await self._stub.Push(messages(), timeout=_CALL_SECONDS)
+                await self._stub.Push(requests(), timeout=_CALL_SECONDS)
                 return time.monotonic()
             except aio.AioRpcError as error:
                 # As a client does: nothing came from it for 30 s, since so many share this process.

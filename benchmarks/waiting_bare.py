@@ -6,7 +6,7 @@ four bytes, to everybody who waits in `Pull`, once `RoundStatus` is called. It d
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,27 @@ import grpc
 from grpc import aio
 
 from fedmosaic.protos.v1 import federation_pb2 as pb
-from fedmosaic.protos.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 
 
-class _Bare(FederationServicer):
-    def __init__(self, answer: Sequence[pb.PullResponse]) -> None:
+class _Bare:
+    def __init__(self, answer: Sequence[bytes]) -> None:
         self._answer, self._open = answer, asyncio.Event()
 
-    async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullResponse]:
-        yield pb.PullResponse(waiting=pb.RoundState(round=request.round))
+    async def pull(self, _requests: object, context: Any) -> bytes:
+        request = pb.PullRequest.FromString(await context.read())
+        waiting = pb.PullResponse(waiting=pb.RoundState(round=request.round))
+        await context.write(waiting.SerializeToString())
         await self._open.wait()
-        for message in self._answer:
-            yield message
+        for message in self._answer[:-1]:
+            await context.write(message)
+        return self._answer[-1]
 
-    async def RoundStatus(self, request: pb.RoundStatusRequest, context: Any) -> pb.RoundStatusResponse:
+    async def open(self, _request: bytes, _context: object) -> bytes:
         self._open.set()
         self._open = asyncio.Event()
-        return pb.RoundStatusResponse()
+        return b""
 
 
 async def serve(kit: Path, port: int, file: Path) -> None:
@@ -38,10 +42,14 @@ async def serve(kit: Path, port: int, file: Path) -> None:
     content, answer = file.read_bytes(), []
     while content:
         end = 4 + int.from_bytes(content[:4], "big")
-        answer.append(pb.PullResponse.FromString(content[4:end]))
+        answer.append(content[4:end])
         content = content[end:]
-    server = aio.server()
-    add_FederationServicer_to_server(_Bare(answer), server)  # type: ignore[abstract]  # only two are called
+    server, bare = aio.server(), _Bare(answer)
+    methods: dict[str, Any] = {
+        "Pull": grpc.stream_unary_rpc_method_handler(bare.pull),
+        "RoundStatus": grpc.unary_unary_rpc_method_handler(bare.open),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
     authority, key, certificate = (
         (kit / name).read_bytes() for name in ("authority.pem", "tls.key", "tls.pem")
     )

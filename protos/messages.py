@@ -6,6 +6,7 @@ the coordinator's question. Fields have the names that they have in `federation.
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import struct
 from typing import Annotated, Any, Final, Literal
@@ -17,8 +18,9 @@ from pydantic.dataclasses import dataclass
 
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import WireError
+from fedmosaic.protos.v1 import federation_pb2 as pb
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """Version of the wire; both sides must speak the same."""
 
 NO_HEAD: Final = bytes(bounds.HASH_BYTES)
@@ -237,6 +239,18 @@ class WeightRow(bounds.Message):
     weights: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], FailFast()]
     bits: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_WEIGHT_BITS)]
 
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        """Serialised; the same rows are sent in every round that brings no new profile."""
+        row = pb.WeightRow(contributors=self.contributors, weights=self.weights, bits=self.bits)
+        return row.SerializeToString()
+
+    @functools.cached_property
+    def canonical(self) -> tuple[bytes, bytes]:
+        """What digests are over: weights as little-endian uint32; names, each after a line break."""
+        names = "".join(f"\n{name}" for name in self.contributors)
+        return struct.pack(f"<{len(self.weights)}I", *self.weights), names.encode()
+
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.contributors):
             raise WireError(f"{len(self.weights)} weights for {len(self.contributors)} contributors")
@@ -287,7 +301,7 @@ class RoundStatus(bounds.Message):
     round: bounds.Round
     phase: Phase
     arrived: bounds.Identifiers
-    waiting_for: bounds.Identifiers
+    waiting_for: bounds.Members
     seconds_left: Annotated[float, Field(strict=True, ge=0.0, le=1e12)]
     message: bounds.Text
     head: bounds.Hash = NO_HEAD

@@ -5,7 +5,6 @@ of `messages` hold every field to its bounds when they are made; here is only wh
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -17,7 +16,7 @@ from google.protobuf.message import Message as Buffer
 from fedmosaic.protos import bounds
 from fedmosaic.protos.bounds import Message
 from fedmosaic.protos.errors import WireError
-from fedmosaic.protos.messages import SECTION_NAMES, Aggregate, LedgerHead, UploadHeader, WeightRow
+from fedmosaic.protos.messages import SECTION_NAMES, Aggregate, LedgerHead, UploadHeader
 from fedmosaic.protos.v1 import federation_pb2 as pb
 
 CHUNK_BYTES: Final = 1 << 18
@@ -93,12 +92,6 @@ def decode_upload_header(buffer: pb.PushHeader) -> UploadHeader:
     return UploadHeader(**content, ledger=LedgerHead(head, follows) if head or follows else None)
 
 
-@functools.lru_cache(maxsize=1024)
-def _row(row: WeightRow) -> bytes:
-    """A weight row as bytes; the same ones are sent in every round that brings no new profile."""
-    return field(pb.AggregateSection.ROW_FIELD_NUMBER, encode(row, pb.WeightRow).SerializeToString())
-
-
 def field(number: int, content: bytes) -> bytes:
     """The serialised message `content` as field `number`, below 16, of the message around it."""
     size, left = bytearray(), len(content)
@@ -120,8 +113,9 @@ def encode_aggregate_header(
     for section, size in zip(aggregate.sections, sizes, strict=True):
         content = {key: value for key, value in vars(section).items() if key not in ("row", "payload")}
         told = pb.AggregateSection(**content, size=size).SerializeToString()
-        row = b"" if section.row is None else _row(section.row)
-        parts.append(field(pb.AggregateHeader.SECTIONS_FIELD_NUMBER, told + row))
+        if section.row is not None:
+            told += field(pb.AggregateSection.ROW_FIELD_NUMBER, section.row.encoded)
+        parts.append(field(pb.AggregateHeader.SECTIONS_FIELD_NUMBER, told))
     return b"".join(parts)
 
 

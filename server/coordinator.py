@@ -238,6 +238,8 @@ class Coordinator:
                 keys = required(run.keys, self.settings)
                 was_ready, held = keys.ready, keys.holders
                 unused = run.round.phase is Phase.OPEN and not run.round.arrived
+                # Who needs the key that it has lost in neither this round nor the next gets one at its turn.
+                unused &= not keys.ready or client_id in run.round.needing_key
                 keys.post(client_id, message, now, unused=unused)
                 if keys.ready and not was_ready:
                     self.audit.add("key-epoch", epoch=keys.epoch, members=tuple(sorted(keys.holders)))
@@ -254,6 +256,11 @@ class Coordinator:
             if run.sums is not None and is_sum_step(stage):
                 return run.sums.read(client_id, epoch, stage)
             return required(run.keys, self.settings).read(client_id, epoch, stage)
+
+    def fewer_key_messages(self, client_id: str, epoch: int, stage: str, count: int) -> bool:
+        """Whether `read_key_messages` need not be asked yet by whoever waits for so many; takes no lock."""
+        keys = self._run.keys
+        return keys is not None and keys.fewer(client_id, epoch, stage, count)
 
     def count_traffic(self, client_id: str, received: int, sent: int) -> None:
         """Add to the bytes that were received from and sent to a client."""

@@ -41,7 +41,7 @@ class Rounds:
         with run.lock:
             there, now = run.round.members - run.round.absent, run.clock()
             if run.keys is not None and run.round.phase is not Phase.FINISHED:
-                keys_changed = run.keys.advance(there, now)
+                keys_changed = run.keys.advance(run.round.sharing_key, now)
             if run.sums is not None:
                 keys_changed |= run.sums.advance(there, now)
                 due = run.sums.due()
@@ -162,8 +162,11 @@ class Rounds:
         run.traces.open_round(state.number)
 
     def _next_epoch(self, keys: KeyRelay, opened: rounds.Round, now: float) -> KeyEpoch:
-        """The key epoch that is due for a round: a new one where a member that is there has no key."""
+        """The key epoch that is due for a round: a new one where a member that is there has no key.
+
+        Of those that are not drawn, members without the key join when it is their turn, some together.
+        """
         store = self._run.store
-        without_key = (store.enrolled() & opened.members) - opened.absent - keys.holders
+        without_key = (store.enrolled() & opened.needing_key) - opened.absent - keys.holders
         renew = bool(without_key) or store.get("rotate") == "1"
         return keys.for_round(opened.number, renew=renew, now=now)

@@ -144,7 +144,7 @@ class Run:
         status = self.witnessing.describe(replace(state.status(now), head=here.head), now)
         if self.keys is None or self.keys.ready or state.phase is not Phase.OPEN:
             return status
-        waiting, left, text = self.keys.describe(state.members - state.absent, now)
+        waiting, left, text = self.keys.describe(state.sharing_key, now)
         message = rounds.one_line(f"round {state.number}: {text}")
         return replace(status, waiting_for=waiting, seconds_left=left, message=message)
 
@@ -229,11 +229,11 @@ class Run:
             # Nobody encrypts under the old key any more. A round has one key: with uploads under the old one
             # here, it closes with these, and the others wait for the next round.
             if state.arrived:
-                state = replace(state, able=frozenset(state.arrived))
+                state = replace(state, holders=frozenset(state.arrived))
             else:
                 keys.begin(keys.for_round(number, renew=True, now=now), {"rotate": "0"})
         elif keys is not None and keys.ready:
-            state = replace(state, able=state.members & keys.holders)
+            state = replace(state, holders=state.members & keys.holders)
         log.info("%s", state.status(now).message)
         return state
 

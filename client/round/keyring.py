@@ -58,8 +58,8 @@ class Keyring:
 
     Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch: a key
     is there before this client confirms that it holds it, and is used once all members have confirmed. A
-    key older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
-    could read is not needed any more.
+    key older than the previous epoch is deleted, and all of them after this client's last round (`forget`):
+    what they could read is not needed any more.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Keyring:
     def forget(self) -> None:
         """Delete every key, also half-written ones. The counter stays: no epoch is ever opened again.
 
-        Right once the last round's upload is acknowledged: the aggregate of the round before was opened
-        before that upload was made, and of the last round none is made. Doing it again does nothing.
+        Right once this client's last upload is acknowledged: all that it receives was opened before that
+        upload was made. Doing it again does nothing.
         """
         self._keys.clear()
         kept = list(self._directory.glob("epoch-*"))
@@ -114,7 +114,7 @@ class Keyring:
             path.unlink(missing_ok=True)
         if kept:
             sync_directory(self._directory)
-            log.info("the run is over: %d group key file(s) deleted", len(kept))
+            log.info("no round is left: %d group key file(s) deleted", len(kept))
 
     def _expired(self, agreed: _Agreed, round_number: int) -> str | None:
         if agreed.key.epoch <= self._retired:

@@ -44,6 +44,7 @@ KEY_REASONS: Final = frozenset(
 """Reasons of refusals that the next key epoch may cure."""
 ROSTER_REASONS: Final = frozenset({"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CERTIFICATE"})
 """Reasons of refusals, in the middle of a run, that the newest roster may cure, here or at the server."""
+_WAITING_FOR_A_TURN: Final = "waiting for a round that it takes part in"
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
 _SECONDS_BETWEEN_EPOCHS: Final = 2.0
 _SENT_AGAIN: Final = 3
@@ -133,6 +134,14 @@ class SealAnewError(Exception):
         self.round = upload.round
 
 
+class _KeyAwaitedError(Exception):
+    """In an open round that this member was not drawn for, the others wait for it to agree on a key."""
+
+    def __init__(self, round_number: int) -> None:
+        super().__init__(f"round {round_number}")
+        self.round = round_number
+
+
 @dataclass(eq=False)
 class Membership:
     """A member's standing with the server; `roster` is the newest that was taken up."""
@@ -197,16 +206,45 @@ class Membership:
     def _drawn(self, number: int) -> frozenset[str]:
         return self.roster.taking_part(self._state.record.run_id, number)
 
+    def _is_ours(self, number: int) -> bool:
+        last = self.roster.terms.schedule.rounds
+        return number <= last and self._identity.client_id in self._drawn(number)
+
     def _takes_part(self, number: int) -> bool:
         """Whether this client takes part in a round; if others were drawn, it waits for one of its own."""
-        drawn = self._identity.client_id in self._drawn(number)
-        if not drawn and number <= self.roster.terms.schedule.rounds:
+        if not (ours := self._is_ours(number)) and number <= self.roster.terms.schedule.rounds:
             log.info("round %d: others were drawn to take part in it", number)
-            self._progress.stage(number, "waiting for a round that it takes part in")
-        return drawn
+            self._progress.stage(number, _WAITING_FOR_A_TURN)
+        return ours
 
     def _pull(self, round_number: int) -> Aggregate:
-        aggregate = self._transport.pull(round_number, self._waiting)
+        """What there is to load before a round, once it is open.
+
+        In rounds before it, for which others were drawn, this member agrees with them on every new key: it
+        will have to open what they encrypt.
+        """
+        while True:
+            try:
+                aggregate = self._transport.pull(round_number, self._waiting)
+                break
+            except _KeyAwaitedError as awaited:
+                self._agree_with_those_drawn(awaited.round)
+        return self._seen(aggregate, round_number)
+
+    def _agree_with_those_drawn(self, round_number: int) -> None:
+        """Take part in a key agreement once; the server says again if it still waits."""
+        aggregate = self._seen(self._transport.pull(round_number), round_number)
+        epoch = aggregate.upload_key_epoch
+        held = epoch == self._noted_key_epoch
+        self._progress.stage(aggregate.round, "agreeing on the group key")
+        error = self._try_to_agree(aggregate)
+        self._progress.stage(aggregate.round, _WAITING_FOR_A_TURN)
+        if error is not None:
+            log.warning("key epoch %d: %s", epoch, error)
+        if error is not None or held:  # a server that asks for what is done may ask at once again
+            time.sleep(_SECONDS_BETWEEN_EPOCHS)
+
+    def _seen(self, aggregate: Aggregate, round_number: int) -> Aggregate:
         if aggregate.round < round_number:
             raise StateError(
                 f"the server opened round {aggregate.round} where round {round_number} was due: a round "
@@ -215,34 +253,43 @@ class Membership:
         self._state.see(aggregate.round, aggregate.head)
         return aggregate
 
-    def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
+    def _try_to_agree(self, aggregate: Aggregate) -> KeyAgreementError | Refusal | None:
+        """Agree on the group key of an open round's uploads; what the next key epoch may cure is returned."""
+        epoch = aggregate.upload_key_epoch
+        try:
+            members = self._protection.ready(epoch, aggregate.round)
+        except (KeyAgreementError, Refusal) as error:
+            if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
+                raise
+            return error
+        if members and epoch != self._noted_key_epoch:
+            self._state.audit.add("key-epoch", epoch=epoch, members=members)
+            self._noted_key_epoch = epoch
+        return None
+
+    def _agree(self, aggregate: Aggregate) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
 
-        KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
+        That may be in a later round, also in one for which others were drawn. KeyExpiredError if the server
+        has kept a key in use that the roster's terms have ended.
         """
         patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
         told, tried = "", -1
-        while aggregate.round <= rounds:
+        while self._is_ours(aggregate.round):
             epoch = aggregate.upload_key_epoch
             if epoch != tried and self.roster.terms.adapter.encrypted:
                 # Said once: in between, the next one may be a whole round away.
                 self._progress.stage(aggregate.round, "agreeing on the group key")
             tried = epoch
-            try:
-                members = self._protection.ready(epoch, aggregate.round)
-                if members and epoch != self._noted_key_epoch:
-                    self._state.audit.add("key-epoch", epoch=epoch, members=members)
-                    self._noted_key_epoch = epoch
+            error = self._try_to_agree(aggregate)
+            if error is None:
                 return aggregate
-            except (KeyAgreementError, Refusal) as error:
-                if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
-                    raise
-                if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
-                    raise
-                if str(error) != told:
-                    log.warning("key epoch %d: %s", epoch, error)
-                    self._progress.stage(aggregate.round, "waiting for the next key epoch")
-                told = str(error)
+            if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
+                raise error
+            if str(error) != told:
+                log.warning("key epoch %d: %s", epoch, error)
+                self._progress.stage(aggregate.round, "waiting for the next key epoch")
+            told = str(error)
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
             aggregate = self._pull(aggregate.round)
         return aggregate
@@ -259,14 +306,23 @@ class Membership:
         """Told now and then what the server waits for: sees whether it is still the server we know.
 
         StateError if it is an older copy, or one with another past; SealAnewError if it has lost an upload,
-        and the key epoch of its bytes as well.
+        and the key epoch of its bytes as well; _KeyAwaitedError if it waits for this member's part in an
+        agreement.
         """
         self._progress.waiting(status)
+        if self._key_awaited(status):
+            raise _KeyAwaitedError(status.round)
         if contradicts(self._state.record, status.round, status.head) or self._wanted_again(status):
             # It may have waited in a buffer since before another answer, so it alone proves nothing.
             status = self._compare()
             if self._wanted_again(status):
                 self._send_again(status.round)
+
+    def _key_awaited(self, status: RoundStatus) -> bool:
+        """Whether the server waits for this member in a round in which it uploads nothing."""
+        me, encrypted = self._identity.client_id, self.roster.terms.adapter.encrypted
+        waited_for = status.phase is Phase.OPEN and me in status.waiting_for
+        return encrypted and waited_for and me not in self._drawn(status.round)
 
     def _compare(self) -> RoundStatus:
         """Ask the server where it is; StateError if that cannot be."""

@@ -97,11 +97,9 @@ class Session(Membership):
         aggregate = self._pull(round_number)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
-            if not self._takes_part(aggregate.round):
-                return aggregate.round + 1
-        aggregate = self._agree(aggregate, enrolled.rounds)
-        if aggregate.round > enrolled.rounds:
-            return aggregate.round
+        aggregate = self._agree(aggregate)
+        if not self._takes_part(aggregate.round):
+            return aggregate.round + 1
         self._contribute(enrolled.run_id, aggregate)
         upload = self._seal(enrolled.run_id, aggregate)
         write_upload(self._state.upload_path(aggregate.round), upload)

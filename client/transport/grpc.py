@@ -222,14 +222,15 @@ class GrpcTransport:
             self._traffic.sent("control", request.ByteSize())
             for part in self._stub.Pull(request, timeout=self._wait + _CALL_SECONDS):
                 download.messages += 1
-                self._traffic.received("adapter" if part.HasField("chunk") else "control", part.ByteSize())
-                if part.HasField("waiting"):
-                    if on_wait is not None:
-                        on_wait(wire.decode(part.waiting, RoundStatus))
-                elif part.HasField("header"):
+                size = sum(chunk.ByteSize() for chunk in part.chunks)
+                self._traffic.received("adapter", size)
+                self._traffic.received("control", part.ByteSize() - size)
+                if part.HasField("waiting") and on_wait is not None:
+                    on_wait(wire.decode(part.waiting, RoundStatus))
+                if part.HasField("header"):
                     download.begin(part.header)
-                else:
-                    download.append(part.chunk)
+                for chunk in part.chunks:
+                    download.append(chunk)
             return download.complete
 
         while True:
@@ -312,13 +313,13 @@ class GrpcTransport:
             size = 0
             for part in self._stub.ReadKeyMessages(request, timeout=wait + _CALL_SECONDS):
                 self._traffic.received("keys", part.ByteSize())
-                message = wire.decode(part, RelayedKeyMessage)
-                found[message.sender] = message.payload
-                if len(found) > bounds.MAX_MEMBERS:
-                    raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")
-                size += len(message.payload)
-                if size > bounds.MAX_RELAYED_BYTES:
-                    raise WireError(f"messages of more than {bounds.MAX_RELAYED_BYTES:,} bytes came")
+                for message in (wire.decode(one, RelayedKeyMessage) for one in part.messages):
+                    found[message.sender] = message.payload
+                    if len(found) > bounds.MAX_MEMBERS:
+                        raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")
+                    size += len(message.payload)
+                    if size > bounds.MAX_RELAYED_BYTES:
+                        raise WireError(f"messages of more than {bounds.MAX_RELAYED_BYTES:,} bytes came")
             return found
 
         while True:

@@ -244,7 +244,7 @@ class _Actors:
         directory: Path,
         parts: bytes,
     ) -> None:
-        self._ray, self._scenario = ray, scenario
+        self._ray, self._scenario, self._directory = ray, scenario, directory
         alike: dict[Architecture, list[int]] = defaultdict(list)
         for index, entry in enumerate(scenario.clients):
             alike[architecture(entry)].append(index)
@@ -275,16 +275,22 @@ class _Actors:
         for asked in [actor.check_loaded.options(name="load").remote() for actor in self._actors]:
             _result(self._ray, asked)
 
+    def _steps_done(self, index: int) -> int:
+        name = self._scenario.clients[index].id
+        return simulate.steps_done(self._scenario, self._directory, name)
+
     def turns(self, progress: RunProgress, indices: Sequence[int], number: int) -> None:
         """See `fedmosaic.experiments.simulation.simulate.Turns`."""
         ray, left = self._ray, defaultdict[int, deque[int]](deque)
         for index in indices:
             left[self._actor_of[index]].append(index)
         running: dict[Any, int] = {}
+        before: dict[int, int] = {}
 
         def begin(actor: int) -> None:
             if left[actor]:
                 index = left[actor].popleft()
+                before[index] = self._steps_done(index)
                 named = self._actors[actor].turn.options(name=self._scenario.clients[index].id)
                 running[named.remote(index, number)] = index
 
@@ -296,8 +302,9 @@ class _Actors:
             index = running.pop(done)
             name = self._scenario.clients[index].id
             _result(ray, done)
-            if (number > self._scenario.schedule.rounds) == self._scenario.adapter.in_group_sums:
-                progress.add(simulate.steps_of_turn(self._scenario), name, number)
+            # None, if an earlier process was lost only after the turn.
+            if steps := self._steps_done(index) - before.pop(index):
+                progress.add(steps, name, number)
             begin(self._actor_of[index])
 
 

@@ -86,10 +86,10 @@ def prepare(
 
 
 def play(scenario: Scenario, directory: Path, coordinator: Coordinator, turns: Turns) -> None:
-    """Run the rounds that are left, each with a turn of those who take part in it."""
+    """Run the rounds that are left, each with a turn of those who take part, if only in its key agreement."""
     coordinator.advance()
     for number in range(coordinator.available_round, scenario.schedule.rounds + 1):
-        chosen = coordinator.taking_part(number)
+        chosen = coordinator.taking_part(number).union(coordinator.describe().waiting_for)
         turns([i for i, client in enumerate(scenario.clients) if client.id in chosen], number)
     unfinished = [
         index
@@ -137,12 +137,18 @@ def run_progress(scenario: Scenario, directory: Path, console: Console) -> RunPr
     if not once:
         turns = schedule.rounds * (schedule.sampled_clients or turns)
     progress = RunProgress(console, steps * turns)
-    for client in scenario.clients:
-        state = state_of(directory, client.id)
-        record = read_record(state)
-        if record is not None:
-            progress.skip(steps * ((state / RESULT).exists() if once else record.completed_round))
+    progress.skip(sum(steps_done(scenario, directory, client.id) for client in scenario.clients))
     return progress
+
+
+def steps_done(scenario: Scenario, directory: Path, client: str) -> int:
+    """Training steps that a client's state tells of."""
+    state = state_of(directory, client)
+    record = read_record(state)
+    if record is None:
+        return 0
+    turns = (state / RESULT).exists() if scenario.adapter.in_group_sums else record.completed_round
+    return steps_of_turn(scenario) * turns
 
 
 def steps_of_turn(scenario: Scenario) -> int:

@@ -72,10 +72,12 @@ class InProcessTransport:
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """Wait for a round to open and return what to load before it.
 
-        `TurnOverError` if it does not open within this transport's patience, or is after `last_round`,
-        `TransportError` if the run was given up.
+        `TurnOverError` if it does not open within this transport's patience, or, once `on_wait` is told what
+        the server waits for, if it is after `last_round`; `TransportError` if the run was given up.
         """
         if round_number > self.last_round:
+            if on_wait is not None:
+                on_wait(self._coordinator.status(self._client_id))
             raise TurnOverError(f"round {round_number} is of another turn than round {self.last_round:.0f}")
         deadline = time.monotonic() + self._patience
         while True:

@@ -120,11 +120,11 @@ def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:
 
     They keep an aggregate and its row together. They do not prove that the server used the row.
     """
-    count = len(row.contributors)
     # No name holds a line break, so no two rows have one canonical form.
-    names = "\n".join((recipient, *row.contributors))
-    numbers = struct.pack(f"<QII{count}I", round_number, row.bits, count, *row.weights)
-    return hashlib.sha256(_ROW_LABEL + numbers + names.encode()).digest()[:NONCE_BYTES]
+    weights, names = row.canonical
+    numbers = struct.pack("<QII", round_number, row.bits, len(row.contributors))
+    content = b"".join((_ROW_LABEL, numbers, weights, recipient.encode(), names))
+    return hashlib.sha256(content).digest()[:NONCE_BYTES]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family
+from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -200,7 +201,8 @@ class ScheduleTerms(Frozen):
     """Rounds after which a new group key is agreed on."""
     sampled_clients: int | None = Field(default=None, ge=2, le=bounds.MAX_CONTRIBUTORS)
     """K, the members that take part in a round; all of them if left out. They take turns by a public rule, so
-    that of n members none takes part twice within ⌊n/K⌋ rounds, and noise is planned for so many turns."""
+    that of n members none takes part twice within ⌊n/K⌋ rounds, and noise is planned for so many turns. On
+    the group key of encrypted adapters all members agree, drawn or not."""
 
     def share(self, group: int, members: int) -> int:
         """How many of a group of so many of the members take part in a round: ⌊K·n_r/N⌋, or all."""
@@ -269,12 +271,6 @@ class CommonTerms(Frozen):
         sampled = self.schedule.sampled_clients
         if sampled is None:
             return
-        if self.adapter.encrypted:
-            raise ValueError(
-                f"schedule.sampled_clients is {sampled} with adapter.protection {self.adapter.protection!r}: "
-                "a group key is agreed on by all members, who then are there in every round; leave it out, "
-                "or choose adapter.protection 'none', 'dp' or 'distributed-dp'"
-            )
         if self.adapter.in_group_sums:
             # Shares of K are rounded down, so that a round may have one member less for every further group.
             groups, fewest = self.group_sums.groups, self.group_sums.minimum_contributors
@@ -285,11 +281,13 @@ class CommonTerms(Frozen):
                     f"and a quorum of {self.schedule.quorum} take at least {least}; or take fewer groups"
                 )
             return
-        least = max(self.schedule.quorum, self.policy.fewest_contributors + 1)
+        holders = MINIMUM_MEMBERS if self.adapter.encrypted else 0  # those of the last round have a key too
+        least = max(self.schedule.quorum, self.policy.fewest_contributors + 1, holders)
         if sampled < least:
+            key = f", a group key has {holders} holders" if holders else ""
             raise ValueError(
                 f"schedule.sampled_clients is {sampled}; the quorum is {self.schedule.quorum} and the policy "
-                f"asks for {self.policy.fewest_contributors} other contributors, so take at least {least}"
+                f"asks for {self.policy.fewest_contributors} other contributors{key}: take at least {least}"
             )
 
     def _check_group_sums(self) -> None:

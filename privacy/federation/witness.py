@@ -133,6 +133,8 @@ class WitnessBook:
         key = bytes.fromhex(self._roster.member(name).identity_key)
         content = signed.digest(federation, header.run_id, header.round)
         verify_digest(key, content, signed.signature, name)
+        if name not in self._roster.taking_part(header.run_id, header.round):
+            raise IdentityError(f"others were drawn to take part in round {header.round}")
         if signed.key_epoch != header.key_epoch:
             raise EncryptionError(f"it is of key epoch {signed.key_epoch}, the round of {header.key_epoch}")
         self.check_size(signed)

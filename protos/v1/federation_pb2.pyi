@@ -583,25 +583,27 @@ class PullResponse(_message.Message):
 
     WAITING_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def waiting(self) -> Global___RoundState: ...
     @_builtins.property
     def header(self) -> Global___AggregateHeader: ...
     @_builtins.property
-    def chunk(self) -> Global___Chunk: ...
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]:
+        """also beside the header"""
+
     def __init__(
         self,
         *,
         waiting: Global___RoundState | None = ...,
         header: Global___AggregateHeader | None = ...,
-        chunk: Global___Chunk | None = ...,
+        chunks: _abc.Iterable[Global___Chunk] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "waiting", b"waiting"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "header", b"header", "part", b"part", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["waiting", "header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["waiting", "header"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -752,6 +754,28 @@ Global___ReadKeyMessagesRequest: _TypeAlias = ReadKeyMessagesRequest  # noqa: Y0
 
 @_typing.final
 class ReadKeyMessagesResponse(_message.Message):
+    """As many messages as fit: of a thousand members each reads a thousand."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RelayedKeyMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___RelayedKeyMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadKeyMessagesResponse: _TypeAlias = ReadKeyMessagesResponse  # noqa: Y015
+
+@_typing.final
+class RelayedKeyMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_FIELD_NUMBER: _builtins.int
@@ -770,7 +794,7 @@ class ReadKeyMessagesResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReadKeyMessagesResponse: _TypeAlias = ReadKeyMessagesResponse  # noqa: Y015
+Global___RelayedKeyMessage: _TypeAlias = RelayedKeyMessage  # noqa: Y015
 
 @_typing.final
 class ReviewRequest(_message.Message):

@@ -186,6 +186,14 @@ class KeyEpoch:
         """Whether a stage's messages may be read now: who joined, only once the list is closed."""
         return epoch == self.epoch and (stage != JOIN or self.phase is not EpochPhase.JOINING)
 
+    def fewer(self, epoch: int, stage: str, count: int) -> bool:
+        """Whether fewer messages of a stage than so many are there; False where that is not known."""
+        if epoch != self.epoch or stage not in (JOIN, OPENING, CONFIRMATION):
+            return False
+        if stage == JOIN:
+            return self.phase is EpochPhase.JOINING
+        return len(self.openings if stage == OPENING else self.confirmations) < count
+
     def waiting_for(self, expected: Collection[str]) -> tuple[str, ...]:
         """Members whose message the epoch waits for, sorted."""
         if self.phase is EpochPhase.JOINING:

@@ -26,6 +26,8 @@ class KeyRelay:
         self._store = store
         patience, fewest = settings.terms.schedule.gathering_seconds, settings.minimum_epoch_members
         self._rotation = settings.terms.schedule.rotate_key_every
+        self._boxed: tuple[int, frozenset[str]] = 0, frozenset()  # an epoch, and whose boxes are here
+        self._resumed = 0
         stored = store.get_json(_KEY)
         if stored is None:
             self._present = epochs.first_epoch(now, patience, fewest)
@@ -33,6 +35,7 @@ class KeyRelay:
         else:
             try:
                 self._present = epochs.from_record(stored, now, patience, fewest)
+                self._resumed = self._present.epoch  # whose boxes of before only the store knows
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise StateError(
                     "the server's database is damaged: its key epoch cannot be read; restore a backup of "
@@ -91,6 +94,10 @@ class KeyRelay:
             return
         self._store.add_key_message(sender, message, self.record(state))
         self._present = state
+        if message.stage == epochs.BOX:
+            of, boxed = self._boxed
+            here = boxed if of == message.epoch else frozenset()
+            self._boxed = message.epoch, here | {message.recipient}
         if message.stage == epochs.LOST:
             log.warning("%s has lost key epoch %d; the others go on without it", sender, state.epoch)
         elif self.ready and message.stage == epochs.CONFIRMATION:
@@ -125,6 +132,13 @@ class KeyRelay:
         if not self._present.readable(epoch, stage):
             return {}
         return self._store.key_messages(epoch, stage, reader)
+
+    def fewer(self, reader: str, epoch: int, stage: str, count: int) -> bool:
+        """See `KeyEpoch.fewer`; a box counts for the one that it is for. Takes no lock."""
+        if stage != epochs.BOX:
+            return self._present.fewer(epoch, stage, count)
+        of, boxed = self._boxed
+        return epoch == self.epoch != self._resumed and not (of == epoch and reader in boxed)
 
     def advance(self, expected: Collection[str], now: float) -> bool:
         """Let time pass; True if the epoch changed. `expected` are members that are known to be there."""

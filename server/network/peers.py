@@ -21,6 +21,7 @@ from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.federation.identity import parse_spiffe_id, public_key_sha256
 from fedmosaic.protos.errors import IdentityError, WireError
 from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
+from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ MESSAGE_SECONDS: Final = 30.0
 _FEWEST_CONNECTIONS: Final = 4096
 """So many who say nothing keep no member out; each is given up after its handshake's time."""
 _KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+_RETURNS_LAST: Final = f"/{pb.DESCRIPTOR.services_by_name['Federation'].full_name}/Pull"
+"""A call that writes messages and returns the last one: gRPC sends that with the status, in one piece."""
 Context = aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
@@ -112,8 +115,9 @@ class Gate(aio.ServerInterceptor):
         kind = next(name for name in _KINDS if getattr(handler, name) is not None)
         parts = getattr(handler, kind), handler.request_deserializer
         method = self._guarded(*parts, streamed=handler.request_streaming)
-        streaming = f"stream_{kind.partition('_')[2]}"
-        changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
+        answer = "unary" if handler_call_details.method == _RETURNS_LAST else kind.partition("_")[2]
+        changes = {kind: None, f"stream_{answer}": method, "response_streaming": answer == "stream"}
+        changes |= {"request_streaming": True, "request_deserializer": None}
         serialise = handler.response_serializer
         return handler._replace(
             **changes, response_serializer=lambda told: told if isinstance(told, bytes) else serialise(told)

@@ -6,9 +6,9 @@ CPU and disk work runs in threads; waiting costs none, so hundreds of clients ma
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -41,6 +41,8 @@ _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
 _SMALL_BYTES: Final = 1 << 16
 """Aggregates that are read and hashed in less time than a thread takes to begin."""
+_AROUND_KEY_MESSAGE_BYTES: Final = 96
+"""Its sender's name, and the lengths."""
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 _Requests = Callable[[], Awaitable[pb.PushRequest | None]]
@@ -114,32 +116,42 @@ class FederationService(rpc.FederationServicer):
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
+        settings = None
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
-            client = await self.identify(context, "key messages")  # a roster may have come meanwhile
-            look = asyncio.to_thread(
-                self._coordinator.read_key_messages, client, request.epoch, request.stage
-            )
-            found = await self.guarded(context, "key messages", client, look)
-            left = deadline - time.monotonic()
-            if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
-                break
+            if self._coordinator.settings is not settings:  # at first, and where a roster has come meanwhile
+                settings = self._coordinator.settings
+                client = await self.identify(context, "key messages")
+            left, wanted = deadline - time.monotonic(), max(1, request.expected)
+            over = left <= 0.0 or self._changes.stopping
+            # Of a thousand who wait for a thousand messages each, nobody reads those that are here in vain.
+            fewer = self._coordinator.fewer_key_messages
+            if over or not fewer(client, request.epoch, request.stage, wanted):
+                read = self._coordinator.read_key_messages
+                look = asyncio.to_thread(read, client, request.epoch, request.stage)
+                found = await self.guarded(context, "key messages", client, look)
+                if len(found) >= wanted or over:
+                    break
             await self._changes.until("keys", lambda: self._changes.work > seen, left)  # noqa: B023
             await asyncio.sleep(min(breath, max(0.0, deadline - time.monotonic())))
         sent = 0
-        for sender, payload in sorted(found.items()):
-            message = pb.ReadKeyMessagesResponse(sender=sender, payload=payload)
-            sent += message.ByteSize()
-            yield message
+        for batch in _batches(found):
+            sent += batch.ByteSize()
+            yield batch
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
 
-    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[Any]:
+    async def Pull(self, request: pb.PullRequest, context: Context) -> bytes:  # type: ignore[override]  # see `Gate`
         """Tell what is being waited for until the round is open, then send the aggregate; serialised."""
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         sent = 0
 
         def opened() -> bool:
             return self._coordinator.available_round >= request.round
+
+        async def send(message: bytes) -> None:
+            nonlocal sent
+            sent += len(message)
+            await context.write(message)
 
         settings = None
         while True:
@@ -151,22 +163,24 @@ class FederationService(rpc.FederationServicer):
             download = await self.guarded(context, "pull", client, self._open(client, request.round))
             if download is not None:
                 with self._coordinator.traces.span("pull", request.round, client):
-                    for message in _download_messages(request, download):
-                        sent += len(message)
-                        yield message
+                    messages = _download_messages(request, download)
+                    last = next(messages)
+                    for message in messages:
+                        await send(last)
+                        last = message
                 break
             while not (opened() or self._changes.stopping) and time.monotonic() < deadline:
                 if self._coordinator.settings is not settings:
                     break
-                waiting = self._waiting()
-                sent += len(waiting)
-                yield waiting
+                await send(self._waiting())
                 left = deadline - time.monotonic()
                 pause = max(STATUS_SECONDS, 0.01 * len(settings.members))
                 await self._changes.until("round", opened, min(pause, left))
             if not opened() and self._coordinator.settings is settings:
+                last = self._waiting()
                 break
-        self._coordinator.count_traffic(client, request.ByteSize(), sent)
+        self._coordinator.count_traffic(client, request.ByteSize(), sent + len(last))
+        return last
 
     async def _open(self, client: str, round_number: int) -> Download | None:
         """A download that is whole; a small one without a thread, since a round wakes all clients at once."""
@@ -305,17 +319,40 @@ async def _next(
     return message
 
 
+def _batches(found: Mapping[str, bytes]) -> Iterator[pb.ReadKeyMessagesResponse]:
+    """Key messages by sender, as many in one answer as fit."""
+    batch, size = pb.ReadKeyMessagesResponse(), 0
+    for sender, payload in sorted(found.items()):
+        more = len(payload) + _AROUND_KEY_MESSAGE_BYTES
+        if size and size + more > bounds.MAX_MESSAGE_BYTES:
+            yield batch
+            batch, size = pb.ReadKeyMessagesResponse(), 0
+        batch.messages.add(sender=sender, payload=payload)
+        size += more
+    if size:
+        yield batch
+
+
 def wait_seconds(milliseconds: int) -> float:
     """How long a call waits that asked for so much."""
     return min(milliseconds, bounds.MAX_WAIT_MILLISECONDS) / 1000.0
 
 
 def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[bytes]:
-    """Header and chunks of an aggregate, from where the client left off if it is the same one."""
+    """Header and chunks of an aggregate, from where the client left off if it is the same one.
+
+    What is small is in one message with the header, since each takes gRPC a while.
+    """
     resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= download.size
     offset = int(request.resume_offset) if resumed else 0
     sizes = [len(payload) for payload in download.payloads]
     header = wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset)
-    yield wire.field(pb.PullResponse.HEADER_FIELD_NUMBER, header)
+    message = wire.field(pb.PullResponse.HEADER_FIELD_NUMBER, header)
     for chunk in wire.chunks(download.payloads, offset):
-        yield pb.PullResponse(chunk=chunk).SerializeToString()
+        part = pb.PullResponse(chunks=[chunk]).SerializeToString()
+        if len(message) + len(part) <= _SMALL_BYTES:
+            message += part
+            continue
+        yield message
+        message = part
+    yield message

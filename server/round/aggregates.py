@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedmosaic.protos.errors import StateError, WireError
@@ -81,7 +81,7 @@ class Offer:
         """
         number, stored = self.round, self.stored.get(client)
         if stored is None:
-            why = f"{client} had not enrolled when round {number - 1} was closed"
+            why = f"{client} had not enrolled when round {number - 1} was closed, or others were drawn"
             names = settings.dimensions(client) if number > 1 else ()
             nothing = tuple(AggregateSection(name, None, b"", why) for name in names)
             empty = tuple(memoryview(b"") for _ in names)
@@ -148,6 +148,9 @@ def stored_aggregate(
         record: dict[str, Any] = {"name": section.name, "size": place.size, "refusal": section.refusal}
         if section.countersignature:
             record["witness"] = [section.uploads_sha256.hex(), section.countersignature.hex()]
-        alone = {"row": None if section.row is None else vars(section.row)}
-        records.append(record | ({"start": place.start} if place.blob == WHOLE else alone))
+        if place.blob == WHOLE:
+            record["start"] = place.start
+        else:
+            record["row"] = None if section.row is None else asdict(section.row)
+        records.append(record)
     return StoredAggregate(key_epoch, json.dumps(records), sha256)

@@ -10,6 +10,7 @@ until it shows up, so that one dead machine costs one deadline and not one per r
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import Phase, ReceiptStatus, RoundStatus
@@ -42,8 +43,8 @@ class Round:
         arrived: content hash of every upload of this round that is stored, by client.
         contributors: those of `arrived` whose upload has sections.
         absent: members that are not waited for, because they missed a round and were not seen since.
-        able: members that can upload at all: not without the group key of the epoch, nor where others were
-            drawn.
+        drawn: members that take part in this round.
+        holders: members that hold the group key of the epoch; all of them where nothing is encrypted.
         draw: who takes part, by round; None where everybody does in every one.
         asked: members whose stored upload of this round was damaged, and who were asked for it again.
         given_up: those of them who did not send it in time; this round goes on without them.
@@ -59,11 +60,33 @@ class Round:
     arrived: Mapping[str, bytes] = field(default_factory=dict)
     contributors: frozenset[str] = frozenset()
     absent: frozenset[str] = frozenset()
-    able: frozenset[str] = frozenset()
+    drawn: frozenset[str] = frozenset()
+    holders: frozenset[str] = frozenset()
     extensions: int = 0
     asked: frozenset[str] = frozenset()
     given_up: frozenset[str] = frozenset()
     draw: Draw | None = None
+
+    @property
+    def able(self) -> frozenset[str]:
+        """Members that can upload at all."""
+        return self.drawn & self.holders
+
+    @property
+    def sharing_key(self) -> frozenset[str]:
+        """Members that agree on a group key: all that are there, drawn or not, with a turn ahead of them."""
+        here = self.members - self.absent
+        if self.draw is None:
+            return here
+        last = _last_turns(self.draw, self.members, self.rounds)
+        return frozenset(name for name in here if last.get(name, 0) >= self.number)
+
+    @property
+    def needing_key(self) -> frozenset[str]:
+        """Members that encrypt in this round, or in the next one decrypt what is encrypted in this."""
+        if self.draw is None or self.number >= self.rounds:
+            return self.drawn
+        return self.drawn | self.draw(self.number + 1)
 
     @property
     def waiting_for(self) -> frozenset[str]:
@@ -80,14 +103,14 @@ class Round:
             self,
             number=number,
             phase=Phase.FINISHED if number > self.rounds else Phase.OPEN,
-            able=self._able_in(number),
+            drawn=self._drawn_in(number),
             arrived=dict(arrived),
             contributors=frozenset(contributors),
             absent=frozenset(absent) & self.members,
         )
 
-    def _able_in(self, number: int) -> frozenset[str]:
-        return self.able if self.draw is None else self.draw(number)
+    def _drawn_in(self, number: int) -> frozenset[str]:
+        return self.members if self.draw is None else self.draw(number)
 
     def seen(self, client: str) -> "Round":
         """A member showed that it is alive."""
@@ -95,16 +118,15 @@ class Round:
 
     def key_agreed(self, holders: frozenset[str], now: float) -> "Round":
         """The group key is agreed among `holders`; only now can uploads come, so the deadline starts now."""
-        able = self.members & holders
-        absent = self.absent | (self.members - able)
-        return replace(self, able=able, absent=absent, deadline=now + self.duration)
+        absent = self.absent | (self.members - holders)
+        return replace(self, holders=self.members & holders, absent=absent, deadline=now + self.duration)
 
     def key_lost(self, client: str) -> "Round":
         """A member has lost the group key of the epoch, so it is not waited for.
 
         It is there, so it is not absent, and the next round begins with a key for it too.
         """
-        return replace(self, able=self.able - {client})
+        return replace(self, holders=self.holders - {client})
 
     def judged(
         self, client: str, number: int, content_hash: bytes, stored_hash: bytes | None, *, contributes: bool
@@ -123,7 +145,7 @@ class Round:
             )
         if number < self.number or self.phase is not Phase.OPEN:
             return self, ReceiptStatus.LATE
-        if self.draw is not None and client not in self.able:
+        if client not in self.drawn:
             return self, Rejected(
                 "NOT_DRAWN",
                 f"{client!r} does not take part in round {number}: others were drawn for it",
@@ -152,7 +174,10 @@ class Round:
             state = replace(state, given_up=state.asked - state.arrived.keys(), asked=frozenset())
         enough = len(state.contributors) >= state.quorum
         everybody = state.able - state.given_up <= state.arrived.keys()
-        # With everybody here no upload can come any more, so a quorum out of reach is not waited for either.
+        # With everybody here no upload can come any more, so a quorum out of reach is not waited for either:
+        # but for its deadline, where nobody who was drawn has the key, or a run would be over in a moment.
+        if everybody and not state.arrived and state.draw is not None:
+            everybody = now >= state.deadline
         if everybody or (enough and (not state.waiting_for or now >= state.deadline)):
             return replace(state, phase=Phase.CLOSED)
         if now < state.deadline:
@@ -178,7 +203,7 @@ class Round:
             number=number,
             phase=Phase.FINISHED if number > self.rounds else Phase.OPEN,
             deadline=now + self.duration,
-            able=self._able_in(number),
+            drawn=self._drawn_in(number),
             arrived={},
             contributors=frozenset(),
             absent=(self.absent | self.able) - self.arrived.keys(),
@@ -205,7 +230,7 @@ class Round:
 
     def message(self, now: float) -> str:
         """What the server is waiting for, in one line for people."""
-        have = f"{len(self.arrived)} of {len(self.members if self.draw is None else self.able)} uploads"
+        have = f"{len(self.arrived)} of {len(self.drawn)} uploads"
         if self.phase is Phase.FINISHED:
             return f"all {self.rounds} rounds are finished"
         if self.phase is Phase.CLOSED:
@@ -218,8 +243,8 @@ class Round:
         parts.append(f"{self._left(now):.0f} s left")
         if self.extensions:
             parts.append(f"deadline extended {self.extensions} ×")
-        if self.absent:
-            parts.append(f"not waited for: {_names(self.absent)} (missed the last round)")
+        if missing := self.drawn & self.absent:
+            parts.append(f"not waited for: {_names(missing)} (missed the last round)")
         return one_line(", ".join(parts))
 
 
@@ -228,8 +253,22 @@ def first_round(
 ) -> Round:
     """The first round, just opened; see `Round` for the arguments."""
     everybody = frozenset(members)
-    able = everybody if draw is None else draw(1)
-    return Round(1, rounds, Phase.OPEN, everybody, quorum, duration, now + duration, able=able, draw=draw)
+    drawn = everybody if draw is None else draw(1)
+    deadline, holders = now + duration, everybody
+    return Round(
+        1, rounds, Phase.OPEN, everybody, quorum, duration, deadline, drawn=drawn, holders=holders, draw=draw
+    )
+
+
+@lru_cache(maxsize=4)
+def _last_turns(draw: Draw, members: frozenset[str], rounds: int) -> Mapping[str, int]:
+    """The last round in which each member takes part; without those who take part in none."""
+    last: dict[str, int] = {}
+    for number in range(rounds, 0, -1):
+        last |= dict.fromkeys(draw(number) - last.keys(), number)
+        if len(last) == len(members):
+            break
+    return last
 
 
 def one_line(message: str) -> str:

@@ -158,12 +158,16 @@ def _place(root: Path, area: Area, round_number: int, name: str) -> str:
 
 def map_file(path: Path | str, start: int = 0, size: int | None = None) -> memoryview:
     """Content of a file, or at most `size` bytes from `start`; if that is much, mapped and not copied."""
-    with open(path, "rb", buffering=0) as file:
-        length = max(0, os.fstat(file.fileno()).st_size - start)
-        length = length if size is None else min(size, length)
-        if length < _MAP_ABOVE:
-            return memoryview(os.pread(file.fileno(), length, start))
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[start : start + length]
+    file = os.open(path, os.O_RDONLY)  # no file object: a round reads as many as it has members
+    try:
+        if size is None or size >= _MAP_ABOVE:
+            left = max(0, os.fstat(file).st_size - start)
+            size = left if size is None else min(size, left)
+        if size < _MAP_ABOVE:
+            return memoryview(os.pread(file, size, start))
+        return memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))[start : start + size]
+    finally:
+        os.close(file)
 
 
 def section_hashes(path: Path, sizes: Iterable[int]) -> list[bytes]:

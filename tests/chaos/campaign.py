@@ -46,6 +46,8 @@ _MASKED = fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)
 _CKKS = fv.terms("ckks", 3, **_PATIENT)
 _SUMMED = _changed(sums.group_terms(4, minimum=5), "schedule", round_deadline_seconds=20)
 _TURNS = _changed(sums.group_terms(6, minimum=3, sampled=4), "schedule", round_deadline_seconds=20)
+_DRAWN = {"sampled_clients": 4, "rotate_key_every": 2, **_PATIENT}
+_SOME_PLAIN = fv.terms("plain", 6, **_DRAWN)
 MODES = {
     "none": (fv.MEMBERS, _PLAIN),
     "mask": (fv.MEMBERS, _MASKED),
@@ -58,6 +60,9 @@ MODES = {
     "distributed-dp": (sums.MEMBERS[:8], _SUMMED),
     "distributed-dp+person": (sums.MEMBERS[:8], _changed(_SUMMED, "group_sums", unit="person")),
     "distributed-dp, four of nine": (sums.MEMBERS, _TURNS),
+    "mask, four of nine": (sums.MEMBERS, fv.terms("mask", 6, **_DRAWN)),
+    "ckks, four of nine": (sums.MEMBERS, fv.terms("ckks", 6, **_DRAWN)),
+    "dp, four of nine": (sums.MEMBERS, _changed(_SOME_PLAIN, "adapter", protection="dp")),
 }
 """Members and terms by what protects the adapter, and what goes with it."""
 
@@ -116,7 +121,7 @@ class Run:
         finally:
             if self.database is not None:
                 self.database.remove()
-        return final_vectors(self.place, self.members, terms.schedule.rounds)
+        return final_vectors(self.place, self.members)
 
     def _run(self, began: float) -> None:
         self.live: dict[int, str] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
+from fedmosaic.client.state import newest_adapter
 from fedmosaic.privacy.audit import AUDIT, AuditLine, read_audit
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.ledger.rows import LedgerRow, charges
@@ -40,13 +41,12 @@ def last_words(place: Path, name: str) -> str:
     return lines.rpartition("\n")[2]
 
 
-def final_vectors(place: Path, members: tuple[str, ...], rounds: int) -> dict[str, np.ndarray]:
+def final_vectors(place: Path, members: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The adapter that each member is left with."""
     found = {}
     for name in members:
-        path = place / "f" / "clients" / name / "state" / "adapter" / f"round-{rounds:04d}" / "vector.npz"
-        if path.exists():
-            with np.load(path) as stored:
+        if newest := newest_adapter(place / "f" / "clients" / name / "state"):
+            with np.load(newest[1] / "vector.npz") as stored:
                 found[name] = stored["local"]
     return found
 
@@ -62,7 +62,8 @@ def faults_of(
         undisturbed: what the same run left without a kill; None for that run itself.
         fault: what befell its processes. Where bits were flipped, a key may be damaged, and an upload.
     """
-    terms = open_kit(place / "f" / "server").roster.terms
+    roster = open_kit(place / "f" / "server").roster
+    terms = roster.terms
     grouped = terms.adapter.in_group_sums
     rounds = terms.schedule.rounds
     state = place / "f" / "server" / "state"
@@ -75,11 +76,8 @@ def faults_of(
     # A flipped bit in a group key: its member says so and trains a round alone, and all later rounds differ.
     told = {name: (place / f"{name}.log").read_text(errors="replace") for name in members}
     keyless = {name for name in members if fault == "bit-flip" and "its key is lost" in told[name]}
-    absent = (
-        {}
-        if grouped
-        else {n: set(members) - names for n, names in uploaded.items() if len(names) < len(members)}
-    )
+    drawn = {n: set() if grouped else roster.taking_part(summary["run_id"], n) for n in uploaded}
+    absent = {n: missing for n, names in uploaded.items() if (missing := drawn[n] - names)}
     for number, names in absent.items():
         # A member that is killed twice in one agreement is left out of the epoch, as it should be.
         if (alone := sorted(names - away - keyless)) and fault != "rollback":
@@ -104,15 +102,17 @@ def faults_of(
             *_audit_differs(place / "f" / "clients" / name / "state", ledger, cut=fault == "power-cut"),
         ]
         yield from (f"{name}: {found}" for found in faults)
-    final = final_vectors(place, members, rounds)
+    final = final_vectors(place, members)
     alike = not absent and not keyless
-    if missing := set(members) - final.keys() - absent.get(rounds, set()):
-        yield f"no adapter of the last round at {', '.join(sorted(missing))}"
+    last = dict.fromkeys(members, rounds) if grouped else {n: r for r in sorted(drawn) for n in drawn[r]}
+    adapters = {n: place / "f" / "clients" / n / f"state/adapter/round-{last[n]:04d}" for n in last}
+    if missing := sorted(n for n in last if not adapters[n].exists() and n not in absent.get(last[n], ())):
+        yield f"no adapter of the last round at {', '.join(missing)}"
     elif grouped or (undisturbed is not None and alike):
         # Which members a noisy sum is of depends on who is alive; that all hold the same one does not.
         expected = dict.fromkeys(members, final[members[0]]) if grouped else undisturbed or {}
         tolerance = CKKS_TOLERANCE if terms.encryption.backend == "ckks" else 0.0
-        for name in members:
+        for name in last:
             if (off := float(np.abs(final[name] - expected[name]).max())) > tolerance:
                 yield f"{name}: the adapter differs by {off:g}"
 

@@ -3,7 +3,8 @@
     vector_client.py FEDERATION MEMBER ADDRESS FAULT
 
 FAULT: none; foreign (a certificate of another authority); nan (pushes values that are not numbers);
-kill (dies by SIGKILL in the middle of the first round it trains, once).
+kill (dies by SIGKILL in the middle of the first round it trains, once);
+kill-idle (dies so in the middle of the first key agreement of a round that others were drawn for).
 """
 
 import logging
@@ -22,6 +23,7 @@ import builders
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.protos.messages import KeyMessage
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
 
@@ -76,6 +78,20 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
             os.kill(os.getpid(), signal.SIGKILL)
 
         client.learner.train = die
+    if fault == "kill-idle" and not marker.exists():
+        agree, post = session._agree_with_those_drawn, transport.post_key_message
+
+        def post_and_die(message: KeyMessage) -> None:
+            post(message)
+            if message.stage == "opening":
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def agree_and_die(number: int) -> None:
+            transport.post_key_message = post_and_die
+            agree(number)
+
+        session._agree_with_those_drawn = agree_and_die
     try:
         session.run()
     except FedMosaicError as error:

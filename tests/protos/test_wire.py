@@ -246,7 +246,7 @@ def test_the_largest_messages_stay_below_the_message_limit() -> None:
         messages.Aggregate(2, (section, family), 0, 0), [1, 1], bytes(32), 0
     )
     status = wire.encode(
-        messages.RoundStatus(1, messages.Phase.OPEN, members, members, 1.0, "x"), pb.RoundState
+        messages.RoundStatus(1, messages.Phase.OPEN, members, everybody, 1.0, "x"), pb.RoundState
     )
     chunk = pb.Chunk(offset=1 << 40, data=bytes(bounds.MAX_CHUNK_BYTES))
     vector = np.ones(bounds.MAX_PROFILE_DIMENSIONS, dtype=np.float32)

@@ -125,7 +125,7 @@ def test_below_the_quorum_the_round_goes_on_and_says_so(
 @pytest.mark.parametrize(
     ("change", "reason", "words"),
     [
-        ({"protocol_version": PROTOCOL_VERSION + 1}, "PROTOCOL_VERSION", r"3, the server 2.*the server"),
+        ({"protocol_version": PROTOCOL_VERSION + 1}, "PROTOCOL_VERSION", r"4, the server 3.*the server"),
         ({"protocol_version": 1}, "PROTOCOL_VERSION", "update the client"),
         ({"federation": "other"}, "FEDERATION_DIFFERS", "'other', this is 'fed'"),
         ({"roster_hash": bytes(32)}, "ROSTER_DIFFERS", "newest roster"),

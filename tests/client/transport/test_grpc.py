@@ -131,7 +131,7 @@ def parts(start: int = 0, stop: int | None = None, offset: int | None = None) ->
     )
     found = [pb.PullResponse(header=pb.AggregateHeader.FromString(header))]
     for chunk in wire.chunks([PAYLOAD[:stop]], start, 100_000):
-        found.append(pb.PullResponse(chunk=chunk))
+        found.append(pb.PullResponse(chunks=[chunk]))
     return found
 
 
@@ -149,6 +149,19 @@ def test_a_cut_download_goes_on_where_it_stopped(servicer: Servicer, transport: 
     assert [request.resume_offset for request in servicer.named("Pull")] == [0, 250_000, 350_000]
     received = transport.traffic().as_dict()["adapter"]["received"]
     assert len(PAYLOAD) < received < len(PAYLOAD) + 1000
+
+
+def test_chunks_beside_the_header_are_taken_and_counted_apart(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    header, *chunks = parts()
+    for part in chunks:
+        header.MergeFrom(part)
+    servicer.script["Pull"] = [answer([header])]
+    assert transport.pull(2) == AGGREGATE
+    received = transport.traffic().as_dict()
+    assert len(PAYLOAD) < received["adapter"]["received"] < len(PAYLOAD) + 100
+    assert 32 < received["control"]["received"] < 200
 
 
 def test_another_aggregate_starts_from_its_first_byte(servicer: Servicer, transport: GrpcTransport) -> None:
@@ -201,9 +214,9 @@ def test_a_server_that_sends_nonsense_is_not_believed(
 
 
 def _spoiled(part: pb.PullResponse) -> pb.PullResponse:
-    data = bytearray(part.chunk.data)
+    data = bytearray(part.chunks[0].data)
     data[0] ^= 1
-    part.chunk.data = bytes(data)
+    part.chunks[0].data = bytes(data)
     return part
 
 
@@ -312,11 +325,17 @@ def test_a_payload_that_differs_at_once_is_our_fault(servicer: Servicer, transpo
     assert len(servicer.named("Push")) == 1
 
 
+def relayed(**payloads: bytes) -> pb.ReadKeyMessagesResponse:
+    made = (pb.RelayedKeyMessage(sender=name, payload=payload) for name, payload in payloads.items())
+    return pb.ReadKeyMessagesResponse(messages=made)
+
+
 def test_key_messages_are_polled_until_enough_are_there(servicer: Servicer, transport: GrpcTransport) -> None:
     def some(*names: str) -> Callable[..., Any]:
-        return answer([pb.ReadKeyMessagesResponse(sender=n, payload=n.encode()) for n in names])
+        return answer([relayed(**{name: name.encode() for name in names})])
 
-    servicer.script["ReadKeyMessages"] = [some(), some("a"), some("a", "b")]
+    both = answer([relayed(a=b"a"), relayed(b=b"b")])
+    servicer.script["ReadKeyMessages"] = [some(), some("a"), both]
     assert transport.read_key_messages(1, "opening", 2, 10.0) == {"a": b"a", "b": b"b"}
     servicer.script["ReadKeyMessages"] = [some("a")]
     started = time.monotonic()
@@ -325,7 +344,7 @@ def test_key_messages_are_polled_until_enough_are_there(servicer: Servicer, tran
 
 
 def test_hostile_key_messages_are_refused(servicer: Servicer, transport: GrpcTransport) -> None:
-    servicer.script["ReadKeyMessages"] = [answer([pb.ReadKeyMessagesResponse(sender="../../x", payload=b"")])]
+    servicer.script["ReadKeyMessages"] = [answer([relayed(**{"../../x": b""})])]
     with pytest.raises(WireError, match="sender"):
         transport.read_key_messages(1, "opening", 1, 1.0)
 
@@ -335,7 +354,7 @@ def test_relayed_messages_fill_no_memory(
 ) -> None:
     monkeypatch.setattr(bounds, "MAX_RELAYED_BYTES", 100)
     # Of one sender again and again: the number of senders is no bound then.
-    many = [pb.ReadKeyMessagesResponse(sender="a", payload=bytes(30))] * 4
+    many = [relayed(a=bytes(30))] * 4
     servicer.script["ReadKeyMessages"] = [answer(many)]
     with pytest.raises(WireError, match="more than 100 bytes"):
         transport.read_key_messages(1, "sum-totals", 1, 1.0)

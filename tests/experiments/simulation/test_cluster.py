@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -231,5 +232,8 @@ def test_a_process_that_dies_more_often_than_it_may_ends_the_run_and_another_goe
     assert f"fedmosaic run {directory} --engine ray" in str(error)
     assert "\n" not in str(error)
     machines.end()  # as a command does, whose processes are then gone
-    runner.resume(directory, quiet)
+    console = Console(file=io.StringIO(), width=200)
+    runner.resume(directory, console, Cluster(actors=2))
+    told = re.findall(r"(\d+)% of the training", console.file.getvalue())  # type: ignore[attr-defined]  # a StringIO
+    assert int(told[-1]) == 100, "every step is counted once"
     _same_adapters(directory, runner.run_here(scenario, tmp_path, tmp_path / "one", quiet))

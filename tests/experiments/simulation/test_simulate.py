@@ -57,6 +57,27 @@ def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_
     assert "100% of the training" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
+def test_clients_that_are_not_drawn_agree_on_the_key_of_those_who_are(
+    tmp_path: Path, tiny_scenario: Any
+) -> None:
+    model = {"path": "small"}
+    clients = [
+        {"id": f"c{n}", "task": f"t{n}", "model": model, "train": f"train-{n % 4}.jsonl"} for n in range(6)
+    ]
+    scenario = tiny_scenario(
+        clients=[client | {"test": f"test-{n % 4}.jsonl"} for n, client in enumerate(clients)],
+        adapter={"rank": 2, "blocks": 2, "protection": "encrypted"},
+        encryption={"backend": "mask"},
+        allow_plaintext=False,
+        schedule={"rounds": 4, "quorum": 4, "sampled_clients": 4, "rotate_key_every": 2},
+    )
+    directory = runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
+    results = read_run(directory).server["results"]
+    assert [len(result["uploaded"]) for result in results] == [4] * 4
+    assert [result["key_epoch"] for result in results] == [1, 1, 2, 2]
+    assert all(result["received"] for result in results[:-1])
+
+
 def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
     tmp_path: Path, tiny_pair: Any
 ) -> None:

@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_ADDRESS": "local",
+    "RAY_worker_niceness": "0",  # on a busy machine a simulation would not begin while a client waits
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
 }
@@ -173,12 +174,16 @@ def superlink(folder: Path, simulated: int = 0) -> Iterator[tuple[str, dict[str,
 
 
 def run_and_wait(place: Place, paths: dict[str, Path], home: dict[str, str], **config: object) -> None:
-    """Run the app with a client for every member, over the sockets of those that have one."""
+    """Run the app, then a client for every member, over the sockets of those that have one."""
     settings = " ".join(f'{key}="{value}"' for key, value in ({"kit": place.kit} | config).items())
     command = (BIN / "flwr", "run", APP, "here", "--run-config", settings, "--stream")
     with ExitStack() as running:
-        clients = {name: running.enter_context(client(place, name, paths.get(name))) for name in MEMBERS}
         run = running.enter_context(started("flwr-run", place.folder, *command, **home))
+        log, deadline = place.folder / "flwr-run.log", time.monotonic() + 300
+        while "carries calls" not in log.read_text(errors="replace") and run.poll() is None:
+            assert time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
+            time.sleep(0.5)
+        clients = {name: running.enter_context(client(place, name, paths.get(name))) for name in MEMBERS}
         wait_for(clients, place.folder, 600)
         wait_for({"flwr-run": run}, place.folder, 120)
 

@@ -98,10 +98,14 @@ def test_a_roster_without_sampling_keeps_the_hash_that_it_had_before_sampling_ex
     assert b'"sampled_clients":4' in _roster(sampled)._canonical()
 
 
-def test_sampling_is_refused_where_all_members_have_to_agree() -> None:
+def test_whoever_is_drawn_last_is_enough_for_a_group_key() -> None:
     mask: dict[str, Any] = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
-    with pytest.raises(ValidationError, match="a group key is agreed on by all"):
-        founding(*MEMBERS, schedule={"sampled_clients": 6}, **mask)
+    few: dict[str, Any] = {"schedule": {"sampled_clients": 3, "quorum": 3}}
+    few["policy"] = {"minimum_contributors": 2, "squares_cap": 0.5}
+    assert founding(*MEMBERS, schedule={"sampled_clients": 6}, **mask)
+    assert founding(*MEMBERS, **PLAIN, **few)
+    with pytest.raises(ValidationError, match="a group key has 4 holders: take at least 4"):
+        founding(*MEMBERS, **mask, **few)
 
 
 def _sums(**changes: Any) -> dict[str, Any]:

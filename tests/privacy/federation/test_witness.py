@@ -102,6 +102,21 @@ def test_what_is_right_is_countersigned_again_and_again(consortium: Consortium) 
     assert consortium.judge(uploads, *claims) == first
 
 
+def test_an_upload_of_a_member_that_was_not_drawn_does_not_count(consortium: Consortium) -> None:
+    schedule = TERMS.schedule.model_copy(update={"sampled_clients": 4})
+    terms = TERMS.model_copy(update={"schedule": schedule})
+    consortium.roster = consortium.roster.model_copy(update={"terms": terms})
+    consortium.book = consortium.again()
+    drawn = sorted(consortium.roster.taking_part(RUN, 2))
+    (away,) = set(NAMES) - set(drawn)
+    uploads = consortium.uploads()
+    good, bad = replace(ROW, contributors=tuple(drawn[1:])), replace(ROW, contributors=(*drawn[:2], away))
+    assert consortium.judge(uploads, consortium.claim(uploads, good, drawn[0]))[0].signature
+    assert refusal(consortium.judge(uploads, consortium.claim(uploads, bad, drawn[3]))) == (
+        f"the upload of {away!r} does not count: others were drawn to take part in round 2"
+    )
+
+
 def test_an_upload_that_its_client_has_not_signed_for_this_round(consortium: Consortium) -> None:
     uploads = consortium.uploads()
     claim = consortium.claim(uploads)

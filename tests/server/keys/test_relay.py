@@ -310,3 +310,131 @@ def test_an_agreement_that_a_member_lost_begins_again_at_once(
     assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 2
     agree(coordinator, federation.clients, 2)
     assert "agreeing" not in coordinator.status("clinic-a").message
+
+
+CROWD = tuple(f"m{number:02d}" for number in range(60))
+ROUNDS = 12
+
+
+@pytest.fixture
+def crowd(make_federation: Any, begin: Any) -> Any:
+    """Sixty members of whom eight are drawn for each round, and their server, begun or gone on with."""
+    federation = make_federation(clients=CROWD)
+    schedule = {"gathering_seconds": 30.0, "rounds": ROUNDS, "sampled_clients": 8, "quorum": 4}
+    terms = {"encryption": MaskParameters(), "schedule": {**schedule, "round_deadline_seconds": 60.0}}
+    return federation, lambda: begin(federation, **terms)
+
+
+def play_sampled(federation: Any, coordinator: Any, number: int, *away: str) -> None:
+    """A round of all who are drawn for it, but for those away."""
+    epoch, here = coordinator._run.keys.epoch, coordinator.taking_part(number) - set(away)
+    push(federation, coordinator, number, epoch, tuple(here))
+
+
+def test_all_members_agree_on_the_key_and_only_those_drawn_are_waited_for(crowd: Any) -> None:
+    federation, begin = crowd
+    coordinator = begin()
+    ahead = set().union(*(coordinator.taking_part(number) for number in range(1, ROUNDS + 1)))
+    assert set(coordinator.status("m00").waiting_for) == ahead, "of those who are never drawn it needs none"
+    assert len(ahead) > 40
+    agree(coordinator, CROWD)
+    for number in range(1, ROUNDS + 1):
+        drawn = coordinator.taking_part(number)
+        assert set(coordinator.status("m00").waiting_for) == drawn
+        (idle, *_) = sorted(set(CROWD) - drawn)
+        with refused("NOT_DRAWN"):
+            coordinator.push(idle, upload(federation, coordinator, idle, number, 1))
+        play_sampled(federation, coordinator, number)
+        assert coordinator.advance()
+    results = coordinator.summary()["results"]
+    assert {result["key_epoch"] for result in results} == {1}
+    for result in results[:-1]:
+        assert set(result["received"]) == coordinator.taking_part(result["round"] + 1)
+
+
+def test_who_missed_the_agreement_gets_a_key_for_its_next_turn_and_not_before(crowd: Any, clock: Any) -> None:
+    federation, begin = crowd
+    coordinator = begin()
+    turn = {name: next(n for n in range(3, 99) if name in coordinator.taking_part(n)) for name in CROWD}
+    late = max((n for n in CROWD if turn[n] < ROUNDS), key=turn.__getitem__)
+    others = tuple(name for name in CROWD if name != late)
+    post_all(coordinator, others, "join")
+    clock.now += 30
+    agree(coordinator, others)
+    coordinator.enrol(late, federation.enrolment())
+    number, soon = 1, min(n for n in range(2, 99) if late in coordinator.taking_part(n)) - 1
+    while number < soon:
+        play_sampled(federation, coordinator, number, late)
+        coordinator.advance()
+        number += 1
+        assert coordinator._run.keys.epoch == 1 + (number == soon)
+    waiting = set(coordinator.status(late).waiting_for)
+    assert late in waiting
+    assert waiting > coordinator.taking_part(number)
+
+
+@pytest.mark.parametrize("holds_key", [False, True])
+def test_who_is_away_for_good_costs_one_wait_and_no_key_epoch(
+    crowd: Any, clock: Any, holds_key: bool
+) -> None:
+    federation, begin = crowd
+    coordinator = begin()
+    gone = sorted(coordinator.taking_part(2))[0]
+    coordinator.enrol(gone, federation.enrolment())
+    there = tuple(name for name in CROWD if holds_key or name != gone)
+    post_all(coordinator, there, "join")
+    clock.now += 30
+    agree(coordinator, there)
+    waits = 0
+    for number in range(1, ROUNDS + 1):
+        play_sampled(federation, coordinator, number, gone)
+        if not coordinator.advance():
+            assert coordinator.status("m00").waiting_for == (gone,)
+            clock.now += 60
+            assert coordinator.advance()
+            waits += 1
+    assert (waits, coordinator._run.keys.epoch) == (int(holds_key), 1)
+
+
+def test_a_key_that_is_lost_is_agreed_on_anew_only_for_whoever_needs_it(crowd: Any) -> None:
+    federation, begin = crowd
+    coordinator = begin()
+    agree(coordinator, CROWD)
+    soon = coordinator.taking_part(1) | coordinator.taking_part(2)
+    (idle, *_), (drawn, *_) = sorted(set(CROWD) - soon), sorted(soon)
+    post(coordinator, idle, "lost")
+    assert coordinator.enrol(idle, federation.enrolment()).key_epoch == 1
+    assert set(coordinator.status(idle).waiting_for) == coordinator.taking_part(1)
+    post(coordinator, drawn, "lost")
+    assert coordinator.enrol(drawn, federation.enrolment()).key_epoch == 2
+
+
+def test_a_killed_server_waits_for_those_who_were_drawn_and_hold_the_key(crowd: Any, clock: Any) -> None:
+    federation, begin = crowd
+    before = begin()
+    drawn = before.taking_part(1)
+    keyless, first, *_ = sorted(drawn)
+    holders = tuple(name for name in CROWD if name != keyless)
+    post_all(before, holders, "join")
+    clock.now += 30
+    agree(before, holders)
+    before.push(first, upload(federation, before, first, 1, 1))
+    federation.crash(before)
+    after = begin()
+    assert set(after.status("m00").waiting_for) == drawn - {keyless, first}
+    play_sampled(federation, after, 1, keyless, first)
+    assert after.advance()
+
+
+def test_a_round_of_members_without_the_key_passes_at_its_deadline(crowd: Any, clock: Any) -> None:
+    """Not before, or a run would be over before anybody is back; and not never."""
+    _, begin = crowd
+    coordinator = begin()
+    holders = tuple(sorted(set(CROWD) - coordinator.taking_part(1)))[:4]
+    post_all(coordinator, holders, "join")
+    clock.now += 30
+    agree(coordinator, holders)
+    for seconds, opened in ((0, 1), (59, 1), (1, 2)):
+        clock.now += seconds
+        coordinator.advance()
+        assert coordinator.available_round == opened

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,26 @@ def test_a_download_goes_on_where_it_stopped(large: Any, connect: Any, dial: Any
     assert hashlib.sha256(whole).digest() == digest
     rest = pull(3_000_001, digest)
     assert rest[0].header.resume_offset == 3_000_001
-    assert b"".join(part.chunk.data for part in rest[1:]) == whole[3_000_001:]
+    assert b"".join(chunk.data for part in rest for chunk in part.chunks) == whole[3_000_001:]
     again = pull(77, bytes(32))
     assert again[0].header.resume_offset == 0
     assert len(again) == 1 + len(chunks)
     assert max(part.ByteSize() for part in again) < bounds.MAX_MESSAGE_BYTES
+
+
+def test_a_small_aggregate_is_one_message_and_so_is_the_word_that_there_is_none_yet(
+    federation: Any, server: Any, connect: Any, dial: Any
+) -> None:
+    transports = {c: connect(server, c) for c in federation.clients}
+    run_id = run_id_of(federation, *transports.values())
+    for client, transport in transports.items():
+        transport.push(federation.upload(run_id, client, 1))
+    told = dial(server).Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=60)
+    (answer,) = (part for part in told if not part.HasField("waiting"))
+    payload = b"".join(chunk.data for chunk in answer.chunks)
+    assert wire.decode_aggregate(answer.header, payload) == transports["clinic-a"].pull(2)
+    (answer,) = dial(server).Pull(pb.PullRequest(round=3), timeout=60)
+    assert answer.HasField("waiting")
 
 
 def test_a_second_push_replaces_one_that_hangs(
@@ -346,6 +362,35 @@ def test_two_hundred_clients_wait_at_once(
         call.cancel()
 
 
+def test_nobody_reads_in_vain_what_is_not_all_there(
+    federation: Any, sealed: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transports = [connect(sealed, client, wait_seconds=60.0) for client in federation.clients]
+    read, looks = Coordinator.read_key_messages, []
+
+    def look(self: Coordinator, client: str, epoch: int, stage: str) -> dict[str, bytes]:
+        looks.append(client)
+        return read(self, client, epoch, stage)
+
+    monkeypatch.setattr(Coordinator, "read_key_messages", look)
+    for transport in transports:
+        transport.enrol(federation.enrolment())
+        transport.post_key_message(KeyMessage(1, "join", "", b"here"))
+    assert len(transports[0].read_key_messages(1, "join", 5, 60.0)) == 5
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(transports[0].read_key_messages, 1, "opening", 5, 60.0)
+        for client, transport in zip(federation.clients, transports, strict=True):
+            transport.post_key_message(KeyMessage(1, "opening", "", client.encode()))
+        assert waiting.result(60.0) == {client: client.encode() for client in federation.clients}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(transports[1].read_key_messages, 1, "box", 1, 60.0)
+        for client in federation.clients[:1:-1] + federation.clients[1:2]:
+            transports[0].post_key_message(KeyMessage(1, "box", client, client.encode()))
+        assert waiting.result(60.0) == {federation.clients[0]: federation.clients[1].encode()}
+    assert len(looks) == 3
+    assert transports[1].read_key_messages(1, "confirmation", 5, 0.1) == {}, "what is here at the deadline"
+
+
 @pytest.fixture
 def sealed(federation: Any, authority: Any, tmp_path: Path, start_server: Any) -> Any:
     """A server of a federation that encrypts."""
@@ -374,6 +419,17 @@ def test_key_messages_wait_for_their_readers(federation: Any, sealed: Any, conne
     assert error.value.reason == "KEY_MESSAGE_DIFFERS"
 
 
+def test_key_messages_come_as_many_at_once_as_fit() -> None:
+    small = {f"{number:063d}": bytes(272) for number in range(5000)}
+    large = {name: bytes(bounds.MAX_CHUNK_BYTES) for name in ("y", "z")}
+    batches = list(service._batches({**small, **large}))
+    assert len(batches) == 4
+    assert all(batch.ByteSize() <= bounds.MAX_MESSAGE_BYTES for batch in batches)
+    came = {message.sender: message.payload for batch in batches for message in batch.messages}
+    assert came == {**small, **large}
+    assert list(service._batches({})) == []
+
+
 def test_a_key_message_that_comes_during_a_look_is_not_waited_for(
     federation: Any, sealed: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,13 +444,15 @@ def test_a_key_message_that_comes_during_a_look_is_not_waited_for(
         found = read(self, client, epoch, stage)
         looks.append(found)
         if len(looks) == 1:
-            self.post_key_message("clinic-a", KeyMessage(1, "opening", "", b"late"))
+            self.post_key_message("clinic-a", KeyMessage(1, "box", federation.clients[-1], b"late"))
             time.sleep(0.2)  # the news of it is through before the answer
         return found
 
     monkeypatch.setattr(Coordinator, "read_key_messages", look)
+    # As for sums, and for boxes after a restart.
+    monkeypatch.setattr(Coordinator, "fewer_key_messages", lambda *_: False)
     started = time.monotonic()
-    assert transport.read_key_messages(1, "opening", 1, 60.0) == {"clinic-a": b"late"}
+    assert transport.read_key_messages(1, "box", 1, 60.0) == {"clinic-a": b"late"}
     assert time.monotonic() - started < 30.0
     assert looks[0] == {}
 
