@@ -230,7 +230,7 @@ def start(
             at_step(step, partial(STEPS.get(fault, kill), draw))
         if name == "server":
             # Every run of a campaign draws the same members, so that all end alike.
-            runs.uuid = SimpleNamespace(uuid4=lambda: UUID(int=0))
+            runs.uuid = SimpleNamespace(uuid4=lambda: UUID(int=0))  # type: ignore[attr-defined, assignment]
             code = guarded(name, lambda: serve(["--kit", str(place / "f" / "server")]))
         else:
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)

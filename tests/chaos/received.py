@@ -100,8 +100,13 @@ def _answers(run: Coordinator, member: str) -> Targets:
         "PullResponse, header": (header, lambda content: pulled(content, payload)),
         "PullResponse, payload": (payload, lambda content: pulled(header, content)),
         "ReadKeyMessagesResponse": (
-            pb.ReadKeyMessagesResponse(sender="ada", payload=b"box").SerializeToString(),
-            partial(decoded, pb.ReadKeyMessagesResponse, RelayedKeyMessage),
+            pb.ReadKeyMessagesResponse(
+                messages=[pb.RelayedKeyMessage(sender="ada", payload=b"box")]
+            ).SerializeToString(),
+            lambda content: [
+                wire.decode(message, RelayedKeyMessage)
+                for message in _parsed(pb.ReadKeyMessagesResponse, content).messages
+            ],
         ),
     }
 
