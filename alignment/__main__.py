@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "evaluate":
         return evaluate.main(arguments[1:])
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic align")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    logging.disable_progress_bar()
     console = Console(stderr=True)
     with shown_progress(console) as stage:
         manifest = run(parsed, stage)

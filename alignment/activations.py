@@ -25,7 +25,7 @@ from fedmosaic.client.model.loss import Batch
 from fedmosaic.protos.errors import ModelError
 
 Method = Literal["random", "weights", "activations", "cotangents"]
-METHODS: Final[tuple[str, ...]] = get_args(Method)
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
 ModuleKey = tuple[int, str]
 """Block and name within the decoder layer: what corresponds across architectures."""
 _WORD: Final = re.compile(r"[A-Za-z]+")
@@ -216,11 +216,11 @@ def _read(
     ):
         states_BTH = run_decoder(side.model, batch)
         if picks_GK is not None:
-            head = side.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+            head = side.model.get_output_embeddings()
             head_WH = head.weight[list(words)]
             rows_GH = spans.last(states_BTH)
             logits_GK = torch.einsum("gh,gkh->gk", rows_GH, head_WH[picks_GK.to(head_WH.device)]).float()
-            (logits_GK[:, 1:].mean(1) - logits_GK[:, 0]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            (logits_GK[:, 1:].mean(1) - logits_GK[:, 0]).sum().backward()
     return captured
 
 
@@ -238,7 +238,7 @@ def _tapped(side: Side, *, gradients: bool) -> Iterator[_Captured]:
                 if not output.requires_grad:
                     # All weights are frozen, so the first adapted module starts the graph.
                     output.requires_grad_()
-                output.register_hook(keep(key))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                output.register_hook(keep(key))
 
         return hook
 

@@ -360,7 +360,7 @@ def _write(
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic align evaluate` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic align evaluate")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    logging.disable_progress_bar()
     scores, agreements = evaluate(parsed, Console(stderr=True))
     print_transfer(agreements, scores, Console())
     return 0

@@ -205,7 +205,7 @@ def prepared(variant: str, model: Any, cores: Any, examples: list[EncodedExample
         _finish(optimizer, model)
 
     def mean(losses: torch.Tensor) -> None:
-        losses.mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        losses.mean().backward()
 
     if variant == "private":
         yield one_by_one

@@ -34,7 +34,7 @@ def take_part(client: Client) -> int:
         datefmt="%Y-%m-%d %H:%M:%S",
         force=True,
     )
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    disable_progress_bar()
     result = client.run()
     print(last_lines(result.state, result.adapter, result.comparison, result.statement))
     return 0 if result.received_rounds else NOTHING_EXCHANGED

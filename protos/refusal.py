@@ -8,11 +8,11 @@ from typing import Final
 import grpc
 from google.protobuf.any_pb2 import Any as PackedDetail
 from google.protobuf.message import DecodeError
-from google.rpc import (  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
+from google.rpc import (
     error_details_pb2,
     status_pb2,
 )
-from grpc_status import rpc_status  # type: ignore[import-untyped]  # its stubs are a package of their own
+from grpc_status import rpc_status
 
 from fedmosaic.protos.errors import FedMosaicError, RefusedError, TransportError
 

@@ -15,6 +15,6 @@ def choose(name: str) -> torch.device:
     return CHOSEN[0]
 
 
-def here(module: AnyModule) -> AnyModule:
-    """The module, moved to the device."""
-    return module.to(CHOSEN[0])
+def here(module: AnyModule, dtype: torch.dtype | None = None) -> AnyModule:
+    """The module, moved to the device, and to a dtype."""
+    return module.to(CHOSEN[0], dtype)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from fedmosaic import cli
 from fedmosaic.privacy import terminal
-from fedmosaic.privacy.federation import identity, requests
+from fedmosaic.privacy.federation import identity
 from fedmosaic.protos.errors import ModelError
 
 
@@ -109,7 +109,7 @@ def test_keys_are_made_at_home_approved_by_fingerprint_and_installed(
     monkeypatch.chdir(tmp_path)
     Path("federation.toml").write_text(FOUNDING)
     # What makes guesses dear makes this slow; it is asked for forty times.
-    monkeypatch.setattr(requests.hashlib, "scrypt", lambda data, *, salt, **_: hashlib.sha256(data).digest())
+    monkeypatch.setattr(hashlib, "scrypt", lambda data, *, salt, **_: hashlib.sha256(data).digest())
     monkeypatch.setattr(
         identity, "_stretched", lambda words, salt: hashlib.sha256(salt + words.encode()).digest()
     )

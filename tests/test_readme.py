@@ -38,7 +38,7 @@ GUIDE = README + DOCS["operation.md"]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 FILES = [text for language, text in BLOCKS if language == "toml"]
 PROGRAMS = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [
+COMMANDS: list[str] = [
     line.partition("#")[0].strip()
     for language, text in BLOCKS
     if not language
@@ -216,7 +216,7 @@ def found(place: Path) -> None:
 def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
     model, port = tmp_path / "model", free_port()
     # Wide enough for the default task profile.
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
     special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
     vocabulary = ["yes", "no", *(f"w{i}" for i in range(60))]
     save_tiny_model(model, vocabulary, special, bos_token_id=1, max_position_embeddings=512, **sizes)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -73,7 +74,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     }
-    return here(LlamaForCausalLM(LlamaConfig(**(fields | changes))).to(dtype))
+    return here(LlamaForCausalLM(LlamaConfig(**(fields | changes))), dtype)
 
 
 def save_tiny_model(
@@ -116,10 +117,14 @@ def tiny_decoder(kind: str = "llama", hidden: int = 32, depth: int = 3, **change
         "max_position_embeddings": 64,
         **changes,
     }
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    model.eval()
+    return model
 
 
-def tiny_llava(text: LlamaConfig, vision_depth: int = 3, **changes: Any) -> LlavaForConditionalGeneration:
+def tiny_llava(
+    text: PreTrainedConfig, vision_depth: int = 3, **changes: Any
+) -> LlavaForConditionalGeneration:
     """A vision-language model of images of four places, around this language part."""
     vision = CLIPVisionConfig(
         hidden_size=16,
@@ -143,7 +148,7 @@ def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerF
 @copied
 def tiny_colora(
     dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None, **changes: Any
-) -> nn.Module:
+) -> PeftModel:
     """A `tiny_llama` with Co-LoRA of rank 4 in two blocks, and a personal branch."""
     model = tiny_llama(dtype=dtype, **changes)
     fields: dict[str, Any] = {"r": 4, "alpha": 8, "blocks": 2, "personal_branch": True}

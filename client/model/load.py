@@ -247,7 +247,7 @@ def _weight_options(
             f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], "
             "or leave quantization out"
         )
-    four_bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
@@ -260,7 +260,7 @@ def _weight_options(
 def _unused_weights_untold() -> Iterator[None]:
     """After a cut the report of unused weights lists every layer that was cut away."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    logging.set_verbosity_error()
     try:
         yield
     finally:

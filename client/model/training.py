@@ -216,7 +216,7 @@ def _accumulate(
     for batch in batches:
         loss = losses(model, on_device_of(model, batch)).mean() / settings.gradient_accumulation_steps
         _check_finite("loss", loss, step)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        loss.backward()
         total += float(loss.detach())
     return total
 

@@ -108,8 +108,8 @@ def _on_this_machine() -> Iterator[None]:
         ours.level,
     )
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     ours.setLevel(logging.ERROR)
     try:
         yield
@@ -117,7 +117,7 @@ def _on_this_machine() -> Iterator[None]:
         huggingface_hub.constants.HF_HUB_OFFLINE = before[0]
         transformers_logging.set_verbosity(before[1])
         if before[2]:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
+            transformers_logging.enable_progress_bar()
         ours.setLevel(before[3])
 
 

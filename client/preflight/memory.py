@@ -214,7 +214,7 @@ class _ProbePass(nn.Module):
             return (hidden[0].float() @ chunk.T).exp() @ chunk
 
 
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+class _Meter(TorchDispatchMode):
     """Adds up the storages that come into being, and takes them off when they go."""
 
     def __init__(self) -> None:

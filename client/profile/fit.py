@@ -271,7 +271,7 @@ def as_toml(mechanism: ProfileMechanism) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic probe` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic probe")
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    disable_progress_bar()
     mechanism = fit(parsed)
     print(f"# Put this into federation.toml and pass --basis {parsed.out / BASIS} to `fedmosaic keys init`.")
     print(as_toml(mechanism))

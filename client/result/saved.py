@@ -123,7 +123,7 @@ class Opening:
         if newest is None:
             raise StateError(f"{self.state} holds no adapter yet; it is there after the client's first round")
         settings = _settings(saved.model, self.device, self.base)
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        disable_progress_bar()
         loaded, tokenizer = load_model(settings)
         try:
             with without_rename_notice():

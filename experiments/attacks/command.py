@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic attack` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic attack", description=__doc__)
     torch.set_num_threads(1)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    disable_progress_bar()
     if not parsed.parts:
         raise ConfigurationError(f"--parts names no part; choose from {', '.join(PARTS)}")
     console, started, began = Console(), time.monotonic(), time.process_time()

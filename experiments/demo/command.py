@@ -110,7 +110,7 @@ def _make_models(cache: Path, depths: Sequence[int]) -> None:
 
     from fedmosaic.experiments.demo.models import shallow_demo_models
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    disable_progress_bar()
     shallow_demo_models(cache, depths)
 
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     from fedmosaic.experiments.comparison.report import show
 
     console = Console()
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    disable_progress_bar()
     if parsed.scenario.is_dir():
         if parsed.method or parsed.seed is not None or parsed.processes or parsed.set:
             raise ConfigurationError(

@@ -83,7 +83,7 @@ class Cell:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic experiments table` with its arguments."""
     parsed = tyro.cli(Arguments, args=[*arguments], prog="fedmosaic experiments table")
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    disable_progress_bar()
     every = cells(parsed)
     if parsed.list:
         for cell in every:

@@ -23,7 +23,7 @@ from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
 from fedmosaic.privacy.federation.roster import Member, Roster, check_distinct
-from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
+from fedmosaic.privacy.federation.terms import CommonTerms, Seconds, Terms, check_witnessed
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.groupkey.agreement import MINIMUM_MEMBERS
 from fedmosaic.protos import bounds
@@ -98,14 +98,14 @@ class FederationConfig(Frozen):
         return self
 
 
-def _smallest_family(members: Sequence[Member | MemberEntry], terms: Terms) -> tuple[str, int, int]:
+def _smallest_family(members: Sequence[Member | MemberEntry], terms: CommonTerms) -> tuple[str, int, int]:
     """Of the families that exchange apart from others: the smallest, its members, and how many there are."""
     counts = Counter("" if terms.relevance.across_families else member.family for member in members)
     family = min(sorted(counts), key=counts.__getitem__)
     return family, counts[family], len(counts)
 
 
-def lonely(members: Sequence[Member | MemberEntry], terms: Terms) -> str:
+def lonely(members: Sequence[Member | MemberEntry], terms: CommonTerms) -> str:
     """Which family could not exchange under terms that keep families apart; empty if all can."""
     family, kin, families = _smallest_family(members, terms)
     sums = terms.group_sums if terms.adapter.in_group_sums else None

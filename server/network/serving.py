@@ -9,7 +9,7 @@ from typing import Final
 import grpc
 from cryptography.hazmat.primitives import serialization
 from grpc import aio
-from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a package of their own
+from grpc_health.v1 import (
     health,
     health_pb2,
     health_pb2_grpc,

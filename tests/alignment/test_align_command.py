@@ -168,7 +168,7 @@ def test_the_anchor_alone_gets_the_leading_singular_vectors_of_its_weights(
     assert (manifest.anchor.layers, manifest.models) == ((1, 2), ())
     base, _ = load_base_model(place / "anchor")
     for name, (a, b) in get_basis(loaded(place, tmp_path, "anchor")).items():
-        weight = base.get_submodule(name).weight.detach()
+        weight = base.get_parameter(f"{name}.weight").detach()
         # The best approximation of rank r: its squared error is the sum of the other squared singular values.
         left = ((weight - b @ (b.T @ weight @ a.T) @ a) ** 2).sum()
         torch.testing.assert_close(left, (torch.linalg.svdvals(weight)[3:] ** 2).sum())
@@ -295,9 +295,9 @@ def test_the_same_signals_come_back_in_a_twin(place: Path) -> None:
     (first, words), (second, _) = (load_base_model(place / "anchor") for _ in range(2))
     _, others = load_base_model(place / "wide")
     order = torch.tensor([0, 1, 2, *range(len(WORDS) + 2, 2, -1)])
-    second.get_input_embeddings().weight.data = first.get_input_embeddings().weight.data[order]
-    second.get_output_embeddings().weight.data = first.get_output_embeddings().weight.data[order]
-    sides = [open_side(first, words, (1, 2)), open_side(second, others, (1, 2))]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        second.get_parameter(name).data = first.get_parameter(name).data[order]
+    sides = open_side(first, words, (1, 2)), open_side(second, others, (1, 2))
     texts = [PublicText(" ".join(WORDS[i : i + 6])) for i in range(14)]
     found = collect(*sides, texts, Reading(24, 4), "cotangents")
     for moments in found.effects.values():
@@ -450,7 +450,8 @@ def test_runs_are_on_disk_as_soon_as_they_are_done(
 def test_evaluation_refuses_what_does_not_exist(
     aligned: tuple[Path, Manifest], task: str, changes: dict[str, Any], message: str
 ) -> None:
-    chosen = {"bases": (f"x={aligned[0]}",), "task": (task,), "pair": ("anchor", "wide"), "seeds": 1}
+    chosen: dict[str, Any] = {"bases": (f"x={aligned[0]}",), "task": (task,), "seeds": 1}
+    chosen |= {"pair": ("anchor", "wide")}
     with pytest.raises(ConfigurationError, match=message):
         evaluate.evaluate(evaluate.Arguments(**(chosen | changes)), Console(quiet=True))
 

@@ -101,12 +101,9 @@ def test_agreement_of_gradients_is_not_ruled_by_the_largest_module() -> None:
     gradients = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(3))
     other = gradients.clone()
     other[:, 0] *= -1000.0
-    assert gradient_agreement(gradients, gradients) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert gradient_agreement(gradients, gradients) == pytest.approx((1.0, 1.0))
     # One module of two turned round; the cosine of all entries together would be -1.
-    assert gradient_agreement(gradients, other) == (
-        pytest.approx(0.0, abs=1e-6),
-        pytest.approx(0.0, abs=1e-6),
-    )
+    assert gradient_agreement(gradients, other) == pytest.approx((0.0, 0.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.25, -4.0])
@@ -119,7 +116,4 @@ def test_a_rotated_model_reads_the_same(scale: float) -> None:
     key, b = (0, "mlp"), torch.zeros(8, 3)
     basis = torch.linalg.qr(torch.randn(8, 3, generator=generator, dtype=torch.float64))[0].T
     found = reading_agreement({key: sums.finish()}, {key: (basis, b)}, {key: (basis @ rotation, b)})
-    assert found == (
-        pytest.approx(math.copysign(1.0, scale), rel=1e-4),
-        pytest.approx(1 / abs(scale), rel=1e-4),
-    )
+    assert found == pytest.approx((math.copysign(1.0, scale), 1 / abs(scale)), rel=1e-4)

@@ -106,8 +106,8 @@ def faults_of(
     alike = not absent and not keyless
     last = dict.fromkeys(members, rounds) if grouped else {n: r for r in sorted(drawn) for n in drawn[r]}
     adapters = {n: place / "f" / "clients" / n / f"state/adapter/round-{last[n]:04d}" for n in last}
-    if missing := sorted(n for n in last if not adapters[n].exists() and n not in absent.get(last[n], ())):
-        yield f"no adapter of the last round at {', '.join(missing)}"
+    if lost := sorted(n for n in last if not adapters[n].exists() and n not in absent.get(last[n], ())):
+        yield f"no adapter of the last round at {', '.join(lost)}"
     elif grouped or (undisturbed is not None and alike):
         # Which members a noisy sum is of depends on who is alive; that all hold the same one does not.
         expected = dict.fromkeys(members, final[members[0]]) if grouped else undisturbed or {}

@@ -33,10 +33,10 @@ class Disk:
         self._flush = os.fsync
         os.fsync = self._flushing
 
-    def _flushing(self, file: Any) -> None:
-        self._flush(file)
+    def _flushing(self, fd: Any) -> None:
+        self._flush(fd)
         with self._lock:  # for ever, once the power is gone: nobody learns that it was waited for
-            self._keep(os.dup(file if isinstance(file, int) else file.fileno()))
+            self._keep(os.dup(fd if isinstance(fd, int) else fd.fileno()))
 
     def _keep(self, descriptor: int) -> None:
         """Note what is on the disk; the descriptor stays open, so that no other file gets its number."""

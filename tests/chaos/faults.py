@@ -57,9 +57,9 @@ def slow_disk(draw: random.Random) -> None:
     """Every fsync of ours takes 50 to 300 ms longer."""
     flush, seconds = os.fsync, draw.uniform(0.05, 0.3)
 
-    def slowly(file: Any) -> None:
+    def slowly(fd: Any) -> None:
         time.sleep(seconds)
-        flush(file)
+        flush(fd)
 
     os.fsync = slowly
 
@@ -69,7 +69,7 @@ def clock_jump(draw: random.Random) -> None:
     clock, seconds = time.time, draw.choice((-1, 1)) * draw.choice((60, 3600, 30 * 86_400))
 
     def jumped() -> float:
-        ours = sys._getframe(1).f_globals.get("__name__", "").startswith("fedmosaic")
+        ours = str(sys._getframe(1).f_globals.get("__name__", "")).startswith("fedmosaic")
         return clock() + seconds * ours
 
     time.time = jumped

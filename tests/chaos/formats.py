@@ -233,8 +233,8 @@ def _records(group_key: GroupKey) -> dict[str, tuple[bytes, Reader]]:
     for parameters in (PlainParameters(), MaskParameters(), CkksParameters()):
         name, total = parameters.backend, 1 << parameters.weight_bits
         secret = generate_group_secret(parameters)
-        key = dataclasses.replace(group_key, parameters_hash=parameters.digest(), ckks_secret=secret)
-        key = None if name == "plain" else key
+        own = dataclasses.replace(group_key, parameters_hash=parameters.digest(), ckks_secret=secret)
+        key = None if name == "plain" else own
         ciphers = {m: create_cipher(parameters, m, policy, allow_plaintext=True) for m in fv.MEMBERS}
         uploads = {
             m: cipher.encrypt(np.full(80, 0.1), key, context, bytes([n] * 16))
@@ -245,11 +245,11 @@ def _records(group_key: GroupKey) -> dict[str, tuple[bytes, Reader]]:
         aggregate = bytes(server.aggregate(uploads, {"ada": row}, context)[0])
         found[f"{name} upload"] = (
             uploads["ben"],
-            lambda content, server=server: server.check_upload(content, context, "ben"),
+            partial(server.check_upload, context=context, client="ben"),
         )
         found[f"{name} aggregate"] = (
             aggregate,
-            lambda content, c=ciphers["ada"], key=key, row=row: c.decrypt(content, key, context, row),
+            partial(ciphers["ada"].decrypt, key=key, context=context, row=row),
         )
     return found
 

@@ -75,7 +75,8 @@ def main(seconds: int) -> int:
         if not (child := os.fork()):
             os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
             directory = shutil.copytree(origin, place / str(number))
-            fuzz(directory, name, *contents(directory, kept)[name], seconds)
+            original, read = contents(directory, kept)[name]
+            fuzz(directory, name, original, read, seconds)
         os.waitpid(child, 0)
         said = log.read_text(errors="replace")
         marks = re.findall(r"^#(\d+)\s+(?:INITED|DONE)\s+(cov: \d+)", said, re.MULTILINE)

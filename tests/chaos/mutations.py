@@ -11,6 +11,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ _OVER_GRPC = 3000
 """Mutations of each call that go over the wire; what reads them there is given all of them in `formats`."""
 _LARGEST_GROWTH = 64 * 2**20
 """Bytes that this process, server and caller together, may grow by over all calls."""
-_EXTREMES = (None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64)
+_EXTREMES: tuple[object, ...] = (
+    None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64,
+)  # fmt: skip
 
 
 def mutate(content: bytes, others: Sequence[bytes], draw: random.Random) -> bytes:
@@ -156,11 +159,14 @@ def _call(channel: grpc.Channel, name: str, messages: list[bytes]) -> str:
     path = f"/fedmosaic.v1.Federation/{name}"
     try:
         if name == "Push":
-            channel.stream_unary(path)(iter(messages), timeout=60)
+            stream: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(path)
+            stream(iter(messages), timeout=60)
         elif name in ("Pull", "ReadKeyMessages"):
-            list(channel.unary_stream(path)(messages[0], timeout=0.5))
+            answers: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
+            list(answers(messages[0], timeout=0.5))
         else:
-            channel.unary_unary(path)(messages[0], timeout=60)
+            single: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+            single(messages[0], timeout=60)
     except grpc.RpcError as error:
         fault = error.code().name in ("UNKNOWN", "INTERNAL", "UNAVAILABLE")
         return f"{error.code().name}: {error.details()}" if fault else str(error.code().name)
@@ -191,7 +197,7 @@ def mutate_messages(directory: Path, seed: int, count: int) -> tuple[int, list[s
                         for start in range(0, part, _AT_ONCE):
                             few = range(start, min(start + _AT_ONCE, part))
                             work = [_mutated(name, originals, draws[name]) for _ in few]
-                            answers.update(order(lambda m, n=name: _call(channel, n, m), work))
+                            answers.update(order(partial(_call, channel, name), work))
                         sent += part
                         faults += [
                             f"{name}: {text} ({n} times)" for text, n in answers.items() if ":" in text

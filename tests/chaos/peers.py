@@ -76,16 +76,21 @@ def _flood(kit: Path, port: int, draw: random.Random) -> None:
 
     files = kit / "authority.pem", kit / "tls.pem", kit / "tls.key"
     with open_channel(f"localhost:{port}", *files) as channel:
-        silent = [channel.unary_unary("/fedmosaic.v1.Federation/Pull") for _ in range(2)]
+        silent: list[grpc.UnaryUnaryMultiCallable[bytes, bytes]] = [
+            channel.unary_unary("/fedmosaic.v1.Federation/Pull") for _ in range(2)
+        ]
         calls = [method.future(b"", timeout=60) for method in silent]  # round 0: answered with a refusal
         for _ in range(200):
-            method = f"/fedmosaic.v1.Federation/{draw.choice(_METHODS)}"
-            call = channel.unary_stream(method)(draw.randbytes(draw.choice((0, 8, 1 << 16))), timeout=0.5)
+            path = f"/fedmosaic.v1.Federation/{draw.choice(_METHODS)}"
+            asking: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
+            answer = asking(draw.randbytes(draw.choice((0, 8, 1 << 16))), timeout=0.5)
             with suppress(grpc.RpcError):
                 if draw.random() < 0.5:
-                    call.cancel()
-                list(call)
-        pushing = channel.stream_unary("/fedmosaic.v1.Federation/Push")
+                    answer.cancel()
+                list(answer)
+        pushing: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(
+            "/fedmosaic.v1.Federation/Push"
+        )
         for _ in range(3):
             with suppress(grpc.RpcError):
                 pushing(iter([draw.randbytes(100)]), timeout=0.5)

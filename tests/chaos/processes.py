@@ -65,9 +65,9 @@ def at_step(step: int, befall: Callable[[], None]) -> None:
         if changes_disk(event, arguments):
             count()
 
-    def flushing(file: Any) -> None:
+    def flushing(fd: Any) -> None:
         count()
-        flush(file)
+        flush(fd)
 
     sys.addaudithook(hook)
     os.fsync = flushing
@@ -93,9 +93,12 @@ class _Learner(fv.VectorLearner):
     def train(self, round_number: int, releases: Any, give_up: Callable[[], None]) -> None:
         private = self.terms.adapter.private
         if private:
-            releases.release_adapter(
-                round_number, EVENT, lambda: None, lambda _: self.drawing("adapter") or True
-            )
+
+            def noise_is_drawn(_: None) -> bool:
+                self.drawing("adapter")
+                return True
+
+            releases.release_adapter(round_number, EVENT, lambda: None, noise_is_drawn)
         super().train(round_number, releases, give_up)
         if private:
             noise = np.random.default_rng([self.seed, round_number, 1]).normal(0, 0.1, self.local.size)
@@ -173,8 +176,9 @@ def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> i
         note("post", place=place, number=message.epoch, stage=message.stage, sent=_hash(message.payload))
         post(message)
 
-    session._protection._cipher.encrypt, transport.push = encrypting, pushing
-    transport.post_key_message = posting
+    session._protection._cipher.encrypt = encrypting  # type: ignore[method-assign]  # noted
+    transport.push = pushing  # type: ignore[method-assign]  # noted
+    transport.post_key_message = posting  # type: ignore[method-assign]  # noted
     session.run()
     return 0
 
@@ -226,7 +230,7 @@ def start(
             at_step(step, partial(STEPS.get(fault, kill), draw))
         if name == "server":
             # Every run of a campaign draws the same members, so that all end alike.
-            runs.uuid = SimpleNamespace(uuid4=lambda: UUID(int=0))
+            runs.uuid = SimpleNamespace(uuid4=lambda: UUID(int=0))  # type: ignore[attr-defined, assignment]
             code = guarded(name, lambda: serve(["--kit", str(place / "f" / "server")]))
         else:
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)

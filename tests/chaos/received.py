@@ -100,8 +100,13 @@ def _answers(run: Coordinator, member: str) -> Targets:
         "PullResponse, header": (header, lambda content: pulled(content, payload)),
         "PullResponse, payload": (payload, lambda content: pulled(header, content)),
         "ReadKeyMessagesResponse": (
-            pb.ReadKeyMessagesResponse(sender="ada", payload=b"box").SerializeToString(),
-            partial(decoded, pb.ReadKeyMessagesResponse, RelayedKeyMessage),
+            pb.ReadKeyMessagesResponse(
+                messages=[pb.RelayedKeyMessage(sender="ada", payload=b"box")]
+            ).SerializeToString(),
+            lambda content: [
+                wire.decode(message, RelayedKeyMessage)
+                for message in _parsed(pb.ReadKeyMessagesResponse, content).messages
+            ],
         ),
     }
 
@@ -121,7 +126,7 @@ def _reviews(directory: Path, run: Coordinator, kept: dict[str, list[bytes]], me
     originals = {"header": head, "upload": signed, "aggregate": claim}
 
     def reviewing(name: str, content: bytes) -> None:
-        parts = dict(originals)
+        parts: dict[str, Any] = dict(originals)
         parts[name] = _parsed(type(originals[name]), content)
         header, upload, aggregate = parts.values()
         first = [pb.ReviewResponse(header=header), pb.ReviewResponse(upload=upload)]

@@ -47,8 +47,8 @@ class Left:
 def save_model(folder: Path, kind: str) -> Path:
     if folder.exists():
         return folder
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return save_tiny_model(folder, WORDS, SPECIAL, kind=KINDS[kind], seed=5, **sizes, **heads)
 
 
@@ -81,8 +81,10 @@ def statements(place: Path, protection: str, *, secure: bool = True) -> dict[str
     ) as book:
         if "dp" in protection:
             event = GaussianEvent(2.0, 0.1, 10)
-            facts = {"data_epoch": "0" * 64, "secure_noise": secure, "clipping_norm": 1.0, "dimensions": 8}
-            book.reserve("adapter", 1, event, **facts)
+            epoch = "0" * 64
+            book.reserve(
+                "adapter", 1, event, data_epoch=epoch, secure_noise=secure, clipping_norm=1.0, dimensions=8
+            )
         client = ClientInputs(ledger=tuple(book.export()), client_id="ada", adapter_protection=protection)
     inputs = StatementInputs(run_id="0" * 32, clients=(client,), roster_sha256="1" * 64)
     return {STATEMENT: statement(inputs), HANDED_OVER: shareable(inputs)}

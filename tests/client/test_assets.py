@@ -163,7 +163,7 @@ def test_a_python_without_pip_is_explained(
     bare = tmp_path / "python"
     bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"No module named pip\")'\n")
     bare.chmod(0o755)
-    monkeypatch.setattr(assets.sys, "executable", str(bare))
+    monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(ConfigurationError, match="ensurepip"):
         fetch(index.asset, index.cache, console=QUIET)
 

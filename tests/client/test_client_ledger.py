@@ -21,7 +21,7 @@ EPOCH = data_epoch(IDS)
 TERMS = Terms(
     adapter=AdapterTerms(rank=4, protection="dp"),
     allow_plaintext=True,
-    encryption={"backend": "plain"},  # type: ignore[arg-type]  # as a file has it
+    encryption={"backend": "plain"},
     profile=tiny_mechanism(noise_multiplier=8.0),
 )
 PROFILE = GaussianEvent(8.0, 1.0, 1)

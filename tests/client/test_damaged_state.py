@@ -18,7 +18,6 @@ from fedmosaic.client.round.records import ClippingRecord, read_average, read_pr
 from fedmosaic.client.round.releases import Releases
 from fedmosaic.client.state import ClientState, read_record
 from fedmosaic.client.transport.grpc import Traffic
-from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
@@ -134,6 +133,8 @@ def test_a_damaged_average_is_named_and_costs_nothing_to_delete(content: bytes, 
         made.profile(2)
     average.unlink()
     again = made.profile(2)
+    assert first is not None
+    assert again is not None
     assert np.array_equal(first.vector, again.vector)
     assert ledger.epsilon() == spent
     ledger.close()
@@ -165,7 +166,7 @@ def test_a_file_system_without_locks_is_not_another_process(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(StateError, match=r"has no locks .*a directory on a local disk"):
         ClientState(tmp_path, "f", "ada")
 
@@ -191,7 +192,7 @@ def test_bytes_are_counted_over_restarts(tmp_path: Path) -> None:
 
 def test_a_deleted_adapter_is_a_fresh_one(tmp_path: Path) -> None:
     state = ClientState(tmp_path, "f", "ada")
-    state.complete_round(1, lambda place: (place / "x").write_text("x") and None)
+    state.complete_round(1, lambda place: (place / "x").touch())
     newest = state.latest_adapter()
     assert newest is not None
     shutil.rmtree(newest[1])

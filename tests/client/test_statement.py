@@ -11,6 +11,7 @@ from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import coalition_rows, statement_inputs
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger
+from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import WeightRow
@@ -23,7 +24,7 @@ def test_the_budget_that_is_told_is_the_one_that_this_run_was_held_to(tmp_path: 
     Ledger.open(path, "north", 1e-5, 8.0, "rdp", budgeted_channels=("profile",)).close()
     about = {"hash": bytes(32), "witness": None, "private_steps": 1}
     roster: Any = SimpleNamespace(terms=founding().terms, **about)
-    both = ("adapter", "profile")
+    both: tuple[Channel, ...] = ("adapter", "profile")
     with Ledger.open(path, "ada", 1e-5, 2.0, "rdp", budgeted_channels=both) as ledger:
         (told,) = statement(statement_inputs(roster, state, ledger, AdapterPlan(0.0, 0.1))).clients
     state.release()

@@ -151,7 +151,7 @@ class Client:
         self.learner = self.make_learner(agreed)
         self.state = ClientState(kit.directory / "state", kit.roster.federation, self.name)
         channels, path = budgeted_channels(agreed), self.state.ledger_path
-        about = {"accountant": "rdp", "budgeted_channels": channels, "unit": agreed.unit}
+        about: dict[str, Any] = {"accountant": "rdp", "budgeted_channels": channels, "unit": agreed.unit}
         self.ledger = Ledger.open(path, self.name, 1e-5, self.target_epsilon, **about)
         ids = tuple(f"{self.name}-{i}" for i in range(100))
         releases = Releases(self.ledger, agreed, self.state, ids, self._profile, self.noise, self.plan)

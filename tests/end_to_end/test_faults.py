@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 class Federation:
-    def __init__(self, directory: Path, backend: str, **schedule: float) -> None:
+    def __init__(self, directory: Path, backend: str, **schedule: Any) -> None:
         self.port = free_port()
         self.directory = fv.make_federation(directory / "f", fv.terms(backend, **schedule))
         self.log = directory / "server.log"
@@ -78,7 +79,7 @@ class Federation:
     def server_lines(self) -> list[str]:
         return self.log.read_text().splitlines()
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         state = self.directory / "server" / "state"
         return with_rounds(json.loads((state / "run.json").read_text()), state)
 

@@ -3,7 +3,10 @@
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import clipped_sum
 from fedmosaic.privacy.mechanism.shares import noisy_share
+from fedmosaic.protos.messages import KeyMessage
+from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.round.sums import VECTOR
 from fedmosaic.server.sums import RunSums
 
@@ -24,7 +29,9 @@ MEMBERS = tuple(f"m{number:02}" for number in range(9))
 SIGMA = 2.0
 
 
-def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1, sampled=None):
+def group_terms(
+    rounds: int = 4, *, groups: int = 1, minimum: int = 6, colluders: int = 1, sampled: int | None = None
+) -> Terms:
     return Terms.model_validate(
         {
             "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="distributed-dp"),
@@ -54,11 +61,11 @@ class PullingLearner(VectorLearner):
     personal: list[int] = field(default_factory=list)
     dies_in: int = 0
 
-    def load_shared(self, vector):
+    def load_shared(self, vector: np.ndarray) -> None:
         self.local = vector
         self.branches.append(vector)
 
-    def group_share(self, round_number, members, releases):
+    def group_share(self, round_number: int, members: int, releases: Any) -> np.ndarray:
         if round_number == self.dies_in:
             raise KeyboardInterrupt
         grid = group_grid(self.terms, members)
@@ -72,7 +79,7 @@ class PullingLearner(VectorLearner):
         )
         return self.shares[round_number]
 
-    def train_personal(self, round_number):
+    def train_personal(self, round_number: int) -> None:
         self.personal.append(round_number)
 
 
@@ -82,15 +89,15 @@ class Member(Client):
 
     plan: AdapterPlan = field(default_factory=lambda: AdapterPlan(SIGMA, 0.1))
 
-    def make_learner(self, agreed):
+    def make_learner(self, agreed: Terms) -> PullingLearner:
         return PullingLearner(self.seed, agreed)
 
 
 @pytest.fixture
-def federation(tmp_path):
-    made = []
+def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Coordinator, dict[str, Member]]]]:
+    made: list[Coordinator | Member] = []
 
-    def make(agreed, members=MEMBERS):
+    def make(agreed: Terms, members: tuple[str, ...] = MEMBERS) -> tuple[Coordinator, dict[str, Member]]:
         directory = fv.make_federation(tmp_path / "federation", agreed, members)
         coordinator = fv.coordinator_of(directory)
         clients = {name: Member(directory, name, seed) for seed, name in enumerate(members)}
@@ -102,7 +109,7 @@ def federation(tmp_path):
         part.close()
 
 
-def run(coordinator, clients):
+def run(coordinator: Coordinator, clients: dict[str, Member]) -> dict[str, BaseException]:
     return run_all({name: client.session(in_process(coordinator, name)) for name, client in clients.items()})
 
 
@@ -112,11 +119,12 @@ class PassingTime:
     Before that round the member is only the last to answer, now and then.
     """
 
-    def __init__(self, coordinator, gone, since):
-        self._run, self._gone, self._since, self._passed = coordinator._run, gone, since, set()
+    def __init__(self, coordinator: Any, gone: str, since: int) -> None:
+        self._run, self._gone, self._since = coordinator._run, gone, since
+        self._passed: set[tuple[int, str]] = set()
         self._run.clock = self
 
-    def __call__(self):
+    def __call__(self) -> float:
         sums, round = self._run.sums._current, self._run.round
         if round.number < self._since:
             return time.monotonic()
@@ -128,7 +136,7 @@ class PassingTime:
         return time.monotonic() + 30.0 * len(self._passed)
 
 
-def test_all_members_hold_the_branch_that_the_sums_make(federation):
+def test_all_members_hold_the_branch_that_the_sums_make(federation: Any) -> None:
     coordinator, clients = federation(group_terms(rounds=6))
     assert not run(coordinator, clients)
     learners = [client.learner for client in clients.values()]
@@ -159,14 +167,14 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
         assert {row.event().noise_multiplier for row in rows if row.kind == "RESERVED"} == {SIGMA}
 
 
-def _check_branch_of_sums_alone(coordinator, session, learners):
+def _check_branch_of_sums_alone(coordinator: Any, session: Any, learners: list[PullingLearner]) -> None:
     """Fed with what a member knows beside the sums, steps or their state would carry its data on."""
     gradients = [mixed_gradient(session._sums_of(total), (1.0,)) for total in coordinator._run.sums._totals]
     theta = shared_branch(np.zeros(learners[0].local.size), gradients, 0.1, 5).astype(np.float32)
     assert all(np.array_equal(learner.branches[-1], theta) for learner in learners)
 
 
-def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
+def test_a_member_that_is_killed_is_left_out_and_comes_back(federation: Any) -> None:
     coordinator, clients = federation(group_terms(rounds=5))
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 3
@@ -180,14 +188,14 @@ def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
     assert np.array_equal(clients["m03"].learner.local, clients["m00"].learner.local), "made from the sums"
 
 
-def _changing(coordinator, client, stage, change):
+def _changing(coordinator: Any, client: str, stage: str, change: Callable[[bytes], bytes]) -> None:
     """Turn what a client sends of a stage into something else, as a client that lies would.
 
     In the first sum it is the first to send, so that what it sends is always looked at.
     """
     honest, sent = coordinator.post_key_message, threading.Event()
 
-    def post(client_id, message):
+    def post(client_id: str, message: KeyMessage) -> None:
         if message.stage == stage and client_id != client and message.epoch == 2:
             assert sent.wait(120)
         if client_id == client and message.stage == stage:
@@ -199,11 +207,13 @@ def _changing(coordinator, client, stage, change):
     coordinator.post_key_message = post
 
 
-def _contributors(coordinator):
+def _contributors(coordinator: Any) -> dict[int, set[str]]:
     return {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
 
 
-def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restart(federation, caplog):
+def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restart(
+    federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     coordinator, clients = federation(group_terms(rounds=4))
     # Shares are taken in the order of names, so those of the first member are among the first k.
@@ -220,12 +230,12 @@ def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restar
     assert set(again._left_out()) == {"m00"}
 
 
-def test_whoever_seals_damaged_envelopes_is_left_out_once_more_disagree_than_may_lie(federation):
+def test_whoever_seals_damaged_envelopes_is_left_out_once_more_disagree_than_may_lie(federation: Any) -> None:
     coordinator, clients = federation(group_terms(rounds=4))
     # Each round one other envelope: no recipient can prove which of the two lies.
     place = iter((64 * 0, 64 * 1, 64 * 2))
 
-    def damaged(envelopes):
+    def damaged(envelopes: bytes) -> bytes:
         at = next(place)
         return envelopes[:at] + bytes(64) + envelopes[at + 64 :]
 
@@ -236,7 +246,7 @@ def test_whoever_seals_damaged_envelopes_is_left_out_once_more_disagree_than_may
     assert found[4] == set(MEMBERS) - {"m08"}
 
 
-def test_groups_follow_the_profiles_and_mix_their_sums(federation):
+def test_groups_follow_the_profiles_and_mix_their_sums(federation: Any) -> None:
     agreed = group_terms(rounds=3, groups=2, minimum=4)
     members = tuple(f"m{number:02}" for number in range(8))
     coordinator, clients = federation(agreed, members)
@@ -248,12 +258,12 @@ def test_groups_follow_the_profiles_and_mix_their_sums(federation):
     assert all(partition.mixing[name][number % 2] > 0.5 for number, name in enumerate(members))
 
 
-def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federation):
+def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federation: Any) -> None:
     coordinator, clients = federation(group_terms(rounds=4))
     honest = coordinator.read_key_messages
 
-    def lying(client, epoch, stage):
-        found = honest(client, epoch, stage)
+    def lying(client: str, epoch: int, stage: str) -> dict[str, bytes]:
+        found: dict[str, bytes] = honest(client, epoch, stage)
         if client == "m00" and stage == "sum-totals" and found:
             name, content = next(iter(found.items()))
             return {name: content[:-1] + bytes([content[-1] ^ 1])}
@@ -265,7 +275,7 @@ def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federat
     assert "m00" not in _contributors(coordinator)[3]
 
 
-def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(federation):
+def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(federation: Any) -> None:
     coordinator, clients = federation(group_terms(rounds=3, minimum=9))
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 2

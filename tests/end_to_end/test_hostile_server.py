@@ -138,6 +138,8 @@ FAMILY_SIZE = 7
 class FamilyLearner(fv.VectorLearner):
     """Shares a second vector with its family: its seed in every place."""
 
+    received: list[Any]
+
     def sections(self) -> dict[str, np.ndarray]:
         own = np.full(FAMILY_SIZE, self.seed / 8, dtype=np.float32)
         return {"shared": self.local.copy(), "family": own}

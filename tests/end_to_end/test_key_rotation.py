@@ -31,7 +31,7 @@ def _stopped_before_the_keys_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Keyring, "forget", lambda self: None)
 
 
-def _federation(tmp_path: Path, **schedule: float) -> Path:
+def _federation(tmp_path: Path, **schedule: Any) -> Path:
     return fv.make_federation(tmp_path / "f", fv.terms("mask", **schedule))
 
 
@@ -87,7 +87,7 @@ def test_a_round_that_is_over_is_not_encrypted_again(founded: Any) -> None:
         answer = pull(client, number)
         return answer if answer is None else replace(answer, round=min(answer.round, 2))
 
-    coordinator.pull = round_two_again  # type: ignore[method-assign]  # a server that lies
+    coordinator.pull = round_two_again  # a server that lies
     errors = fv.play(coordinator, fv.clients_of(directory))
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():

@@ -131,7 +131,7 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(founded: Any) -
 
 def test_an_upload_that_the_server_lost_is_sent_again(founded: Any, caplog: pytest.LogCaptureFixture) -> None:
     directory, coordinator = founded("mask", 3)
-    adopt, damaged = coordinator._run.blobs.adopt, []
+    adopt, damaged = coordinator._run.blobs.adopt, list[str]()
 
     def damaging(spooled: Path, round_number: int, client: str) -> None:
         adopt(spooled, round_number, client)
@@ -140,7 +140,7 @@ def test_an_upload_that_the_server_lost_is_sent_again(founded: Any, caplog: pyte
             path = coordinator._run.blobs.path("uploads", round_number, client)
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
 
-    coordinator._run.blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
+    coordinator._run.blobs.adopt = damaging  # a disk that fails once
     clients = fv.played(directory, coordinator)
     assert damaged == ["ben"]
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3
@@ -221,7 +221,8 @@ def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
     assert not exchanged
     assert "NOTHING WAS EXCHANGED" in lines[-1]
     assert "at least 3 are required" in lines[-1]
-    assert set(coordinator.summary()["received_rounds"].values()) == {0}
+    received: Any = coordinator.summary()["received_rounds"]
+    assert set(received.values()) == {0}
     coordinator.close()
 
 
@@ -238,7 +239,7 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(founded: Any) -> None:
             statuses.append(receipt.status)
         return receipt
 
-    coordinator.push = noting  # type: ignore[method-assign]  # to see the answers
+    coordinator.push = noting  # to see the answers
     clients = fv.played(
         directory,
         coordinator,

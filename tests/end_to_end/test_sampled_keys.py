@@ -91,6 +91,7 @@ def test_those_drawn_open_what_those_before_them_sealed(tmp_path: Path, backend:
     assert [set(result["uploaded"]) for result in summary["results"]] == list(drawn.values())
     for name, client in clients.items():
         assert client.learner.trained == [number for number, names in drawn.items() if name in names]
+        assert client.state is not None
         assert {path.name for path in (client.state.directory / "keys").iterdir()} <= {"counter.json"}
     check_sums(clients, summary["results"], TOLERANCE[backend])
     # One epoch for all rounds of its term, of all members that have a turn ahead.
@@ -149,7 +150,7 @@ def test_who_is_killed_in_an_agreement_of_others_still_gets_the_key(tmp_path: Pa
         client.close()
         client.session(fv.in_process(coordinator, idle)).run()
 
-    sessions = {
+    sessions: dict[str, Any] = {
         name: client.session(fv.in_process(coordinator, name))
         for name, client in clients.items()
         if name != idle

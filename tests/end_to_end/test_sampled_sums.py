@@ -1,13 +1,17 @@
 """Group sums of those drawn: the others wait, and all take the steps that the sums stand for."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_group_sums as sums
 from end_to_end.test_group_sums import group_terms, run
+from fedmosaic.client.planning import group_grid
 from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.secureaggregation.partition import RoundTotals
 
 ROUNDS = 6
 TWELVE = tuple(f"m{number:02}" for number in range(12))
@@ -15,18 +19,19 @@ NINE = TWELVE[:9]
 federation = sums.federation
 
 
-def _drawn(coordinator, number):
+def _drawn(coordinator: Any, number: int) -> tuple[tuple[str, ...], ...]:
     partition, roster = coordinator._run.sums._partition, coordinator.settings.roster
-    return partition.drawn(roster, coordinator.run_id, number).groups
+    groups: tuple[tuple[str, ...], ...] = partition.drawn(roster, coordinator.run_id, number).groups
+    return groups
 
 
-def _rounds_charged(client):
+def _rounds_charged(client: Any) -> list[int]:
     return [
         row.round for row in client.ledger.export() if row.channel == "adapter" and row.kind == "RESERVED"
     ]
 
 
-def test_of_groups_larger_than_a_round_those_drawn_add_up_and_all_take_the_steps(federation):
+def test_of_groups_larger_than_a_round_those_drawn_add_up_and_all_take_the_steps(federation: Any) -> None:
     """Twelve members in two groups of six, three of each in a round: every member in every other round."""
     agreed = group_terms(ROUNDS, groups=2, minimum=3, sampled=6)
     coordinator, clients = federation(agreed, TWELVE)
@@ -58,14 +63,14 @@ def test_of_groups_larger_than_a_round_those_drawn_add_up_and_all_take_the_steps
     assert set(coordinator.summary()["received_rounds"].values()) == {ROUNDS - 1}
 
 
-def _sums_of(total, agreed):
+def _sums_of(total: RoundTotals, agreed: Terms) -> list[GroupSum]:
     """What the packed words of a round stand for, from the definition of the grid."""
-    grid = sums.group_grid(agreed, 3)
+    grid = group_grid(agreed, 3)
     words = (np.frombuffer(vector, dtype="<i4") * (1.0 / grid.steps) for vector in total.vectors)
     return [GroupSum(vector, 3.0 * 10) for vector in words]
 
 
-def test_a_server_and_members_that_are_started_again_go_on_with_those_drawn(federation):
+def test_a_server_and_members_that_are_started_again_go_on_with_those_drawn(federation: Any) -> None:
     """Their round has no sum then, as without sampling; the next one has."""
     coordinator, clients = federation(group_terms(4, minimum=3, sampled=4), NINE)
     lines = {name: fv.Dying(fv.in_process(coordinator, name), pull=2) for name in NINE}
@@ -73,7 +78,7 @@ def test_a_server_and_members_that_are_started_again_go_on_with_those_drawn(fede
     assert set(died) == set(NINE), "each as it asks for the groups"
     assert coordinator._run.round.number == 2
     coordinator.close()
-    again = fv.coordinator_of(clients["m00"].directory)
+    again: Any = fv.coordinator_of(clients["m00"].directory)
     try:
         (drawn,) = _drawn(again, 2)
         assert again._run.round.waiting_for == again.taking_part(2) == frozenset(drawn)

@@ -45,7 +45,7 @@ class _Naming:
         return getattr(self._inner, name)
 
     def pull(self, round_number: int, on_wait: Any = None) -> Aggregate:
-        found = self._inner.pull(round_number, on_wait)
+        found: Aggregate = self._inner.pull(round_number, on_wait)
         if found.round == 1:
             return found
         drawn = self._roster.taking_part(self._run_id, found.round - 1)

@@ -77,7 +77,7 @@ def memory_of(process: int) -> Iterator[bytes]:
                     break
                 content += piece
         pages = np.frombuffer(content, dtype="<u8").reshape(-1, resource.getpagesize() // 8)
-        yield from pages_in_a_row(pages, pages.any(axis=1))
+        yield from pages_in_a_row(pages, np.asarray(pages.any(axis=1)))
 
 
 def pages_in_a_row(pages: np.ndarray, kept: np.ndarray) -> Iterator[bytes]:
@@ -142,7 +142,7 @@ def test_server_memory_disk_and_traffic_hold_no_key(tmp_path: Path, backend: str
     try:
         for name in clients:
             lines[name] = Recorder(fv.dial(directory, name, port), traffic, arrived)
-        sessions: Any = {name: client.session(lines[name]) for name, client in clients.items()}  # type: ignore[arg-type]  # by name
+        sessions: Any = {name: client.session(lines[name]) for name, client in clients.items()}
         errors: dict[str, BaseException] = {}
         runner = threading.Thread(target=lambda: errors.update(fv.run_all(sessions)))
         runner.start()

@@ -51,7 +51,8 @@ def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
 ) -> None:
     caplog.set_level(logging.INFO)
     directory, coordinator = founded("ckks", 3)
-    path, kept, push = directory / "clients/cid/state/upload-0002.bin", [], coordinator.push
+    path, push = directory / "clients/cid/state/upload-0002.bin", coordinator.push
+    kept: list[Upload | None] = []
 
     def noting(client: str, upload: Upload) -> Any:
         if (client, upload.round) == ("cid", 2):
@@ -126,7 +127,7 @@ def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(founded: Any) -
             connection.execute(tables.ledger_heads.update().values(head=bytes(32)))
         return original(name, upload)
 
-    coordinator.push = push  # type: ignore[method-assign]  # in between enrolment and push
+    coordinator.push = push  # in between enrolment and push
     with pytest.raises(LedgerError, match=r"LEDGER_BEHIND.*older copy"):
         session.run()
     assert not coordinator.summary()["results"], "nothing of it was used"

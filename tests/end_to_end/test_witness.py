@@ -53,7 +53,7 @@ class LyingAggregator:
         return getattr(self._honest, name)
 
     def aggregate(self, uploads: Mapping[str, Any], rows: Rows, context: RoundContext) -> list[Any]:
-        made = dict(zip(rows, self._honest.aggregate(uploads, rows, context), strict=True))
+        made: dict[str, Any] = dict(zip(rows, self._honest.aggregate(uploads, rows, context), strict=True))
         before, self._last = self._last, {name: bytes(made[name]) for name in LIED_TO}
         for name in LIED_TO if context.round < 3 else ():
             header, row = self._last[name][:HEADER_BYTES], rows[name]
@@ -163,8 +163,7 @@ def test_lies_about_rows_are_caught_and_named(
         told = f"round {number}: no shared aggregate: {words}"
         assert any(line.startswith(told) for line in caplog.messages)
     lines, _ = read_audit(directory / "notes" / AUDIT)
-    said = [line.event for line in lines]
-    assert said.count("countersigned") == ended[0][0]
+    assert [line.event for line in lines].count("countersigned") == ended[0][0]
     assert {line.fields["wrong"] for line in lines if line.event == "not-countersigned"} == {"sum"}
 
 

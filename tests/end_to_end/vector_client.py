@@ -67,7 +67,7 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
     session = client.session(transport)
     if fault == "nan":
         seal = session._protection._cipher.encrypt
-        session._protection._cipher.encrypt = lambda *a, **k: poison(seal(*a, **k))
+        session._protection._cipher.encrypt = lambda *a, **k: poison(seal(*a, **k))  # type: ignore[method-assign]
     marker = kit / "killed-once"
     if fault == "kill" and not marker.exists():
         train = client.learner.train
@@ -88,10 +88,10 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def agree_and_die(number: int) -> None:
-            transport.post_key_message = post_and_die
+            transport.post_key_message = post_and_die  # type: ignore[method-assign]
             agree(number)
 
-        session._agree_with_those_drawn = agree_and_die
+        session._agree_with_those_drawn = agree_and_die  # type: ignore[method-assign, assignment]
     try:
         session.run()
     except FedMosaicError as error:

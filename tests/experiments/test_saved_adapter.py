@@ -12,8 +12,9 @@ from builders import tiny_mechanism
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import StateError
 
 TERMS = {

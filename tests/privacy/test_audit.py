@@ -95,6 +95,7 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
         "    log.add('enrolled', client='ada', run='0' * 32, round=1); print(number, flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         said = [int(process.stdout.readline()) for _ in range(20)]
         process.send_signal(signal.SIGKILL)
     start(AuditLog(tmp_path))

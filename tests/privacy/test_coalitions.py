@@ -95,6 +95,7 @@ def test_rows_in_general_position_need_as_many_recipients_as_the_count_says() ->
         assert exact == counted_coalition(members - 1, 1)
         # A small error may be had earlier, never an exact one.
         found = smallest_coalition([rows])
+        assert found is not None
         assert found <= exact
 
 

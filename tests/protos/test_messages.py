@@ -37,7 +37,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("run_id", lambda: messages.Enrolled("../../etc", 1, 3, 0, ("a",))),
     ("round", lambda: messages.Enrolled("0" * 32, 5, 3, 0, ("a",))),
     ("members", lambda: messages.Enrolled("0" * 32, 1, 3, 0, ("a", "a"))),
-    ("vector", lambda: messages.Profile(np.zeros(3, dtype=np.float64), 0.0, 1)),  # type: ignore[arg-type]
+    ("vector", lambda: messages.Profile(np.zeros(3, dtype=np.float64), 0.0, 1)),
     ("vector", lambda: messages.Profile(np.zeros((2, 2), dtype=np.float32), 0.0, 1)),
     ("vector", lambda: profile(())),
     ("vector", lambda: profile([0.0] * (bounds.MAX_PROFILE_DIMENSIONS + 1))),

@@ -1,5 +1,7 @@
 """A refusal arrives at the client as it left the server."""
 
+from typing import TypeAlias
+
 import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as PackedDetail
@@ -9,11 +11,13 @@ from grpc_status import rpc_status
 from fedmosaic.protos.errors import RefusedError, TransportError
 from fedmosaic.protos.refusal import Refusal, RefusalKind, from_rpc_error, to_status
 
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
 
 class Failed(grpc.RpcError, grpc.Call):
     """A failed call, as a stub raises it."""
 
-    def __init__(self, code: grpc.StatusCode, details: str, trailing: tuple[tuple[str, bytes], ...] = ()):
+    def __init__(self, code: grpc.StatusCode, details: str, trailing: Metadata = ()):
         self._values = (code, details, trailing)
 
     def code(self) -> grpc.StatusCode:
@@ -22,11 +26,11 @@ class Failed(grpc.RpcError, grpc.Call):
     def details(self) -> str:
         return self._values[1]
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> Metadata:  # type: ignore[override]  # the stubs want a class of their own
         return self._values[2]
 
-
-Failed.__abstractmethods__ = frozenset()  # of a call that is over nothing else is asked
+    # Of a call that is over nothing else is asked.
+    add_callback = cancel = initial_metadata = is_active = time_remaining = None  # type: ignore[assignment]
 
 
 def failed(refusal: Refusal) -> Failed:

@@ -171,7 +171,8 @@ class TestFederation:
         }
         mine |= {"channels": (channel,), "warnings": ()}
         mine |= {"guarantees": [guarantee | {"adversary": adversary} for adversary in ADVERSARIES]}
-        whole = {"run_id": run_id, "created": "", "roster_sha256": self.roster.hash.hex(), "encryption": ""}
+        whole: dict[str, Any] = {"run_id": run_id, "roster_sha256": self.roster.hash.hex()}
+        whole |= {"created": "", "encryption": ""}
         whole |= {"transport": "mutual_tls", "no_guarantee": False, "coalition_rows": (), "assumptions": ()}
         statement = {**whole, "leaks": (), "clients": (mine | changes,)}
         return PrivacyStatement.model_validate(statement).model_dump_json().encode()

@@ -206,14 +206,15 @@ def test_a_late_upload_leaves_no_profile_and_moves_no_head(
 
 def test_strangers_are_refused_everywhere(federation: Any, coordinator: Any) -> None:
     upload = federation.upload(coordinator.run_id, "clinic-a", 1)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: coordinator.enrol("mallory", federation.enrolment()),
         lambda: coordinator.push("mallory", upload),
         lambda: coordinator.pull("mallory", 1),
         lambda: coordinator.status("mallory"),
         lambda: coordinator.report("mallory", b"{}"),
         lambda: coordinator.read_key_messages("mallory", 1, "opening"),
-    ):
+    ]
+    for call in calls:
         with refused("NOT_ON_ROSTER"):
             call()
 
@@ -549,11 +550,12 @@ def test_the_summary_is_written_once_for_many_reports_and_none_is_lost(
 ) -> None:
     before = begin()
     written: list[int] = []
-    monkeypatch.setattr(
-        summary_module,
-        "write_summary",
-        lambda place, summary: (written.append(len(summary["statements"])), write_summary(place, summary)),
-    )
+
+    def noting(place: Path, summary: dict[str, Any]) -> None:
+        written.append(len(summary["statements"]))
+        write_summary(place, summary)
+
+    monkeypatch.setattr(summary_module, "write_summary", noting)
     before.advance()
     for client in federation.clients[:3]:
         before.report(client, federation.statement(before.run_id, client))

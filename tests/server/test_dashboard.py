@@ -140,7 +140,8 @@ def test_what_is_awaited_refused_and_compared_is_shown(
     assert "clinic-a uploaded" in plain
     assert "NOT_ON_ROSTER 1 ×" in plain
     assert "call pull; reason NOT_ON_ROSTER; who spiffe://fedmosaic/fed/client/mallory" in plain
-    similarity = played.summary()["results"][0]["similarity"][0][1]
+    results: Any = played.summary()["results"]
+    similarity = results[0]["similarity"][0][1]
     assert f">{similarity:.2f}</td>" in text
     assert "clinic-b 1.000 1.000 1.000 1.000 1.000 1.000 1e-05 example" in plain
     assert "clinic-c its statement cannot be shown" in plain

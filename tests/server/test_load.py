@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,12 @@ def test_uploads_that_come_together_share_their_waits_for_the_disk(
     calls: list[str] = []
     for owner, name in ((coordinator._run.store, "add_uploads"), (coordinator._run.blobs, "settle_uploads")):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda what, name=name, real=real: (calls.append(name), real(what)))
+
+        def counted(what: object, name: str = name, real: Callable[[object], object] = real) -> object:
+            calls.append(name)
+            return real(what)
+
+        monkeypatch.setattr(owner, name, counted)
     pushes = []
     for client in federation.clients:
         header = federation.upload(coordinator.run_id, client, 1).header()
@@ -137,8 +143,14 @@ def test_how_often_a_round_waits_for_the_disk(
     """docs/operation.md has these numbers; the database's own wait, one per transaction, is not in them."""
     coordinator = begin(durable=True)
     federation.play(coordinator, 1)
-    waits, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (waits.append(file), real(file)))
+    waits: list[int] = []
+    real = os.fsync
+
+    def waiting(file: int) -> None:
+        waits.append(file)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", waiting)
     federation.push(coordinator, 2, profile=None)
     assert len(waits) == 1 + 2 * 5  # the folder of the round; payload and name of every upload
     waits.clear()

@@ -81,8 +81,8 @@ def test_an_upload_on_its_way_when_its_member_leaves_is_not_stored(
 
 def test_a_new_key_of_a_member_holds_at_once(running: Coordinator, federation: Any) -> None:
     new = Ed25519PrivateKey.generate()
-    key = {"identity_key": public_hex(new.public_key())}
-    assert running.renew(changed(federation, running.settings, **{"clinic-a": key}))
+    key: dict[str, Any] = {"clinic-a": {"identity_key": public_hex(new.public_key())}}
+    assert running.renew(changed(federation, running.settings, **key))
     running.enrol("clinic-a", federation.enrolment())
     refused("SIGNATURE_INVALID", running.push, "clinic-a", federation.upload(running.run_id, "clinic-a", 1))
     federation.keys["clinic-a"] = new
@@ -116,8 +116,11 @@ def test_which_roster_may_follow(
     if restarted:
         federation.crash(running)
 
-    def take_up() -> object:
-        return Coordinator(settings, clock).close() if restarted else running.renew(settings)
+    def take_up() -> None:
+        if restarted:
+            Coordinator(settings, clock).close()
+        else:
+            running.renew(settings)
 
     if not words:
         take_up()
@@ -150,8 +153,9 @@ def test_a_member_keeps_its_family_in_a_run(
 ) -> None:
     running = begin(**terms)
     running.enrol("clinic-a", federation.enrolment())
-    llama = {"family": "llama"}  # clinic-b has not enrolled, so it has shared nothing
-    settings = changed(federation, running.settings, **{"clinic-a": llama, "clinic-b": llama})
+    # clinic-b has not enrolled, so it has shared nothing.
+    llama: dict[str, Any] = {name: {"family": "llama"} for name in ("clinic-a", "clinic-b")}
+    settings = changed(federation, running.settings, **llama)
     if restarted:
         federation.crash(running)
     with pytest.raises(StateError, match="'clinic-a' is of family 'llama' on the new roster, and of ''"):

@@ -151,9 +151,12 @@ def test_tls_refuses_other_certificates_and_versions_and_leaves_the_reason_in_th
         pair = (None, None) if case is None else (case[1].read_bytes(), case[0].read_bytes())
         credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), *pair)
         with grpc.secure_channel(server.address, credentials) as channel:
+            status: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                "/fedmosaic.v1.Federation/RoundStatus"
+            )
             with pytest.raises(grpc.RpcError) as error:
-                channel.unary_unary("/fedmosaic.v1.Federation/RoundStatus")(b"", timeout=60)
-        assert error.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]  # it is a Call
+                status(b"", timeout=60)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     server.wait_for("Handshake failed.*unable to get local issuer certificate")
     server.wait_for("Handshake failed.*certificate has expired")
     certificate, key = authority.client("clinic-a")

@@ -40,6 +40,11 @@ def make(
     return layer
 
 
+def core_of(layer: CoLoraLayer) -> nn.Linear:
+    assert isinstance(layer, CoLoraLinear)
+    return layer.core("default", "local")
+
+
 def inputs(batch: int = 3, positions: int = 5) -> torch.Tensor:
     return torch.randn(batch, positions, D_IN, generator=torch.Generator().manual_seed(0))
 
@@ -71,6 +76,7 @@ def test_forward_is_the_formula(kind: Kind) -> None:
 def test_gradient_of_the_core_is_the_closed_form() -> None:
     # With one branch of weight 1: ∂L/∂P = s Σ_t (Bᵀδ_t)(A x_t)ᵀ and ∂L/∂Q = s Σ_t Bᵀδ_t.
     layer, x = make(fill=False), inputs()
+    assert isinstance(layer, CoLoraLinear)
     layer.settings["default"].active = frozenset({"local"})
     out = layer(x)
     out.backward(delta := torch.randn_like(out))
@@ -186,7 +192,7 @@ def test_merging_is_equivalent_and_unmerging_restores(kind: Kind, bias: bool) ->
 def test_merging_something_broken_is_refused() -> None:
     layer = make()
     with torch.no_grad():
-        layer.core("default", "local").weight[0, 0] = float("inf")
+        core_of(layer).weight[0, 0] = float("inf")
     with pytest.raises(ModelError, match="not finite"):
         layer.merge(safe_merge=True)
     assert not layer.merged
@@ -208,6 +214,8 @@ def test_a_bfloat16_base_keeps_the_adapter_and_its_gradients_in_float32(kind: Ki
     exact(x.double()).backward(delta.double())
     for (name, ours), (_, theirs) in zip(layer.named_parameters(), exact.named_parameters(), strict=True):
         if "colora_" in name and "global" not in name:
+            assert ours.grad is not None
+            assert theirs.grad is not None
             assert ours.grad.dtype == torch.float32, name
             scale = float(theirs.grad.abs().max())
             assert float((ours.grad.double() - theirs.grad).abs().max()) <= 1e-5 * scale, name
@@ -224,12 +232,12 @@ def test_autocast_does_not_lower_the_adapters_precision() -> None:
     assert float((cast.float() - exact).abs().max()) <= bfloat16_rounding * float(exact.abs().max())
     layer.zero_grad()
     layer(x).sum().backward()
-    expected = layer.core("default", "local").weight.grad.clone()
+    expected = core_of(layer).weight.grad
     layer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss = layer(x).float().sum()
     loss.backward()  # outside, as PyTorch asks for
-    torch.testing.assert_close(layer.core("default", "local").weight.grad, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(core_of(layer).weight.grad, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_modules_than_linear_are_refused() -> None:

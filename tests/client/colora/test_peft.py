@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedmosaic.client.colora import (
     CoLoraConfig,
@@ -24,6 +25,7 @@ from fedmosaic.client.colora import (
 from fedmosaic.client.colora.config import PEFT_TYPE, SPOKEN_TYPE
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import draw_orthonormal
+from fedmosaic.client.colora.model import CoLoraModel
 from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError
 from tiny import copied, tiny_llava
@@ -32,7 +34,7 @@ from tiny import tiny_decoder as tiny
 IDS = torch.arange(20).view(2, 10) % 64
 
 
-def config(**changes: object) -> CoLoraConfig:
+def config(**changes: Any) -> CoLoraConfig:
     return CoLoraConfig(**{"r": 4, "blocks": 2, "task_type": "CAUSAL_LM", **changes})
 
 
@@ -73,7 +75,7 @@ def flags(model: nn.Module) -> dict[str, bool]:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_starts_as_the_base_model_and_then_learns(kind: str, dtype: torch.dtype) -> None:
-    base = tiny(kind).to(dtype)
+    base = nn.Module.to(tiny(kind), dtype)
     before = base(IDS).logits
     model = get_peft_model(base, config(personal_branch=True))
     assert torch.equal(model(IDS).logits, before)
@@ -89,9 +91,10 @@ def test_layers_are_chosen_by_relative_depth_and_written_into_the_configuration(
     given = config()
     model = get_peft_model(tiny(depth=depth), given)
     resolved = model.peft_config["default"]
+    assert isinstance(resolved, CoLoraConfig)
     assert resolved.shared_layers == ([0, 1] if depth == 2 else [2, 4])
     assert resolved.model_depth == depth
-    assert "self_attn.q_proj" in resolved.target_modules
+    assert "self_attn.q_proj" in (resolved.target_modules or ())
     assert given.shared_layers is None, "the caller's configuration stays usable for another model"
     with_core = {n.split(".")[4] for n, _ in model.named_parameters() if "colora_core" in n}
     with_lora = {n.split(".")[4] for n, _ in model.named_parameters() if "colora_lora" in n}
@@ -111,7 +114,7 @@ def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
         for name, (a, b) in get_basis(model).items()
     }
     set_basis(model, fresh, label="aligned:test")
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     on_disk = load_file(tmp_path / "adapter_model.safetensors")
     assert {"colora_A", "colora_B", "colora_gate"} <= {key.split(".")[-1] for key in on_disk}
     loaded = PeftModel.from_pretrained(tiny("qwen2"), tmp_path)
@@ -120,8 +123,9 @@ def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() == on_disk.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
-    assert loaded.peft_config["default"].basis_label == "aligned:test"
-    assert isinstance(PeftConfig.from_pretrained(tmp_path), CoLoraConfig)
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(again, CoLoraConfig)
+    assert again.basis_label == "aligned:test"
     with loaded.disable_adapter():
         loaded(IDS)
     assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen and stays so"
@@ -131,7 +135,7 @@ def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
 
 def test_loading_with_meta_tensors_first_gives_the_same(tmp_path: Path) -> None:
     model = filled(personal_branch=True)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
     assert not any(parameter.is_meta for parameter in loaded.parameters())
@@ -141,7 +145,7 @@ def test_auto_classes_load_base_and_adapter(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config())
     fill(model)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 
@@ -158,15 +162,15 @@ def test_a_saved_adapter_computes_with_the_branches_and_gates_of_training(tmp_pa
 def test_peft_without_this_package_says_what_to_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
+    get_peft_model(tiny(), config()).save_pretrained(str(tmp_path))
     for name in (PEFT_TYPE, SPOKEN_TYPE):  # as importing the package has registered them
-        monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, name)
+        monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, name)  # type: ignore[misc]  # keyed by the closed enum
     with pytest.raises((KeyError, ValueError), match=r"import fedmosaic\.client\.colora"):
-        PeftConfig.from_pretrained(tmp_path)
+        PeftConfig.from_pretrained(str(tmp_path))
 
 
 def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
-    get_peft_model(tiny(depth=3), config()).save_pretrained(tmp_path)
+    get_peft_model(tiny(depth=3), config()).save_pretrained(str(tmp_path))
     with pytest.raises(ModelError, match="3 decoder layers, this one has 4"):
         PeftModel.from_pretrained(tiny(depth=4), tmp_path)
 
@@ -200,6 +204,7 @@ def test_two_adapters_are_separate_and_can_be_summed() -> None:
     model.set_adapter("default")
     assert torch.equal(model(IDS).logits, first)
     assert all("default" in name and "global" not in name for name, flag in flags(model).items() if flag)
+    assert isinstance(model.base_model, CoLoraModel)
     model.base_model.set_adapter(["default", "other"])
     both = model(IDS).logits
     assert not torch.allclose(both, first)
@@ -231,7 +236,7 @@ def test_adapters_that_disagree_on_the_kind_of_a_layer_are_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}], ids=["", "tied"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 def test_a_merged_model_keeps_the_biases_of_q_when_it_is_saved(
-    kind: str, options: dict[str, object], tmp_path: Path
+    kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = get_peft_model(tiny(kind, **options), config(personal_branch=True))
     fill(model, 0.1)
@@ -241,6 +246,7 @@ def test_a_merged_model_keeps_the_biases_of_q_when_it_is_saved(
         merged = model.merge_and_unload(safe_merge=True)
     torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-4, atol=1e-5)
     assert not [module for module in merged.modules() if isinstance(module, CoLoraLayer)]
+    assert isinstance(merged, PreTrainedModel)
     merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(IDS).logits, before, rtol=1e-4, atol=1e-5)
@@ -299,7 +305,7 @@ def test_generation_is_the_same_with_and_without_a_cache() -> None:
 
 
 def test_llava_trains_its_language_part_only() -> None:
-    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    options: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
     base = tiny_llava(tiny().config, image_token_index=63, **options)
     model = get_peft_model(base, config())
     trained = [name for name, flag in flags(model).items() if flag]

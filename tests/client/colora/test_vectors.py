@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.colora.layer import CoLoraLayer
-from fedmosaic.client.colora.linear import draw_orthonormal
+from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear, draw_orthonormal
 from fedmosaic.protos.errors import ModelError
 from tiny import LINEARS as MODULES
 from tiny import copied, tiny_decoder
@@ -37,7 +38,7 @@ SIZE = BLOCKS * len(MODULES) * (RANK**2 + RANK)
 
 
 @copied
-def adapted(kind: str = "llama", hidden: int = 32, depth: int = 3, **changes: object) -> PeftModel:
+def adapted(kind: str = "llama", hidden: int = 32, depth: int = 3, **changes: Any) -> PeftModel:
     config = CoLoraConfig(**{"r": RANK, "blocks": BLOCKS, **changes})
     return get_peft_model(tiny_decoder(kind, hidden, depth), config)
 
@@ -53,9 +54,9 @@ def test_the_vector_has_the_documented_order() -> None:
     at = 0
     for layer in (2, 4):  # nearest to 1/2 and 1 of a depth of 5, halves going deeper
         for module in MODULES:
-            core = model.get_submodule(f"base_model.model.model.layers.{layer}.{module}").core(
-                "default", "local"
-            )
+            adapted_module = model.get_submodule(f"base_model.model.model.layers.{layer}.{module}")
+            assert isinstance(adapted_module, CoLoraLinear)
+            core = adapted_module.core("default", "local")
             p, q = vector[at : at + 16].reshape(4, 4), vector[at + 16 : at + 20]
             np.testing.assert_array_equal(core.weight.detach().numpy(), p)
             np.testing.assert_array_equal(core.bias.detach().numpy(), q)
@@ -65,7 +66,7 @@ def test_the_vector_has_the_documented_order() -> None:
 
 @pytest.mark.parametrize("branch", ["local", "global", "personal"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_what_is_written_is_read_and_nothing_else_changes(branch: str, dtype: type) -> None:
+def test_what_is_written_is_read_and_nothing_else_changes(branch: str, dtype: type[np.floating]) -> None:
     model = adapted(personal_branch=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     shared, family = numbers(SIZE).astype(dtype), numbers(read_family(model).size, 1).astype(dtype)
@@ -94,7 +95,8 @@ def test_the_hash_is_of_canonical_json_and_depends_on_every_field() -> None:
     plain = {"alpha": 32.0, "basis": "seed:0", "blocks": 2, "format": "fedmosaic/shared-adapter/1"}
     canonical = json.dumps({**plain, "modules": list(MODULES), "rank": 4}, separators=(",", ":"))
     assert layout.spec_hash == hashlib.sha256(canonical.encode()).hexdigest()
-    changes = {"rank": 5, "alpha": 16.0, "blocks": 3, "modules": MODULES[:-1], "basis_label": "aligned:x"}
+    changes: dict[str, Any] = {"rank": 5, "alpha": 16.0, "blocks": 3, "modules": MODULES[:-1]}
+    changes |= {"basis_label": "aligned:x"}
     changed = {replace(layout, **{name: value}).spec_hash for name, value in changes.items()}
     assert len({layout.spec_hash, *changed}) == 6
 
@@ -115,9 +117,10 @@ def test_the_map_moves_between_widths() -> None:
     outputs = []
     for model in (narrow, wide):
         layer = model.get_submodule("base_model.model.model.layers.2.self_attn.q_proj")
+        assert isinstance(layer, CoLoraLinear)
         a, b = layer.colora_A["default"], layer.colora_B["default"]
         x = reduced @ a  # the vector in the span of A with coordinates `reduced`
-        outputs.append((layer(x) - layer.base_layer(x)) @ b)
+        outputs.append((layer(x) - layer.linear(x)) @ b)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
     assert outputs[0].abs().max() > 0.1
 
@@ -138,6 +141,7 @@ def test_the_family_vector_holds_a_then_b_of_each_module() -> None:
     vector = numbers(read_family(model).size)
     write_family(model, vector, "local")
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    assert isinstance(layer, BranchedLoraLinear)
     down, up = layer.branch_tensors("default", "local")
     np.testing.assert_array_equal(down.detach().numpy(), vector[: 4 * 64].reshape(4, 64))
     np.testing.assert_array_equal(up.detach().numpy(), vector[4 * 64 : 4 * 96].reshape(32, 4))
@@ -211,12 +215,13 @@ def test_what_does_not_exist_is_refused(message: str, act: Callable[[nn.Module],
 def test_writing_into_a_merged_adapter_is_refused() -> None:
     model = adapted()
     model.merge_adapter()
-    for act in (
+    acts: list[Callable[[], None]] = [
         lambda: write_shared(model, numbers(SIZE)),
         lambda: copy_branch(model, "local", "global"),
         lambda: fix_gate(model, 0.5),
         lambda: set_active_branches(model, {"local"}),
-    ):
+    ]
+    for act in acts:
         with pytest.raises(ModelError, match="unmerge_adapter"):
             act()
     model.unmerge_adapter()
@@ -278,7 +283,9 @@ def test_set_basis_replaces_bases_and_names_them_in_the_layout() -> None:
         assert a.dtype == b.dtype == torch.float32
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     assert shared_layout(model).spec_hash != hash_before
-    assert shared_layout(model).basis_label == model.peft_config["default"].basis_label == "aligned:abc"
+    config = model.peft_config["default"]
+    assert isinstance(config, CoLoraConfig)
+    assert shared_layout(model).basis_label == config.basis_label == "aligned:abc"
 
 
 NAME = "model.layers.1.mlp.up_proj"

@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedmosaic.client.data import sources
 from fedmosaic.client.data.records import Example, Turn, by_unit, read_set, row_of, unit_ids
 from fedmosaic.client.ledger import DataLedger
 from fedmosaic.client.settings import ClientSettings, ColumnSettings, DataSettings, HubData
@@ -275,7 +274,7 @@ def test_a_split_of_a_hub_is_read_like_any_data_set(monkeypatch: pytest.MonkeyPa
         asked.append((name, subset, split))
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(sources.importlib.import_module("datasets"), "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     found = read_set(HubData(name="glue", subset="sst2", split="train"))
     assert (found.label, found.examples) == ("hub:glue:sst2:train", read_set(ROWS).examples)
     assert asked == [("glue", "sst2", "train")]

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig, adapted_layers, fix_gate, set_active_branches, set_trainable
+from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine, refuse_state
 from fedmosaic.client.dp.engine import only_shared_branch, private_parameters, public_branches
 from fedmosaic.client.model.loss import in_bfloat16
@@ -36,7 +38,7 @@ def test_a_shared_branch_alone_passes(dtype: torch.dtype, global_weight: float |
 def personal_branch_times_zero(model: nn.Module) -> None:
     set_active_branches(model, {"local", "personal"}, layers="shared")
     with torch.no_grad():
-        for layer in adapted_layers(model, "shared"):
+        for layer in shared_modules(model):
             layer.core("default", "personal").weight.zero_()
 
 
@@ -70,7 +72,7 @@ def test_a_frozen_private_tensor_in_the_forward_pass_is_found(
 def test_another_trainable_tensor_is_found(model: nn.Module, group: str) -> None:
     with only_shared_branch(model) as cores:
         if group == "base":
-            model.get_base_model().lm_head.weight.requires_grad_(True)
+            model.get_parameter("base_model.model.lm_head.weight").requires_grad_(True)
         else:
             set_trainable(model, {"local", group}, layers="shared")
         with pytest.raises(PrivacyError, match="outside the shared branch"):
@@ -80,7 +82,7 @@ def test_another_trainable_tensor_is_found(model: nn.Module, group: str) -> None
 def test_everything_but_releases_counts_as_private(model: nn.Module) -> None:
     found = {id(parameter) for parameter in private_parameters(model).values()}
     released = set()
-    for layer in adapted_layers(model, "shared"):
+    for layer in shared_modules(model):
         for branch in ("local", "global"):
             released |= {id(parameter) for parameter in layer.core("default", branch).parameters()}
     adapter = {id(p) for name, p in model.named_parameters() if "colora_" in name}
@@ -142,7 +144,7 @@ class Remembers:
 
 @pytest.mark.parametrize("strength", [0.1, 1e-4])
 def test_a_layer_that_remembers_the_longest_text_is_found(model: nn.Module, strength: float) -> None:
-    layer = model.get_base_model().model.layers[0]
+    layer = model.get_submodule("base_model.model.model.layers.0")
     with only_shared_branch(model, global_weight=0.5) as cores, hooked(layer, Remembers(strength)):
         with pytest.raises(ModelError, match="keeps something of earlier examples"):
             check_engine(model, cores, clip=4.0)
@@ -150,7 +152,7 @@ def test_a_layer_that_remembers_the_longest_text_is_found(model: nn.Module, stre
 
 def test_a_received_branch_at_the_bound_finds_what_zeros_hide(model: nn.Module) -> None:
     """A layer that keeps something only where its inputs are large, as any received branch can make them."""
-    layer, longest = model.get_base_model().model.layers[1], Remembers(1e-2)
+    layer, longest = model.get_submodule("base_model.model.model.layers.1"), Remembers(1e-2)
 
     def change(output: torch.Tensor) -> torch.Tensor:
         return longest(output) if float(output.detach().abs().max()) > 1.0 else output
@@ -168,15 +170,17 @@ def test_rotary_positions_that_follow_the_longest_text_are_refused() -> None:
 
 
 def test_a_compiled_model_is_refused(model: nn.Module) -> None:
-    model.get_base_model().model.layers[1].compile(backend="eager")
+    model.get_submodule("base_model.model.model.layers.1").compile(backend="eager")
     with pytest.raises(ModelError, match="is compiled"):
         refuse_state(model)
+    compiled = torch.compile(nn.Linear(2, 2), backend="eager")
+    assert isinstance(compiled, nn.Module)
     with pytest.raises(ModelError, match="is compiled"):
-        refuse_state(torch.compile(nn.Linear(2, 2), backend="eager"))
+        refuse_state(compiled)
 
 
 def test_dropout_that_stays_on_is_refused(model: nn.Module) -> None:
-    layer = model.get_base_model().model.layers[0]
+    layer = model.get_submodule("base_model.model.model.layers.0")
     with (
         only_shared_branch(model) as cores,
         hooked(layer, lambda output: nn.functional.dropout(output, 1e-6)),
@@ -195,7 +199,7 @@ def test_a_core_outside_the_loss_is_refused(model: nn.Module) -> None:
 def test_public_values_stand_in_for_what_was_received_and_give_it_back(model: nn.Module) -> None:
     values = {}
     with torch.no_grad():
-        for layer in adapted_layers(model, "shared"):
+        for layer in shared_modules(model):
             for branch in ("local", "global", "personal"):
                 for name, parameter in layer.core("default", branch).named_parameters():
                     parameter.normal_()
@@ -214,7 +218,7 @@ def test_public_values_stand_in_for_what_was_received_and_give_it_back(model: nn
 @pytest.mark.parametrize("value", [float("nan"), 4.0])
 def test_no_check_reads_what_was_received(model: nn.Module, value: float) -> None:
     with torch.no_grad():
-        for layer in adapted_layers(model, "shared"):
+        for layer in shared_modules(model):
             layer.core("default", "global").weight.fill_(value)
     with only_shared_branch(model, global_weight=0.5) as cores:
         assert_only_shared_branch(model, cores, private_parameters(model))
@@ -224,14 +228,16 @@ def test_no_check_reads_what_was_received(model: nn.Module, value: float) -> Non
 def test_a_gradient_of_zero_is_refused(model: nn.Module) -> None:
     with only_shared_branch(model) as cores:
         with torch.no_grad():
-            for layer in adapted_layers(model, "shared"):
+            for layer in shared_modules(model):
                 layer.colora_B["default"].zero_()
         with pytest.raises(ModelError, match="would move nothing"):
             check_engine(model, cores, clip=4.0)
 
 
 def test_the_check_works_in_training_mode_with_dropout(model: nn.Module) -> None:
-    model.get_base_model().config.attention_dropout = 0.5
+    for module in model.modules():
+        if isinstance(module, LlamaAttention):
+            module.attention_dropout = 0.5
     model.train()
     with only_shared_branch(model) as cores:
         check_engine(model, cores, clip=4.0)

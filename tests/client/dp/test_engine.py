@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from peft import PeftModel
 from torch import nn
 
 from fedmosaic.client.colora import read_shared
@@ -31,7 +32,7 @@ Cores = Mapping[str, nn.Linear]
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+def make_model(dtype: torch.dtype = torch.float32) -> PeftModel:
     """Cores that are not at zero, so that gradients reach below the last one."""
     model = tiny_colora(dtype)
     with only_shared_branch(model) as cores, torch.no_grad():
@@ -45,14 +46,14 @@ def rows_of(model: nn.Module, cores: Cores, examples: Sequence[EncodedExample]) 
     return torch.stack([example_gradient(model, cores, example) for example in examples])
 
 
-def rows_of_opacus(model: nn.Module, cores: Cores, examples: Sequence[EncodedExample]) -> torch.Tensor:
+def rows_of_opacus(model: PeftModel, cores: Cores, examples: Sequence[EncodedExample]) -> torch.Tensor:
     """The oracle: Opacus's hooks on one padded batch, an independent implementation of the same rows."""
     wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
     model.enable_input_require_grads()  # Opacus's hooks want a gradient of every core's input
     try:
         wrapped.train()
         example_losses(model, on_device_of(model, collate(examples, 0))).sum().backward()
-        return torch.cat([p.grad_sample.flatten(1) for p in core_parameters(cores)], dim=1)
+        return torch.cat([vars(p)["grad_sample"].flatten(1) for p in core_parameters(cores)], dim=1)
     finally:
         wrapped.zero_grad(set_to_none=True)
         wrapped.to_standard_module()
@@ -65,13 +66,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def model(device: torch.device) -> nn.Module:
+def model(device: torch.device) -> PeftModel:
     return make_model()
 
 
 @settings(max_examples=15)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=6))
-def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> None:
+def test_rows_equal_those_of_opacus(model: PeftModel, lengths: list[int]) -> None:
     examples = random_texts(lengths)
     for example in examples[::2]:  # What is learned of a conversation stands in several places.
         example.labels.copy_(
@@ -87,7 +88,7 @@ def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> Non
         assert relative(row, expected) < 1e-5
 
 
-def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> None:
+def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: PeftModel) -> None:
     examples = random_texts([5, 9, 14, 3, 8, 11, 6])
     with only_shared_branch(model) as cores:
         rows = rows_of(model, cores, examples)
@@ -106,7 +107,7 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
         model.disable_input_require_grads()
         optimizer.clip_and_accumulate()
         np.testing.assert_array_equal(read_shared(wrapped), read_shared(model))
-        by_opacus = torch.cat([parameter.summed_grad.flatten() for parameter in parameters])
+        by_opacus = torch.cat([vars(parameter)["summed_grad"].flatten() for parameter in parameters])
         wrapped.to_standard_module()
         model.zero_grad(set_to_none=True)
     assert (total.rows, total.clipped, total.rejected) == (7, 3, 0)

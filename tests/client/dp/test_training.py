@@ -9,8 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fedmosaic.client.colora import adapted_layers, read_shared, set_active_branches, write_shared
+from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.engine import dimensions_of, example_gradient, only_shared_branch, private_parameters
 from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
@@ -54,7 +56,7 @@ def receive(model: nn.Module, bound: float) -> None:
     """Load a received branch of ± bound with random signs, which may be no finite number."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for layer in adapted_layers(model, "shared"):
+        for layer in shared_modules(model):
             for parameter in layer.core("default", "global").parameters():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
                 parameter.copy_(signs * bound)
@@ -66,7 +68,7 @@ PLAN = {"steps": 2, "sampling_rate": 0.5, "expected_batch_size": 7, "max_grad_no
 SETTINGS = Settings(learning_rate=1.0, optimizer="sgd", noise_multiplier=1.5, **PLAN)
 
 
-def change(settings: Settings = SETTINGS, **values: object) -> Settings:
+def change(settings: Settings = SETTINGS, **values: Any) -> Settings:
     return Settings(**(settings.model_dump() | values))
 
 
@@ -231,7 +233,7 @@ def test_bfloat16_products_release_float32_of_the_same_size() -> None:
 
 
 def summed(
-    monkeypatch: pytest.MonkeyPatch, model: nn.Module, examples: list[EncodedExample], **values: object
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, examples: list[EncodedExample], **values: Any
 ) -> list[int]:
     """The sum of one step over all examples, before noise, in units of C / 2²⁴."""
     seen: list[ClippedSum] = []
@@ -273,8 +275,9 @@ def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(
 def test_dropout_does_not_act_and_nothing_is_drawn_from_the_generator_of_torch() -> None:
     """Its stream is one for all examples, so that one more would give all the others another mask."""
     quiet, noisy = make_model(), make_model()
-    for layer in noisy.get_base_model().model.layers:
-        layer.self_attn.attention_dropout = 0.5
+    for module in noisy.modules():
+        if isinstance(module, LlamaAttention):
+            module.attention_dropout = 0.5
     noisy.train()
     state = torch.get_rng_state()
     for model in (quiet, noisy):
@@ -297,14 +300,15 @@ def test_what_was_received_cannot_end_the_training(value: float) -> None:
 
 
 def test_settings_without_a_guarantee_and_no_example_are_refused() -> None:
-    for name, values in {
+    refused: dict[str, list[Any]] = {
         "noise_multiplier": [0.0, math.nan, math.inf],
         "sampling_rate": [0.0, 1.5],
         "max_grad_norm": [0.0, math.inf],
         "expected_batch_size": [0],
         "steps": [0],
         "batch_size": [8],
-    }.items():
+    }
+    for name, values in refused.items():
         for value in values:
             with pytest.raises(ValidationError):
                 change(**{name: value})

@@ -93,7 +93,10 @@ def make_tokenizer(template: str = "", tokens: int = ROWS, **special: str) -> Pr
 
 def make_model(kind: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    assert isinstance(model, PreTrainedModel)
+    model.eval()
+    return nn.Module.to(model, dtype)
 
 
 @pytest.mark.parametrize("kind", sorted(ACCEPTED))
@@ -254,7 +257,7 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 def test_more_tokens_than_rows_are_refused_only_where_they_occur(tmp_path: Path) -> None:
     model, tokenizer = load_base_model(save(tmp_path, make_tokenizer(tokens=ROWS + 10)))
-    assert len(tokenizer) > model.get_input_embeddings().num_embeddings
+    assert len(tokenizer) > len(model.get_parameter("model.embed_tokens.weight"))
     good, bad = Example("1", "w5 w6", "w7"), Example("2", "w5 w70", "w7")
     encoded = encode_examples(tokenizer, [good, bad], 16)
     check_ids(model, [encoded[0].input_ids], "train.jsonl", "model.path")
@@ -270,7 +273,7 @@ def test_a_padding_token_without_a_row_gives_way_to_the_end_of_text(tmp_path: Pa
 
 def not_a_number(model: nn.Module) -> None:
     with torch.no_grad():
-        model.lm_head.weight[0] = float("nan")
+        model.get_parameter("lm_head.weight")[0] = float("nan")
 
 
 def no_forward(model: nn.Module) -> None:
@@ -299,9 +302,10 @@ def test_a_lower_rank_takes_no_part_in_group_sums() -> None:
 def test_an_aligned_checkpoint_has_its_cores_where_the_terms_say_late(tmp_path: Path) -> None:
     late = AdapterTerms(rank=4, alpha=8.0, blocks=2, layer_rule="late")
     bare = adapter_config(ModelSettings(path="model"), late)
-    assert adapt(make_model("llama", COMMON | {"num_hidden_layers": 5}), bare).peft_config[
-        "default"
-    ].shared_layers == [3, 4]
+    adapted = adapt(make_model("llama", COMMON | {"num_hidden_layers": 5}), bare)
+    config = adapted.peft_config["default"]
+    assert isinstance(config, CoLoraConfig)
+    assert config.shared_layers == [3, 4]
     settings = ModelSettings(path="model", aligned=str(tmp_path))
     for layers in ([3, 4], [1, 4]):
         config = CoLoraConfig(

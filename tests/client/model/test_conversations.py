@@ -1,6 +1,7 @@
 """Conversations as tokens: the loss is on what the assistant says, to the token, and on nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def chat(*texts: str, system: str = "") -> Example:
 def shown(tokens: PreTrainedTokenizerFast, example: Example, max_length: int = 200) -> str:
     """What is read, what is learned in brackets; a token that is merged is upper case."""
     (encoded,) = encode_examples(tokens, [example], max_length)
-    words = [tokens.convert_ids_to_tokens(int(i)) for i in encoded.input_ids]
+    words = tokens.convert_ids_to_tokens(encoded.input_ids.tolist())
     learned = (encoded.labels != IGNORED).tolist()
     assert torch.equal(
         encoded.labels[encoded.labels != IGNORED], encoded.input_ids[encoded.labels != IGNORED]
@@ -112,7 +113,7 @@ def test_the_question_is_what_training_shows_before_the_last_turn() -> None:
     (encoded,) = encode_examples(tokens, [example], 100)
     question = question_tokens(tokens, example)
     assert encoded.input_ids[: len(question)].tolist() == question
-    assert tokens.convert_ids_to_tokens(encoded.input_ids[len(question) :]) == ["d", "</e>"]
+    assert tokens.convert_ids_to_tokens(encoded.input_ids[len(question) :].tolist()) == ["d", "</e>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_one_turn_is_not() -> None:
@@ -158,8 +159,9 @@ def test_lengths_are_told_with_what_is_learned() -> None:
 
 def test_a_conversation_is_trained_and_scored_like_any_example() -> None:
     tokens = tokenizer(CHATML)
-    sizes = {"vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 2}
-    model = tiny_llama(**sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1).eval()
+    sizes: dict[str, Any] = {"vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 2}
+    model = tiny_llama(**sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1)
+    model.eval()
     examples = [chat("a", "b", "c", "d"), chat("e", "f")]
     examiner = Examiner(model, tokens, 2, 60)
     examiner.check(examples, "test")

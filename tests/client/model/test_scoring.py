@@ -1,6 +1,7 @@
 """Test sets with and without choices: what is scored how, and that the measure is told."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ LEARNT = [Example("1", "a b", "C d."), Example("2", "b a e", "f")]
 
 
 def fresh(rows: int = len(WORDS), positions: int = 32) -> LlamaForCausalLM:
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    sizes = {"vocab_size": rows, "hidden_size": 32, "max_position_embeddings": positions}
-    return tiny_llama(initializer_range=0.3, num_hidden_layers=2, **sizes, **special).eval()
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    sizes: dict[str, Any] = {"vocab_size": rows, "hidden_size": 32, "max_position_embeddings": positions}
+    model = tiny_llama(initializer_range=0.3, num_hidden_layers=2, **sizes, **special)
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -211,13 +214,13 @@ def test_tokens_without_a_row_are_refused_beforehand() -> None:
         Examiner(few, TOKENS, 1, 16).score([Example("1", "a", "b", ("b", "z"))])
 
 
-def test_a_model_that_cannot_write_is_refused_beforehand() -> None:
+def test_a_model_that_cannot_write_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
 
     def generate(**_: object) -> None:
         raise ValueError("no cache of this kind")
 
-    model.generate = generate
+    monkeypatch.setattr(model, "generate", generate)
     with pytest.raises(ModelError, match="cannot write answers: ValueError: no cache"):
         Examiner(model, TOKENS, 1, 16).check([Example("1", "a", "b")], "test set 'self'")
     Examiner(model, TOKENS, 1, 16).check([Example("1", "a", "b", ("b", "c"))], "test set 'self'")

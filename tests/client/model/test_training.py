@@ -1,6 +1,7 @@
 """Plain local training: groups of learning rate, order, determinism, loud failures."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fedmosaic.client.colora import set_active_branches, set_trainable
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
@@ -110,8 +112,11 @@ def test_the_loss_falls_and_the_report_says_so() -> None:
     model = make_model()
     seen: list[tuple[int, int, float]] = []
     settings = TrainingSettings(steps=25, learning_rate=0.02, shared_learning_rate=0.02)
-    told = {"progress": lambda *values: seen.append(values)}
-    report = train_local(model, make_examples(16), settings, pad_token_id=0, **told)
+
+    def note(step: int, steps: int, loss: float) -> None:
+        seen.append((step, steps, loss))
+
+    report = train_local(model, make_examples(16), settings, pad_token_id=0, progress=note)
     assert report.last_loss < report.first_loss - 0.5
     assert [(step, steps) for step, steps, _ in seen] == [(step, 25) for step in range(1, 26)]
     assert report.first_loss == pytest.approx(sum(loss for *_, loss in seen[:10]) / 10)
@@ -125,20 +130,22 @@ def test_only_trainable_tensors_move() -> None:
     set_trainable(model, {"gate"}, layers="shared")
     set_trainable(model, set(), layers="family")
     fill_cores(model)
-    model.eval().get_base_model().model.norm.train()
+    norm = model.eval().get_submodule("base_model.model.model.norm").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained(model, steps=2)
     moved = changed(model, before)
     assert moved
     assert all("colora_gate" in name for name in moved)
-    assert [model.training, model.get_base_model().model.norm.training] == [False, True], "modes are kept"
+    assert [model.training, norm.training] == [False, True], "modes are kept"
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -> None:
-    results = []
+    results: list[dict[str, torch.Tensor]] = []
     for seed in (3, 3, 4):
         model = make_model()
-        model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.5
+        attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+        assert isinstance(attention, LlamaAttention)
+        attention.attention_dropout = 0.5
         torch.manual_seed(100 + len(results))
         state = torch.get_rng_state()
         # Four of nine examples, so that the order matters.
@@ -201,7 +208,9 @@ def infinite_gradient(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("losses", [broken_losses, infinite_gradient])
-def test_what_is_not_finite_stops_training_before_a_weight_changes(losses: object) -> None:
+def test_what_is_not_finite_stops_training_before_a_weight_changes(
+    losses: Callable[[nn.Module, Batch], torch.Tensor],
+) -> None:
     model = make_model()
     before = adapter(model)
     with pytest.raises(ModelError, match="step 1 is not finite"):
@@ -212,10 +221,10 @@ def test_what_is_not_finite_stops_training_before_a_weight_changes(losses: objec
 def test_training_that_changes_nothing_is_loud() -> None:
     model = make_model()
     set_active_branches(model, {"global"})
-    model.get_base_model().lm_head.weight.requires_grad_(True)
+    head = model.get_parameter("base_model.model.lm_head.weight").requires_grad_(True)
     with torch.no_grad():
-        model.get_base_model().lm_head.weight.zero_()
-        model.get_base_model().model.norm.weight.zero_()
+        head.zero_()
+        model.get_parameter("base_model.model.model.norm.weight").zero_()
     with pytest.raises(ModelError, match="changed none of the"):
         trained(model, steps=2)
 
@@ -270,13 +279,17 @@ def test_epochs_have_different_orders() -> None:
 
 def test_a_damaged_state_is_refused() -> None:
     sampler = EpochSampler(5, 0)
-    for name, values in {"size": [0], "position": [5, -1], "epoch": [-1, 0.5], "seed": [-1, "1"]}.items():
+    refused: dict[str, list[Any]] = {
+        "size": [0], "position": [5, -1], "epoch": [-1, 0.5], "seed": [-1, "1"]
+    }  # fmt: skip
+    for name, values in refused.items():
         for value in values:
             with pytest.raises(StateError):
                 sampler.load_state_dict(sampler.state_dict() | {name: value})
-    for damaged in ({"size": 5}, {}, [], None):
+    damaged: list[Any] = [{"size": 5}, {}, [], None]  # as a damaged file may hold it
+    for state in damaged:
         with pytest.raises(StateError, match="must hold size, seed, epoch, position"):
-            sampler.load_state_dict(damaged)  # type: ignore[arg-type]  # as a damaged file may hold it
+            sampler.load_state_dict(state)
     assert sampler.take(5) == EpochSampler(5, 0).take(5)
 
 

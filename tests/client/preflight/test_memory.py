@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.model.adapted import adapter_config
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
@@ -54,6 +54,7 @@ def need(folder: Path, **changes: Any) -> MemoryNeed:
 
 def adapted(folder: Path) -> PeftModel:
     config = adapter_config(ModelSettings(path=str(folder)), TERMS)
+    assert isinstance(CONFIG, LlamaConfig)
     return adapt(LlamaForCausalLM(CONFIG), config)
 
 

@@ -1,6 +1,7 @@
 """The public basis: leading directions, whitening and clipping norm as their definitions say."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ def test_sides_are_the_leading_directions() -> None:
     gradients = public_gradients()
     fitted = fit_basis(lambda: gradients, reduction(), BasisSettings(kronecker_shape=(3, 2)))
     for side, count in ((fitted.basis.left, 3), (fitted.basis.right, 2)):
+        assert side is not None
         np.testing.assert_allclose(side.T @ side, np.eye(count), atol=1e-5)
         # Directions come in order of their strength and are the coordinate axes of the construction.
         np.testing.assert_allclose(np.abs(side[:count, :count]), np.eye(count), atol=0.1)
@@ -55,6 +57,8 @@ def test_whitened_public_rows_have_zero_mean_and_nearly_unit_covariance(
     settings = BasisSettings(kronecker_shape=(3, 2))
     fitted = fit_basis(lambda: gradients, reduction(normalise=False), settings)
     rows = Projection(reduction(normalise=False), fitted.basis).rows(gradients)
+    assert fitted.basis.centre is not None
+    assert fitted.basis.whitening is not None
     white = (rows - fitted.basis.centre) @ fitted.basis.whitening.T
     np.testing.assert_allclose(white.mean(0), 0.0, atol=1e-4)
     np.testing.assert_allclose(np.cov(white.T), np.eye(6), atol=0.01)
@@ -64,6 +68,7 @@ def test_whitened_public_rows_have_zero_mean_and_nearly_unit_covariance(
 def test_shrinkage_bounds_how_far_a_silent_direction_is_blown_up() -> None:
     rows = np.random.default_rng(1).standard_normal((500, 4)) * [1.0, 1.0, 1.0, 1e-9]
     fitted = standardise_rows(rows, PublicBasis(), BasisSettings())
+    assert fitted.basis.whitening is not None
     gains = np.linalg.svd(fitted.basis.whitening, compute_uv=False)
     mean = np.linalg.eigvalsh(np.cov(rows.T, bias=True)).mean()
     assert gains.max() == pytest.approx(1 / np.sqrt(0.1 * mean), rel=1e-4)
@@ -129,8 +134,8 @@ def test_a_fitted_mechanism_is_complete(kind: str, standardise: str, has_basis: 
 
 
 def tiny_probe() -> tuple[Probe, list[EncodedExample]]:
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "vocab_size": 30}
-    probe = open_probe(tiny_llama(num_hidden_layers=1, initializer_range=0.3, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2}
+    probe = open_probe(tiny_llama(num_hidden_layers=1, initializer_range=0.3, vocab_size=30, **sizes))
     ids = torch.randint(0, 30, (40, 7))
     examples = [EncodedExample(str(index), row, row) for index, row in enumerate(ids)]
     return probe, examples

@@ -28,7 +28,8 @@ def tiny(
 ) -> PreTrainedModel:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": tied}
     sizes = {"intermediate_size": 40, "vocab_size": 50} | changes
-    model = tiny_decoder(architecture, 24, 2, **special, **sizes).train()
+    model = tiny_decoder(architecture, 24, 2, **special, **sizes)
+    model.train()
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         # Norm weights of one would hide a forgotten gain, small weights a wrong Jacobian.
@@ -48,10 +49,11 @@ EXAMPLES = [encoded(4, 3), encoded(9, 1), encoded(2, 8), encoded(6, 5), encoded(
 
 
 def autograd_gradient(model: PreTrainedModel, example: EncodedExample) -> torch.Tensor:
-    weight = model.model.layers[-1].mlp.down_proj.weight
+    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
     logits = model(input_ids=example.input_ids[None].to(model.device)).logits[0].cpu()
     loss = torch.nn.functional.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORED)
-    return torch.autograd.grad(loss, weight)[0].cpu()
+    gradient: torch.Tensor = torch.autograd.grad(loss, weight)[0]
+    return gradient.cpu()
 
 
 def matrix(factors: GradientFactors) -> np.ndarray:
@@ -75,7 +77,7 @@ def test_gradient_equals_autograd(architecture: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_example_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
-    probe = open_probe(tiny().to(dtype))
+    probe = open_probe(here(tiny(), dtype))
     company = [encoded(index % 7 + 1, index % 11 + 1, seed=index) for index in range(60)]
     together = list(gradient_factors(probe, company))
     backwards = list(gradient_factors(probe, company[::-1]))[::-1]

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from builders import tiny_mechanism
+from devices import here
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.profile.release import clipped_profile
@@ -23,7 +24,7 @@ from fedmosaic.protos.errors import MechanismError, PrivacyError
 from tiny import random_texts, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("device")
-SIZES = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def tiny_model(seed: int = 0, hidden: int = 16) -> LlamaForCausalLM:
@@ -39,9 +40,9 @@ def dataset(count: int) -> list[EncodedExample]:
     return random_texts([4 + index % 5 for index in range(count)])
 
 
-def mechanism(probe: Probe, **changes: object) -> ProfileMechanism:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "projection_dimensions": 32}
-    fields = {"probe_sha256": probe.sha256, "noise_multiplier": 2.0, "clipping_norm": 0.5}
+def mechanism(probe: Probe, **changes: Any) -> ProfileMechanism:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "projection_dimensions": 32}
+    fields: dict[str, Any] = {"probe_sha256": probe.sha256, "noise_multiplier": 2.0, "clipping_norm": 0.5}
     fields["reduction"] = Reduction(kind="tensor_sketch", **sizes)
     return tiny_mechanism(**(fields | changes))
 
@@ -73,7 +74,7 @@ def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Pro
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_removing_any_example_moves_the_sum_by_exactly_its_own_row(dtype: torch.dtype) -> None:
     """In particular, padding and batches must not let an example change the others' last bits."""
-    probe, examples = open_probe(tiny_model().to(dtype)), dataset(53)
+    probe, examples = open_probe(here(tiny_model(), dtype)), dataset(53)
     whole = summed(probe, examples, minimum_examples=1).units
     for removed in (0, 17, 52):
         rest = examples[:removed] + examples[removed + 1 :]

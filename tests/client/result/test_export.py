@@ -56,6 +56,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
     expected, own = texts(left.model, left), left.model(IDS).logits
     for form in ("colora", "lora", "merged"):
         out = written(left, tmp_path / form, "--format", form)
+        loaded: torch.nn.Module
         if form == "merged":
             loaded = AutoModelForCausalLM.from_pretrained(out)
         else:
@@ -63,7 +64,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
         # What is merged adds up in another order; float32.
         torch.testing.assert_close(loaded(IDS).logits, own, rtol=1e-5, atol=1e-5)
         assert texts(loaded, left) == expected
-    assert isinstance(PeftConfig.from_pretrained(tmp_path / "lora"), LoraConfig)
+    assert isinstance(PeftConfig.from_pretrained(str(tmp_path / "lora")), LoraConfig)
     opened = Opening(state=left.state).open()
     assert torch.equal(opened.model(IDS).logits, own)
 
@@ -71,7 +72,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
 def test_the_rank_is_the_adapters_unless_a_layer_has_two_branches(leave: Leave, tmp_path: Path) -> None:
     for name, family, expected in (("one", "", 4), ("two", "small-llama", 8)):
         left = leave("llama", "none", family)
-        config = PeftConfig.from_pretrained(written(left, tmp_path / name, "--format", "lora"))
+        config = PeftConfig.from_pretrained(str(written(left, tmp_path / name, "--format", "lora")))
         assert config.r == expected
         # llama.cpp reads one alpha for all modules, vLLM one rank: both are right where all have the same.
         assert (config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (expected, {}, {})
@@ -93,7 +94,7 @@ def test_the_recipes_of_the_cards_need_nothing_of_this_package(
     for name in [name for name in sys.modules if name.partition(".")[0] == "fedmosaic"]:
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed: it cannot be imported
     for known in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        monkeypatch.delitem(known, "COLORA")
+        monkeypatch.delitem(known, "COLORA")  # type: ignore[misc]  # keyed by the closed enum
     for recipe in recipes.values():
         names: dict[str, Any] = {}
         exec(recipe, names)  # noqa: S102  # the recipe is a program
@@ -134,7 +135,7 @@ def leave_again(left: Left, leave: Leave, *options: str) -> Left:
 def test_what_can_be_shared_holds_the_released_branch_and_nothing_else(leave: Leave, tmp_path: Path) -> None:
     left = leave("mistral", "dp+encrypted")
     out = written(left, tmp_path / "out", "--shareable")
-    config = PeftConfig.from_pretrained(out)
+    config = PeftConfig.from_pretrained(str(out))
     assert isinstance(config, CoLoraConfig)
     assert not config.personal_branch
     tensors = load_file(out / "adapter_model.safetensors")
@@ -190,7 +191,7 @@ def test_leaving_q_out_is_measured(leave: Leave, tmp_path: Path, capsys: pytest.
     told = " ".join(capsys.readouterr().out.split())
     assert "without Q, against the client's model: largest difference of a logit" in told
     assert "Q, the constant part, is left out" in (out / "README.md").read_text()
-    assert not PeftConfig.from_pretrained(out).lora_bias
+    assert not PeftConfig.from_pretrained(str(out)).lora_bias
     loaded = PeftModel.from_pretrained(base_of(left), out)
     assert not torch.allclose(loaded(IDS).logits, left.model(IDS).logits, atol=1e-3)
     loaded.merge_and_unload()  # PEFT refuses this with a bias that the base has not

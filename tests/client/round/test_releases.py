@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ class Client:
     ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
         path, channels = self.books / LEDGER, budgeted_channels(self.terms)
-        budget = {"accountant": self.accountant, "budgeted_channels": channels}
+        budget: dict[str, Any] = {"accountant": self.accountant, "budgeted_channels": channels}
         ledger = Ledger.open(path, "ada", DELTA, self.target, **budget)
         noise = SecureNoise()
         noise.gaussian = self.gaussian  # type: ignore[method-assign]  # counts the draws
@@ -150,6 +151,9 @@ def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Cli
         first, again = releases.profile(1), releases.profile(1)
     with client.opened() as releases:
         later = releases.profile(3)
+    assert first is not None
+    assert again is not None
+    assert later is not None
     np.testing.assert_array_equal(first.vector, again.vector)
     np.testing.assert_array_equal(first.vector, later.vector)
     assert (client.draws, len(client.reserved("profile"))) == (1, 1)
@@ -223,6 +227,8 @@ def test_the_average_is_taken_over_noised_releases_and_costs_nothing_more(client
         first = releases.profile(1)
     with client.opened(ids=(*IDS, "new")) as releases:
         average = releases.profile(2)
+    assert first is not None
+    assert average is not None
     stored = [np.load(path) for path in client.books.glob("profile-*.npy")]
     (second,) = (vector for vector in stored if not np.array_equal(vector, first.vector))
     decay = client.terms.relevance.average_decay
@@ -249,6 +255,7 @@ def test_bytes_stored_by_a_process_that_died_are_released_as_they_are(client: Cl
     stored = np.load(next(client.books.glob("profile-*.npy")))
     with client.opened() as releases:
         profile = releases.profile(1)
+    assert profile is not None
     np.testing.assert_array_equal(profile.vector, stored)
     assert (client.draws, len(client.reserved("profile"))) == (1, 1)
 
@@ -304,6 +311,7 @@ def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -
     def run(client: Client) -> None:
         with client.opened(summed=slow) as releases:
             profile = releases.profile(1)
+            assert profile is not None
             sent[client.place] = profile.vector
 
     threads = [threading.Thread(target=run, args=(client,)) for client in (first, second)]

@@ -53,7 +53,8 @@ def serving(authority: identity.Authority) -> Iterator[Callable[..., int]]:
             servicer: Any = None,
         ) -> int:
             server = grpc.server(ThreadPoolExecutor(4))
-            rpc.add_FederationServicer_to_server(servicer or rpc.FederationServicer(), server)
+            unasked = rpc.FederationServicer()  # type: ignore[abstract]  # nothing is called
+            rpc.add_FederationServicer_to_server(servicer or unasked, server)
             if shown is None:
                 port = server.add_insecure_port("127.0.0.1:0")
             else:
@@ -83,8 +84,8 @@ def dial(kit: Path) -> Iterator[Callable[..., GrpcTransport]]:
     with ExitStack() as opened:
 
         def make(address: str, **options: Any) -> GrpcTransport:
-            own = {"certificate": kit / "tls.pem", "private_key": kit / "tls.key"}
-            transport = GrpcTransport(address, authority=kit / "authority.pem", **own, **options)
+            options |= {"certificate": kit / "tls.pem", "private_key": kit / "tls.key"}
+            transport = GrpcTransport(address, authority=kit / "authority.pem", **options)
             opened.callback(transport.close)
             return transport
 

@@ -227,9 +227,10 @@ def _huge(part: pb.PullResponse) -> pb.PullResponse:
 
 def upload(size: int = 700_000) -> Any:
     sections = (Section("shared", PAYLOAD[:size]), Section("family", PAYLOAD[-1000:]))
-    what = {"sections": sections, "profile": Profile(np.ones(16, dtype=np.float32), 0.0, 1)}
+    profile = Profile(np.ones(16, dtype=np.float32), 0.0, 1)
+    what: dict[str, Any] = {"sections": sections, "profile": profile}
     whose: dict[str, Any] = {"federation": "fed", "run_id": "0" * 32, "client_id": "clinic-a"}
-    when = {"round_number": 1, "key_epoch": 1, "attempt_id": "a"}
+    when: dict[str, Any] = {"round_number": 1, "key_epoch": 1, "attempt_id": "a"}
     return sign_upload(Ed25519PrivateKey.generate(), **whose, **when, **what)
 
 
@@ -408,8 +409,8 @@ def test_delays_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
         slept.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr(connection.time, "sleep", sleep)
-    monkeypatch.setattr(connection.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(connection, "_FIRST_DELAY_SECONDS", 0.25)
 
     def attempt() -> None:
@@ -457,7 +458,7 @@ def test_a_certificate_that_was_installed_meanwhile_is_shown_by_the_next_call(
             seen.append(context.auth_context()["x509_pem_cert"][0])
             return pb.ReportResponse()
 
-    transport = dial(f"127.0.0.1:{serving(servicer=Service())}")
+    transport = dial(f"127.0.0.1:{serving(servicer=Service())}")  # type: ignore[abstract]  # one is called
     transport.report(b"{}")
     new = builders.issue_client(authority, "fed", "clinic-a", key=ec.generate_private_key(ec.SECP256R1()))
     (kit / "tls.key").write_bytes(new.key_pem)

@@ -94,6 +94,7 @@ def test_a_noise_that_is_thirty_per_cent_too_small_is_caught(epsilon: float, rel
     """At ε = 1 the alarm needs more releases; the 95 % bound passes the claim with fewer."""
     result = audited(sigma_for(epsilon), Scaled(0.7), releases)
     assert result.broken
+    assert result.figures[0].bound is not None
     assert result.figures[0].value > result.figures[0].bound
 
 

@@ -15,6 +15,7 @@ from fedmosaic.experiments.attacks.federation import (
     task_results,
     weight_matrix,
 )
+from fedmosaic.experiments.attacks.statistics.results import AttackResult
 from fedmosaic.experiments.attacks.target import ServerRun, read_target
 from fedmosaic.privacy.federation.terms import RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -25,8 +26,8 @@ TERMS, POLICY = RelevanceTerms(temperature=0.2), AggregationPolicy()
 MECHANISM = tiny_mechanism(noise_multiplier=8.0)
 
 
-def value(result: object, name: str) -> float:
-    return next(f.value for f in result.figures if f.name == name)  # type: ignore[attr-defined]
+def value(result: AttackResult, name: str) -> float:
+    return next(f.value for f in result.figures if f.name == name)
 
 
 def profiles() -> dict[str, np.ndarray]:

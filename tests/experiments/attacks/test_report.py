@@ -7,7 +7,7 @@ from fedmosaic.experiments.attacks.statistics.results import AttackReport, Attac
 
 
 def report(*figures: Figure, headline: str = "", **more: object) -> AttackReport:
-    results = ()
+    results: tuple[AttackResult, ...] = ()
     if figures:
         result = AttackResult(
             attack="Membership",

@@ -87,7 +87,8 @@ def test_a_claim_below_the_ledger_and_a_smaller_row_than_told_are_broken(federat
 
 
 def test_what_a_state_lacks_is_told(federation: Path, tmp_path: Path) -> None:
-    state, skipped = federation / "clients/cid/state", []
+    skipped: list[str] = []
+    state = federation / "clients/cid/state"
     (state / STATEMENT).rename(tmp_path / STATEMENT)
     assert open_state(state, 0).attack(skipped) == []
     assert "holds no statement" in skipped[0]

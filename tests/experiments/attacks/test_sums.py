@@ -7,6 +7,7 @@ from fedmosaic.client.round.group_steps import GroupSum, mixed_gradient, shared_
 from fedmosaic.experiments.attacks import sums as attack_sums
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure
+from fedmosaic.experiments.attacks.statistics.results import AttackResult
 from fedmosaic.experiments.attacks.statistics.roc import ceiling_of
 from fedmosaic.experiments.attacks.sums import sum_refusals, sum_results
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -22,18 +23,18 @@ GAUSSIAN = "certified ε, Gaussian scores"
 
 
 @pytest.fixture(scope="module")
-def results():
+def results() -> list[AttackResult]:
     found = sum_results(
         TERMS, SIGMA, SeededTestNoise(1), np.random.default_rng(1), canaries=4000, setting="product"
     )
     return list(found)
 
 
-def certified(result, name=GAUSSIAN):
-    return next(figure.value for figure in result.figures if figure.name == name)
+def certified(result: AttackResult) -> float:
+    return next(figure.value for figure in result.figures if figure.name == GAUSSIAN)
 
 
-def test_up_to_t_the_claim_holds_and_one_more_passes_it(results):
+def test_up_to_t_the_claim_holds_and_one_more_passes_it(results: list[AttackResult]) -> None:
     *coalitions, late = results
     within, beyond = coalitions[:4], coalitions[4:]
     assert not any(result.broken for result in results)
@@ -47,9 +48,13 @@ def test_up_to_t_the_claim_holds_and_one_more_passes_it(results):
     assert late.figures[0].value == pytest.approx(0.5, abs=0.06)
 
 
-def test_members_that_add_less_noise_than_they_promise_are_seen(monkeypatch):
+def test_members_that_add_less_noise_than_they_promise_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mechanism that is broken on purpose: every member adds two thirds of its noise."""
-    monkeypatch.setattr(attack_sums, "plan_grid", _too_little_noise(attack_sums.plan_grid))
+    monkeypatch.setattr(
+        attack_sums,
+        "plan_grid",
+        lambda members, batch, noise, bits: plan_grid(members, batch, noise / 1.5, bits),
+    )
     found = sum_results(
         TERMS, SIGMA, SeededTestNoise(1), np.random.default_rng(1), canaries=4000, setting="product"
     )
@@ -58,12 +63,8 @@ def test_members_that_add_less_noise_than_they_promise_are_seen(monkeypatch):
     assert all(result.broken for result in against_t)
 
 
-def _too_little_noise(plan):
-    return lambda members, batch, noise, bits: plan(members, batch, noise / 1.5, bits)
-
-
 @pytest.mark.parametrize("noisy", [True, False])
-def test_steps_of_noisy_sums_keep_the_claim_and_steps_of_unnoised_ones_do_not(noisy):
+def test_steps_of_noisy_sums_keep_the_claim_and_steps_of_unnoised_ones_do_not(noisy: bool) -> None:
     """The shared branch is read like a release; broken on purpose, the optimizer gets the sums themselves."""
     sigma, rounds, canaries, source = 2.0, 2, 1000, SeededTestNoise(1)
     included = np.random.default_rng(1).random(canaries) < 0.5
@@ -72,7 +73,8 @@ def test_steps_of_noisy_sums_keep_the_claim_and_steps_of_unnoised_ones_do_not(no
     for _ in range(rounds):
         total = included * grid.steps
         if noisy:
-            total = total + sum(noisy_share(ClippedSum.empty(canaries), grid, source) for _ in range(4))
+            shares = [noisy_share(ClippedSum.empty(canaries), grid, source) for _ in range(4)]
+            total = total + np.sum(shares, axis=0)
         gradients.append(mixed_gradient([GroupSum(total / grid.steps, 6.0)], [1.0]))
     figure = one_run_figure(
         -shared_branch(np.zeros(canaries), gradients, 0.1, rounds),
@@ -83,7 +85,7 @@ def test_steps_of_noisy_sums_keep_the_claim_and_steps_of_unnoised_ones_do_not(no
     assert figure.broken is not noisy
 
 
-def test_every_attempt_to_split_a_group_is_refused_with_a_reason():
+def test_every_attempt_to_split_a_group_is_refused_with_a_reason() -> None:
     found = sum_refusals(TERMS)
     assert len(found) == 10
     assert [result.attempt for result in found if result.broken] == []

@@ -59,7 +59,12 @@ def test_the_largest_epsilon_of_the_runs_is_shown() -> None:
 
 
 def test_relevance_is_the_share_of_pairs_in_the_right_order() -> None:
-    similarity = [[1.0, 0.9, 0.1, 0.5], [0.9, 1.0, 0.5, None], [0.1, 0.5, 1.0, 0.4], [0.5, None, 0.4, 1.0]]
+    similarity: list[list[float | None]] = [
+        [1.0, 0.9, 0.1, 0.5],
+        [0.9, 1.0, 0.5, None],
+        [0.1, 0.5, 1.0, 0.4],
+        [0.5, None, 0.4, 1.0],
+    ]
     # Pairs of one group: 0.9 and 0.4. Of two: 0.1, 0.5, 0.5, and 0 for the unknown one.
     assert relevance_quality(["a", "a", "b", "b"], similarity) == pytest.approx((4 + 2) / 8)
     assert math.isnan(relevance_quality(["a", "a", "", ""], similarity))
@@ -89,7 +94,7 @@ def test_gains_are_paired_by_seed() -> None:
     last, _, others, others_auc = groups[0].gains(groups[1])
     # The third seed has no partner; the two others differ by the same 0.1, so nothing is left of the spread.
     assert last is not None
-    assert (last.mean, last.count) == (pytest.approx(0.1), 2)
+    assert (last.mean, last.count) == pytest.approx((0.1, 2))
     assert last.half_width == pytest.approx(0.0, abs=1e-9)
     assert others is others_auc is None
     assert gains(groups) == [("fedavg", ("+10.0 ± 0.0", "+5.0 ± 0.0", "-", "-"))]

@@ -19,10 +19,17 @@ from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.federation import kits
 from fedmosaic.privacy.federation.install import consortium_fingerprint
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger
+from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.privacy.statement import plain
 from fedmosaic.privacy.statement.build import statement
-from fedmosaic.privacy.statement.models import ClientInputs, StatementInputs
+from fedmosaic.privacy.statement.models import (
+    ClientInputs,
+    ClientStatement,
+    PrivacyStatement,
+    Protection,
+    StatementInputs,
+)
 from fedmosaic.privacy.statement.shareable import shareable
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -42,23 +49,23 @@ SECTIONS = {
 """The registry's schema as it was read: its parts, and those of their fields that a record has here."""
 
 
-def state_of(place: Path, protection: str, *, handed_over: bool = True) -> Path:
+def state_of(place: Path, protection: Protection, *, handed_over: bool = True) -> Path:
     """What a client leaves behind: ledger, statements, scores, and what it has seen of the ledger."""
     state = place / protection
     state.mkdir()
     private = COVERED[protection] == "dp"
-    channels = ("profile", "adapter") if private else ("profile",)
+    channels: tuple[Channel, ...] = ("profile", "adapter") if private else ("profile",)
     mechanism = GROUP if protection == "distributed-dp" else {}
     with Ledger.open(state / LEDGER, "north", 1e-5, 8.0, budgeted_channels=channels) as ledger:
         charge(ledger, PROFILE, "profile", 0, digest=DIGEST, covered_by="dp", clipping_norm=0.5)
         event = GaussianEvent(20.0, 1.0, 5) if private else UNPROTECTED
-        covered = {"covered_by": COVERED[protection], "mechanism": mechanism}
-        charge(ledger, event, "adapter", 1, digest=DIGEST, **covered)
+        covered = COVERED[protection]
+        charge(ledger, event, "adapter", 1, digest=DIGEST, covered_by=covered, mechanism=mechanism)
         seen = {"ledger": str(state), "anchor": ledger.anchor(keeper("clinics", "north")).hex()}
         client = ClientInputs(
             ledger=tuple(ledger.export()),
             client_id="north",
-            adapter_protection=protection,  # type: ignore[arg-type]  # a literal
+            adapter_protection=protection,
             clipped_share={"adapter": 1.0},
             largest_delta=1e-5,
             least_noise=20.0 if private else None,
@@ -126,8 +133,8 @@ def test_verdicts_follow_the_protection_and_name_the_worst(tmp_path: Path) -> No
     assert plain.trust(void).startswith("NO GUARANTEE HOLDS")
 
 
-def statement_of(state: Path) -> plain.ClientStatement:
-    return plain.PrivacyStatement.model_validate_json((state / STATEMENT).read_text()).clients[0]
+def statement_of(state: Path) -> ClientStatement:
+    return PrivacyStatement.model_validate_json((state / STATEMENT).read_text()).clients[0]
 
 
 def test_a_ledger_that_goes_on_or_is_gone_is_told(tmp_path: Path) -> None:
@@ -146,7 +153,7 @@ def test_the_rosters_signature_is_checked_anew(tmp_path: Path, capsys: pytest.Ca
     state = state_of(tmp_path, "encrypted")
     kit = kits.open_kit(fv.make_federation(tmp_path / "f", fv.terms("mask", 2)) / "server")
     kits.keep_signed(kit.directory, kit.roster, state)
-    own = plain.PrivacyStatement.model_validate_json((state / STATEMENT).read_text())
+    own = PrivacyStatement.model_validate_json((state / STATEMENT).read_text())
     assert roster_signed(own, state)[1].startswith(f"NOT VALID: the roster in {state} is another")
     own = own.model_copy(update={"roster_sha256": kit.roster.hash.hex()})
     (state / STATEMENT).write_text(own.model_dump_json())
@@ -189,9 +196,7 @@ def test_the_registrys_record_has_its_fields_and_is_made_of_what_may_be_handed_o
     private, encrypted = (made[name]["deployment"] for name in ("dp", "encrypted"))
     assert private["basic"]["data_curators"] == private["administrative"]["registry_authors"] == ["Clinic"]
     assert encrypted["basic"]["intended_use"] == "TO BE FILLED IN"
-    handed = plain.PrivacyStatement.model_validate_json((tmp_path / "dp" / HANDED_OVER).read_text()).clients[
-        0
-    ]
+    handed = PrivacyStatement.model_validate_json((tmp_path / "dp" / HANDED_OVER).read_text()).clients[0]
     worst = plain.worst_first(handed)[0].epsilon
     assert private["privacy_loss"]["privacy_parameters"] == {"epsilon": worst, "delta": 1e-5}
     assert encrypted["privacy_loss"]["privacy_parameters"] == {"delta": 1e-5}, "∞ is no number of the schema"

@@ -5,7 +5,6 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ class Packages:
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packages]:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packages:
     served = Packages(tmp_path)
     monkeypatch.setattr(demo_data, "fetch", served.fetch)
     monkeypatch.setattr(demo_data, "COMMON_ROWS", 9)

@@ -1,5 +1,7 @@
 """Shallow models: the refitted head is the ridge solution, and reads better than the head it replaces."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -10,9 +12,11 @@ from tiny import tiny_llama
 
 
 def make_model(layers: int = 4, tied: bool = True) -> LlamaForCausalLM:
-    sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = tiny_llama(1, tie_word_embeddings=tied, initializer_range=0.3, **sizes, **heads).eval()
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 24}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads |= {"num_hidden_layers": layers, "tie_word_embeddings": tied}
+    model = tiny_llama(1, initializer_range=0.3, **sizes, **heads)
+    model.eval()
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.rand(12) + 0.5)
     return model
@@ -30,7 +34,8 @@ def states_after(model: LlamaForCausalLM, sequence: list[int], depth: int) -> to
         shorter.load_state_dict(model.state_dict())
         del shorter.model.layers[depth:]
         shorter.model.norm.weight.fill_(1.0)
-        return shorter.model(torch.tensor([sequence]), use_cache=False).last_hidden_state[0, 1:]
+        states: torch.Tensor = shorter.model(torch.tensor([sequence]), use_cache=False).last_hidden_state
+        return states[0, 1:]
 
 
 def test_the_readout_is_the_ridge_solution() -> None:

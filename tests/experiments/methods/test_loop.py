@@ -32,7 +32,7 @@ from fedmosaic.experiments.methods.strategy import (
     Trainer,
     check_uploads,
 )
-from fedmosaic.experiments.methods.variants import UNIFORM_TEMPERATURE
+from fedmosaic.experiments.methods.variants import UNIFORM_TEMPERATURE, VARIANTS, with_variant
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -48,7 +48,7 @@ ELSEWHERE = {"fedmosaic", "fedmosaic-blend", "fedmosaic-unaligned"}
 """Run by the tests of the simulation."""
 
 
-@pytest.mark.parametrize("method", [*sorted({*methods.VARIANTS} - ELSEWHERE), *methods.BASELINES])
+@pytest.mark.parametrize("method", [*sorted({*VARIANTS} - ELSEWHERE), *methods.BASELINES])
 def test_every_method_runs_for_a_round(
     method: str, tmp_path: Path, tiny_scenario: Any, tiny_pair: Any
 ) -> None:
@@ -75,25 +75,25 @@ def test_an_unknown_method_is_refused_by_name(tmp_path: Path, tiny_scenario: Any
 
 
 def test_variants_change_what_they_say(tiny_scenario: Any) -> None:
-    changed = methods.with_variant(tiny_scenario(method="fedmosaic-uniform"))
+    changed = with_variant(tiny_scenario(method="fedmosaic-uniform"))
     assert changed.relevance.temperature == UNIFORM_TEMPERATURE
     assert changed.relevance.average_decay == tiny_scenario().relevance.average_decay
-    assert methods.with_variant(tiny_scenario(method="fedmosaic-fixed-gate")).fixed_gate == 0.5
+    assert with_variant(tiny_scenario(method="fedmosaic-fixed-gate")).fixed_gate == 0.5
 
 
 def test_ablations_of_the_alignment_change_what_is_aligned(tiny_scenario: Any) -> None:
     plain = tiny_scenario()
-    assert methods.with_variant(tiny_scenario(method="fedmosaic-first-layers")).adapter.layer_rule == "first"
+    assert with_variant(tiny_scenario(method="fedmosaic-first-layers")).adapter.layer_rule == "first"
     with pytest.raises(ConfigurationError, match="names none"):
-        methods.with_variant(tiny_scenario(method="fedmosaic-unaligned"))
+        with_variant(tiny_scenario(method="fedmosaic-unaligned"))
     models = [client.model.model_copy(update={"aligned": "there", "rank": 2}) for client in plain.clients]
     clients = tuple(c.model_copy(update={"model": m}) for c, m in zip(plain.clients, models, strict=True))
     aligned = plain.model_copy(update={"clients": clients, "method": "fedmosaic-unaligned"})
-    changed = methods.with_variant(aligned)
+    changed = with_variant(aligned)
     assert {(client.model.aligned, client.model.rank) for client in changed.clients} == {(None, None)}
-    assert methods.with_variant(aligned.model_copy(update={"method": "fedmosaic"})).clients == clients
+    assert with_variant(aligned.model_copy(update={"method": "fedmosaic"})).clients == clients
     with pytest.raises(ConfigurationError, match="leave them out"):
-        methods.with_variant(aligned.model_copy(update={"method": "fedmosaic-first-layers"}))
+        with_variant(aligned.model_copy(update={"method": "fedmosaic-first-layers"}))
 
 
 def test_a_baseline_goes_on_after_its_last_whole_round(

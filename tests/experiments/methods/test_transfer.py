@@ -48,7 +48,7 @@ def _letters(vocabulary: list[str], pattern: str) -> PreTrainedTokenizerFast:
     tokens = [*_SPECIAL, *vocabulary]
     inner = Tokenizer(WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=_SPECIAL[0]))
     cut = Split(Regex(pattern), "isolated")
-    inner.pre_tokenizer = cut  # type: ignore[assignment]  # read-only in the stubs only
+    inner.pre_tokenizer = cut
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token=_SPECIAL[0], eos_token=_SPECIAL[1], pad_token=_SPECIAL[1]
     )

@@ -27,7 +27,8 @@ if __name__ == "__main__":
 
 def alive(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE  # that has ended, and waits for who has taken it over
+        # A zombie has ended, and waits for who has taken it over.
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -41,8 +42,8 @@ def test_a_signal_to_a_run_ends_all_of_its_processes(
     (tmp_path / "scenario.json").write_text(scenario.model_dump_json())
     (tmp_path / "run.py").write_text(RUN)
     command = [sys.executable, "run.py", "scenario.json", str(kept)]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=tmp_path, **silent) as run:
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=tmp_path, stdout=silent, stderr=silent) as run:
         started: list[psutil.Process] = []
 
         def a_client_is_there() -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedmosaic.experiments.methods import BASELINES, VARIANTS
+from fedmosaic.experiments.methods import BASELINES
+from fedmosaic.experiments.methods.variants import VARIANTS
 from fedmosaic.experiments.runs import table as grid
 from fedmosaic.protos.errors import ConfigurationError
 

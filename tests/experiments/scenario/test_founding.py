@@ -12,6 +12,7 @@ from fedmosaic.client.profile import fit
 from fedmosaic.experiments.scenario.founding import fit_profile
 from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.privacy.federation.kits import BASIS
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 
 
 def test_a_fitted_basis_is_kept_for_the_next_run_and_a_damaged_one_is_not_used(
@@ -19,7 +20,12 @@ def test_a_fitted_basis_is_kept_for_the_next_run_and_a_damaged_one_is_not_used(
 ) -> None:
     fits: list[object] = []
     really = fit.fit
-    monkeypatch.setattr(fit, "fit", lambda arguments: fits.append(arguments) or really(arguments))
+
+    def noting(arguments: fit.Arguments) -> ProfileMechanism:
+        fits.append(arguments)
+        return really(arguments)
+
+    monkeypatch.setattr(fit, "fit", noting)
 
     def fitted(name: str) -> Any:
         return fit_profile(

@@ -8,7 +8,7 @@ import pytest
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.experiments.tasks.sets import SETS
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation.kits import lonely
+from fedmosaic.privacy.federation.kits import MemberEntry, lonely
 from fedmosaic.protos.errors import ConfigurationError
 
 SCENARIOS = Path(__file__).parents[3] / "experiments" / "scenarios"
@@ -38,7 +38,8 @@ def test_scenarios_name_the_files_that_the_commands_write(
         assert scenario.images == tmp_path / folder
         assert all(c.projector == tmp_path / "projectors" / c.family for c in scenario.clients)
     families = {client.id: client.family for client in scenario.clients}
-    assert lonely(scenario.clients, scenario) == ""
+    members = [MemberEntry(id=client, family=family) for client, family in families.items()]
+    assert lonely(members, scenario) == ""
     if "-depths" in name:
         domains = {client.rpartition("-")[0] for client in families}
         assert all(len({families[f"{domain}-{x}"] for x in "abc"}) == 3 for domain in domains)

@@ -20,7 +20,7 @@ from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.founding import agreed_adapter
-from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.experiments.simulation.simulate import make_models
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.terms import AdapterTerms
@@ -131,7 +131,7 @@ def test_the_hash_is_the_rosters_at_every_rank(
     terms = AdapterTerms(rank=RANK, alpha=alpha, blocks=2, protection="none", basis=basis_name(folder))
     settings = ModelSettings(path=str(tiny_folder / "large"), aligned=str(folder), rank=rank)
     learner = ModelLearner.__new__(ModelLearner)
-    learner._terms = type("T", (), {"adapter": terms})()  # type: ignore[assignment]  # all that the hash reads
+    learner._terms = type("T", (), {"adapter": terms})()  # all that the hash reads
     learner._model, _ = load_adapted(settings, terms)
     assert learner.adapter_spec_hash == terms.spec_hash
     layer = shared_layout(learner._model)
@@ -204,5 +204,5 @@ def test_processes_share_an_aligned_basis(tmp_path: Path, tiny_scenario: Any, ba
     scenario = _scenario(tiny_scenario, bases)
     record = read_run(runner.run(scenario, tmp_path, tmp_path, Console(quiet=True)))
     assert all("after" in result for result in record.clients.values())
-    with pytest.raises(runner.RunFailedError, match="has the basis"):
+    with pytest.raises(RunFailedError, match="has the basis"):
         runner.run(_scenario(tiny_scenario, bases, stranger=1), tmp_path, tmp_path, Console(quiet=True))

@@ -48,7 +48,7 @@ def test_what_a_cluster_cannot_run_is_refused(tmp_path: Path, tiny_scenario: Any
         runner.run_here(tiny_scenario(method="local"), tmp_path, tmp_path, Console(quiet=True), Cluster())
     for wrong in ({"actors": 2}, {"engine": "ray", "processes": True}):
         with pytest.raises(ConfigurationError, match="--engine ray"):
-            runner._cluster(runner.Arguments(Path("x.toml"), **wrong))  # type: ignore[arg-type]  # options
+            runner._cluster(runner.Arguments(Path("x.toml"), **wrong))
 
 
 def _stand_in(**given: Any) -> Any:
@@ -83,7 +83,8 @@ def test_an_actor_that_cannot_load_its_model_says_where_and_why_in_a_line(
     ray = _stand_in(get=lambda _: (made, None, {}), cloudpickle=pickle, util=util)
     monkeypatch.setitem(sys.modules, "ray", ray)
     actor = cluster._ClientActor(pickle.dumps(None), tmp_path / "of another machine", 0)
-    for ask in (actor.check_loaded, lambda: actor.turn(0, 1)):
+    asked: list[Callable[[], object]] = [actor.check_loaded, lambda: actor.turn(0, 1)]
+    for ask in asked:
         with pytest.raises(RunFailedError, match=r"^10\.0\.0\.2: .*of another machine"):
             ask()
 
@@ -213,7 +214,7 @@ def test_a_run_that_loses_two_machines_and_its_server_ends_with_the_adapters_of_
 def test_a_process_that_dies_more_often_than_it_may_ends_the_run_and_another_goes_on_with_it(
     tmp_path: Path, tiny_scenario: Any, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cluster._LASTING, "max_restarts", 1)  # type: ignore[arg-type]  # a dict
+    monkeypatch.setitem(cluster._LASTING, "max_restarts", 1)
     scenario, quiet = _scenario(tiny_scenario), Console(quiet=True)
     thread, found = _begin(
         lambda: runner.run_here(scenario, tmp_path, tmp_path / "ray", quiet, Cluster(actors=2)),

@@ -13,7 +13,7 @@ from fedmosaic.experiments.simulation import progress
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def passes(seconds: float) -> None:
         now[0] += seconds

@@ -25,6 +25,7 @@ from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision import encoder, features
 from fedmosaic.client.vision.encoder import EfficientNetLite0, _SameConv
 from fedmosaic.client.vision.inputs import (
+    ImageEmbedding,
     images_in,
     located,
     marker,
@@ -106,6 +107,8 @@ def test_words_stay_and_images_come_from_the_projector() -> None:
         assert torch.equal(model(words).logits, before)
     embedding = model.get_input_embeddings()
     got = embedding(torch.tensor([[1, 44, 45, 40, 41]]))
+    assert isinstance(embedding, ImageEmbedding)
+    assert isinstance(embedding.source, ProjectedFeatures)
     expected = projector(embedding.source.features[[2, 0]])
     torch.testing.assert_close(got[0, 1:], expected.reshape(4, 16))
     got.sum().backward()
@@ -138,7 +141,9 @@ def test_a_tower_gives_what_the_models_own_forward_gives(llava_folder: Path, tmp
     with torch.no_grad():
         expected = model(input_ids=own_ids, pixel_values=pixels).logits
         put_images(model, source, source.each)
-        first = model.get_input_embeddings().num_embeddings
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, ImageEmbedding)
+        first = embedding.num_embeddings
         ids = torch.tensor([[5, *range(first, first + 4), 6, *range(first + 4, first + 8), 7]])
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
         swapped = torch.tensor([[5, *range(first + 4, first + 8), 6, *range(first, first + 4), 7]])
@@ -344,8 +349,8 @@ def seeing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
         width = model.config.get_text_config().hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            record = _record(model_sha256=fingerprint(model), width=width)
-            save_projector(Projector(1280, width, 0.3), record, tmp_path / f"projector-{name}")
+            made = _record(model_sha256=fingerprint(model), width=width)
+            save_projector(Projector(1280, width, 0.3), made, tmp_path / f"projector-{name}")
 
     def make(**changes: Any) -> Any:
         clients = [
@@ -417,7 +422,7 @@ def test_features_of_a_clients_own_images_stay_in_its_state(seeing: Any, tmp_pat
     hosts, adapter = make_models(scenario)
     del hosts
     features_before = set((tmp_path / "cache" / "pictures").iterdir())
-    terms = Terms.model_construct(adapter=adapter)
+    terms = Terms.model_construct(adapter=adapter)  # type: ignore[call-arg]  # of which no other is read
     learner = ModelLearner(settings, terms, client.family, LoggedProgress(tmp_path / "progress.jsonl"))
     assert 0.0 <= learner.evaluate()["self"].value <= 1.0
     (kept,) = (tmp_path / "state" / "picture-features").iterdir()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_gradients_through_merged_weights_are_those_of_each_example_alone(settin
 
 def test_a_model_cut_to_its_last_layer_computes_what_the_whole_one_does(settings: sharing.Settings) -> None:
     whole, tokenizer = load_base_model(settings.model)
-    cut = sharing._Bench(sharing.replace(settings, layers=1))._model
+    cut = sharing._Bench(replace(settings, layers=1))._model
     texts = [Example("", "w1 w2 w3 " * length, "yes", ("yes", "no")) for length in range(1, 6)]
     encoded = encode_examples(tokenizer, texts, 32)
     for _ in range(2):
@@ -73,7 +74,7 @@ def test_a_model_cut_to_its_last_layer_computes_what_the_whole_one_does(settings
 
 
 def test_a_form_of_ones_own_has_the_answer_in_its_line(settings: sharing.Settings) -> None:
-    bench = sharing._Bench(sharing.replace(settings, form="w1 {} w2"))
+    bench = sharing._Bench(replace(settings, form="w1 {} w2"))
     example, tokenizer = sharing._rows(bench._settings, 1, 0)[0][0][0], bench._tokenizer
     assert (example.prompt[:3], example.prompt[-3:]) == ("w1 ", " w2")
     assert example.answer in (" yes", " no")
@@ -84,7 +85,7 @@ def test_a_form_of_ones_own_has_the_answer_in_its_line(settings: sharing.Setting
 
 def test_every_second_member_of_contradicting_ones_answers_otherwise(settings: sharing.Settings) -> None:
     same, _ = sharing._rows(settings, 4, 0)
-    other, tests = sharing._rows(sharing.replace(settings, task="contradicting"), 4, 0)
+    other, tests = sharing._rows(replace(settings, task="contradicting"), 4, 0)
     assert [member == mine for member, mine in zip(same, other, strict=True)] == [True, False, True, False]
     for one, two in zip(same[1], other[1], strict=True):
         assert one.answer != two.answer

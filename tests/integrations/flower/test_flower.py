@@ -91,7 +91,7 @@ class Place:
 
     def adapters(self) -> Tensors:
         """The tensors that each member ends with."""
-        found = {}
+        found: Tensors = {}
         for member in MEMBERS:
             files = sorted((self.folder / f"{member}.state").glob("adapter/*/*.safetensors"))
             assert files, f"{member} has no adapter"
@@ -126,6 +126,7 @@ def started(
 def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for name, process in processes.items():
+        status: int | str
         try:
             status = process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

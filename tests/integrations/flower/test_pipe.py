@@ -76,9 +76,10 @@ class Carrier:
 
     async def _carry_for(self, member: str, service: FederationService) -> None:
         """As the ServerApp and a ClientApp do, which forget all that they knew when a message is lost."""
-        socket, bound = self.socket(member), self.node_members.get(member, "")
+        socket, bound, tls = self.socket(member), self.node_members.get(member, ""), self.settings.tls
+        assert tls is not None
         while True:
-            node, said = Node(service, self.settings.tls, str(self.folder), bound), b""
+            node, said = Node(service, tls, str(self.folder), bound), b""
             await node.server.start()
             try:
                 while True:
@@ -254,6 +255,7 @@ def test_what_nodes_answer_loses_no_more_than_a_turn_and_nodes_without_a_member_
 
     @asynccontextmanager
     async def carry(service: FederationService) -> AsyncIterator[None]:
+        assert carrier.settings.tls is not None
         over, make = asyncio.Event(), partial(Node, service, carrier.settings.tls, str(carrier.folder))
         work = asyncio.create_task(server_app.carry(grid, make, members, over))
         yield

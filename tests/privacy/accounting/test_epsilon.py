@@ -263,9 +263,9 @@ def test_default_delta_is_below_one_over_n_for_every_n() -> None:
         assert default_delta(n) == pytest.approx(n**-1.1)
         assert 0.0 < default_delta(n) < 1 / n
         check_delta(default_delta(n), n)
-    for n in (0, 1, -5, True, 2.5):
+    for wrong in (0, 1, -5, True, 2.5):
         with pytest.raises(AccountingError):
-            default_delta(n)  # type: ignore[arg-type]  # wrong on purpose
+            default_delta(wrong)  # type: ignore[arg-type]  # on purpose
 
 
 def test_a_delta_above_one_over_n_is_refused_without_telling_n() -> None:

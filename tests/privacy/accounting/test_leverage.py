@@ -2,8 +2,11 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,18 +14,20 @@ from hypothesis import strategies as st
 from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier, noise_share
 from fedmosaic.protos.errors import AccountingError
 
+Array: TypeAlias = npt.NDArray[np.float64]
 
-def leverage(weights, noise, member, coalition=()):
+
+def leverage(weights: Array, noise: Array, member: int, coalition: Sequence[int] = ()) -> float:
     """s² hᵀ (Σ s_k² h_k h_kᵀ)⁺ h over those outside the coalition; see `privacy.accounting.leverage`."""
     honest = [k for k in range(len(noise)) if k not in coalition]
     covariance = sum(noise[k] ** 2 * np.outer(weights[:, k], weights[:, k]) for k in honest)
-    return noise[member] ** 2 * weights[:, member] @ np.linalg.pinv(covariance) @ weights[:, member]
+    return float(noise[member] ** 2 * weights[:, member] @ np.linalg.pinv(covariance) @ weights[:, member])
 
 
 @given(st.integers(2, 8), st.integers(0, 7), st.floats(0.01, 10.0))
 def test_disjoint_groups_have_the_closed_form_and_no_coalition_is_worse_than_the_largest(
-    members, colluders, noise
-):
+    members: int, colluders: int, noise: float
+) -> None:
     if colluders >= members:
         return
     weights = np.zeros((2, members + 3))
@@ -37,7 +42,7 @@ def test_disjoint_groups_have_the_closed_form_and_no_coalition_is_worse_than_the
     assert math.isclose(noise / math.sqrt(worst), found, rel_tol=1e-6)
 
 
-def test_shared_noise_is_the_noise_of_the_group_whatever_t_members_leave_out():
+def test_shared_noise_is_the_noise_of_the_group_whatever_t_members_leave_out() -> None:
     share = noise_share(2.0, 12, 3)
     weights = np.ones((1, 12))
     for missing in range(4):
@@ -48,7 +53,7 @@ def test_shared_noise_is_the_noise_of_the_group_whatever_t_members_leave_out():
     assert share / math.sqrt(leverage(weights, noise, 0)) < 1.9, "one more, and the promise is broken"
 
 
-def test_overlapping_groups_cost_more_than_either():
+def test_overlapping_groups_cost_more_than_either() -> None:
     """Two sums with one member apart give that member away: their difference is its vector."""
     weights = np.array([[1.0] * 6, [1.0] * 5 + [0.0]])
     assert math.isclose(leverage(weights, np.ones(6), 5), 1.0)
@@ -56,6 +61,6 @@ def test_overlapping_groups_cost_more_than_either():
 
 
 @pytest.mark.parametrize(("contributors", "coalition"), [(3, 3), (3, -1)])
-def test_a_group_of_colluders_is_refused(contributors, coalition):
+def test_a_group_of_colluders_is_refused(contributors: int, coalition: int) -> None:
     with pytest.raises(AccountingError, match="at least one must be honest"):
         effective_noise_multiplier(1.0, contributors, coalition)

@@ -62,7 +62,7 @@ def test_a_likelihood_ratio_attacker_stays_below_the_bound() -> None:
     with_it = sigma * generator.standard_normal((trials, steps)) + (generator.random((trials, steps)) < q)
 
     def score(x: np.ndarray) -> np.ndarray:
-        return np.log1p(q * np.expm1((2 * x - 1) / (2 * sigma**2))).sum(axis=1)
+        return np.asarray(np.log1p(q * np.expm1((2 * x - 1) / (2 * sigma**2))).sum(axis=1))
 
     curve = tradeoff.privacy_curve([GaussianEvent(sigma, q, steps)])
     for rate in (0.01, 0.1):
@@ -100,11 +100,8 @@ def test_the_equivalent_gaussian_dominates_the_release_down_to_delta() -> None:
 
 def test_limits() -> None:
     nothing = tradeoff.attack_bounds([], DELTA)
-    assert (nothing.gaussian_mu, nothing.advantage, nothing.true_positive_rate_at_1_percent) == (
-        0.0,
-        0.0,
-        pytest.approx(0.01),
-    )
+    assert (nothing.gaussian_mu, nothing.advantage) == (0.0, 0.0)
+    assert nothing.true_positive_rate_at_1_percent == pytest.approx(0.01)
     assert tradeoff.attack_bounds([UNPROTECTED], DELTA) == tradeoff.UNBOUNDED
     assert tradeoff.attack_bounds([GaussianEvent(0.03, 0.5, 10)], DELTA) == tradeoff.UNBOUNDED
     with pytest.raises(AccountingError):

@@ -229,6 +229,7 @@ def test_encryption_hides_equality(backend: str) -> None:
 def test_mask_pads_are_bound_to_every_part_of_the_context() -> None:
     f = federation("mask", 64)
     vector = np.zeros(64)
+    assert f.key is not None
     variants = [
         f.cipher("member-0").encrypt(vector, f.key, f.context, bytes(16)),
         f.cipher("member-1").encrypt(vector, f.key, f.context, bytes(16)),
@@ -295,6 +296,7 @@ def test_a_key_of_something_else_is_refused(
 ) -> None:
     f = federation(backend)
     _, record = exchange(f, vectors_for(f), even_row(f))
+    assert f.key is not None
     wrong = change(f.key)
     with pytest.raises(EncryptionError, match=message):
         f.cipher("member-0").encrypt(np.zeros(100), wrong, f.context, bytes(16))
@@ -305,6 +307,7 @@ def test_a_key_of_something_else_is_refused(
 @pytest.mark.parametrize("secret", [b"", bytes(100), b"\xff" * 12288])
 def test_a_ckks_secret_that_is_none_is_refused(secret: bytes) -> None:
     f = federation("ckks")
+    assert f.key is not None
     with pytest.raises(EncryptionError, match="CKKS secret"):
         f.cipher("member-0").encrypt(np.zeros(100), replace(f.key, ckks_secret=secret), f.context, bytes(16))
 
@@ -314,6 +317,7 @@ def test_a_ckks_secret_that_is_none_is_refused(secret: bytes) -> None:
 def test_another_key_of_the_same_epoch_decrypts_nothing(backend: str, dimensions: int) -> None:
     f = federation(backend, dimensions)
     _, record = exchange(f, vectors_for(f), even_row(f))
+    assert f.key is not None
     f.key = replace(f.key, master=b"X" * 32, ckks_secret=generate_group_secret(f.parameters))
     with pytest.raises(CiphertextError, match="decrypts outside"):
         f.decrypt(record, even_row(f))

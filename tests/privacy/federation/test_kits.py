@@ -95,7 +95,8 @@ def test_too_few_members_for_the_policy_is_a_clear_error() -> None:
     policy = {"minimum_contributors": 2, "squares_cap": 0.5}
     with pytest.raises(ValueError, match="3 members agree on no group key, which 4 at least must hold"):
         founding("a", "b", "c", policy=policy)
-    plain = {"adapter": {"protection": "dp"}, "encryption": {"backend": "plain"}, "allow_plaintext": True}
+    plain: dict[str, Any] = {"adapter": {"protection": "dp"}, "encryption": {"backend": "plain"}}
+    plain |= {"allow_plaintext": True}
     assert len(founding("a", "b", "c", policy=policy, schedule={"quorum": 3}, **plain).members) == 3
 
 
@@ -118,7 +119,9 @@ def test_a_draw_that_leaves_a_family_too_few_is_warned_of(sampled: int | None, w
     if sampled == 6:
         draws = [taking_part(tuple(m.id for m in members), 6, "run", n) for n in range(2000)]
         found = sum(sum(m.id in draw for m in members[:5]) < 4 for draw in draws) / len(draws)
-        said = float(re.search(r"([\d.]+)%", words)[1]) / 100
+        percent = re.search(r"([\d.]+)%", words)
+        assert percent is not None
+        said = float(percent[1]) / 100
         assert abs(found - said) < 6 * math.sqrt(said * (1 - said) / len(draws))
 
 

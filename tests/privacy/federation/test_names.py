@@ -198,7 +198,7 @@ def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: 
 def test_a_founding_that_is_killed_leaves_nothing_that_looks_founded(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        consortium.publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
+        consortium.publish = lambda *_: os._exit(9)  # type: ignore[attr-defined]  # the moment of the kill
         consortium.create(described(), tmp_path / "f")
         os._exit(0)
     os.waitpid(child, 0)

@@ -131,6 +131,7 @@ def test_the_roster_waits_for_all_members_and_names_them(begun: Founding) -> Non
 def forge(founded: Founding, answer: Path, a: dict[str, Any] | None = None, **changes: Any) -> Office:
     """What a founder can sign who cheats: the roster with changes, and with others to its member a."""
     office = open_office(founded.office, None)
+    assert office.roster is not None
     members = [dict(m) | (a or {} if m.id == "a" else {}) for m in office.roster.members]
     content = office.roster.model_dump() | {"members": members} | changes
     Roster.model_validate(content).signed(office.authority.signing_key).write(answer / kits.ROSTER)
@@ -213,7 +214,9 @@ def test_an_older_roster_is_refused_and_so_is_a_second_one_of_a_serial(
 
 
 def test_terms_that_were_changed_afterwards_are_refused_by_name(founded: Founding) -> None:
-    terms = open_office(founded.office, None).roster.terms.model_dump()
+    signed = open_office(founded.office, None).roster
+    assert signed is not None
+    terms = signed.terms.model_dump()
     terms["adapter_privacy"]["target_epsilon"] = 50.0
     forge(founded, founded.office / "answers/clients/a", serial=2, terms=terms)
     with pytest.raises(IdentityError, match=r"has other terms than roster 1 \(adapter_privacy\)"):
@@ -272,6 +275,7 @@ def test_new_keys_need_a_word_and_old_ones_never_come_back(founded: Founding) ->
     with pytest.raises(IdentityError, match="waits for its answer"):
         founded.ask("a")
     roster = founded.approve(new, replace=True).roster
+    assert roster is not None
     assert roster.serial == 2
     with pytest.raises(IdentityError, match="given up before"):
         founded.approve(founded.requests["a"], replace=True)
@@ -281,12 +285,14 @@ def test_new_keys_need_a_word_and_old_ones_never_come_back(founded: Founding) ->
     with pytest.raises(IdentityError, match="given up before"):
         founded.approve(founded.requests["e"])
     added = founded.approve(founded.ask("e", kit="new-e")).roster
+    assert added is not None
     assert [added.serial, len(added.members)] == [4, 5]
 
 
 def test_a_request_that_was_signed_before_renews_the_certificate_and_nothing_else(founded: Founding) -> None:
     before = (founded.kit("a") / kits.TLS_CERTIFICATE).read_bytes()
     approval = founded.approve(read_request(founded.kit("a") / kits.REQUEST))
+    assert approval.roster is not None
     assert approval.roster.serial == 1
     founded.install("a")
     assert (founded.kit("a") / kits.TLS_CERTIFICATE).read_bytes() != before
@@ -373,9 +379,9 @@ def test_the_consortium_signs_with_its_passphrase_only(tmp_path: Path) -> None:
 
 
 def test_fingerprints_differ_with_every_part() -> None:
-    parts = ("clinics", "a", "0" * 64, "1" * 64)
-    shown = {member_fingerprint(*parts)}
-    shown |= {member_fingerprint(*parts[:i], "z" + part[1:], *parts[i + 1 :]) for i, part in enumerate(parts)}
+    parts = ["clinics", "a", "0" * 64, "1" * 64]
+    changed = [[*parts[:i], "z" + part[1:], *parts[i + 1 :]] for i, part in enumerate(parts)]
+    shown = {member_fingerprint(*each) for each in [parts, *changed]}
     assert len(shown) == 5
     assert all(len(digits) == 23 and digits.replace(" ", "").isdecimal() for digits in shown)
     assert fingerprint("a", "bc") != fingerprint("ab", "c")

@@ -23,7 +23,8 @@ from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError
 
 MEMBERS = tuple(f"m{number}" for number in range(10))
-PLAIN = {"adapter": {"protection": "none"}, "encryption": {"backend": "plain"}, "allow_plaintext": True}
+PLAIN: dict[str, Any] = {"adapter": {"protection": "none"}, "encryption": {"backend": "plain"}}
+PLAIN |= {"allow_plaintext": True}
 
 
 def test_each_round_has_so_many_members_drawn_by_a_rule_that_all_can_follow() -> None:
@@ -98,8 +99,8 @@ def test_a_roster_without_sampling_keeps_the_hash_that_it_had_before_sampling_ex
 
 
 def test_whoever_is_drawn_last_is_enough_for_a_group_key() -> None:
-    mask = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
-    few = {"schedule": {"sampled_clients": 3, "quorum": 3}}
+    mask: dict[str, Any] = {"adapter": {"protection": "encrypted"}, "encryption": {"backend": "mask"}}
+    few: dict[str, Any] = {"schedule": {"sampled_clients": 3, "quorum": 3}}
     few["policy"] = {"minimum_contributors": 2, "squares_cap": 0.5}
     assert founding(*MEMBERS, schedule={"sampled_clients": 6}, **mask)
     assert founding(*MEMBERS, **PLAIN, **few)
@@ -138,7 +139,7 @@ def test_of_every_group_enough_are_drawn_and_nobody_more_often_than_planned(data
     least = data.draw(st.integers(3, 6))
     sampled = data.draw(st.integers(least, 30))
     members = data.draw(st.integers(sampled, 80))
-    terms = Terms.model_construct(
+    terms = Terms.model_construct(  # type: ignore[call-arg]  # of which no profile is read
         group_sums=GroupSumTerms(minimum_contributors=least),
         schedule=ScheduleTerms.model_construct(rounds=20, sampled_clients=sampled),
     )
@@ -157,7 +158,12 @@ def test_noise_of_sums_is_planned_for_the_turns_and_families_have_to_fill_their_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planned: list[int] = []
-    monkeypatch.setattr(terms_checks, "noise_multiplier_for", lambda *found: planned.append(found[-1]) or 1.5)
+
+    def noting(*found: Any) -> float:
+        planned.append(found[-1])
+        return 1.5
+
+    monkeypatch.setattr(terms_checks, "noise_multiplier_for", noting)
     monkeypatch.setattr(terms_checks, "check_plannable", lambda *found: planned.append(found[-1]))
     members = tuple(f"m{number:02}" for number in range(12))
     schedule = {"rounds": 40, "sampled_clients": 4, "quorum": 4}

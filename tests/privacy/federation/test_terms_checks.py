@@ -47,6 +47,7 @@ def test_more_steps_than_can_be_accounted_for_are_refused_with_a_number_that_pas
     with pytest.raises(ConfigurationError, match=r"2,000,000 private steps") as refused:
         check_plan(terms(rounds=100_000), 4)
     possible = re.search(r"at most ([\d,]+) rounds", str(refused.value))
+    assert possible is not None
     check_plan(terms(rounds=int(possible.group(1).replace(",", ""))), 4)
 
 
@@ -160,7 +161,7 @@ def test_founding_bounds_delta_and_a_roster_from_before_keeps_its_hash(tmp_path:
     assert config.terms.adapter_privacy.largest_delta is None
     roster = create_federation(config, tmp_path / "new")
     assert roster.terms.adapter_privacy.largest_delta == 1e-5
-    chosen = {"adapter_privacy": {"largest_delta": 1.0}}
+    chosen: dict[str, Any] = {"adapter_privacy": {"largest_delta": 1.0}}
     assert with_bounded_delta(founding(**chosen).terms).adapter_privacy.largest_delta == 1.0
     before = roster.model_dump(mode="json")
     del before["terms"]["adapter_privacy"]["largest_delta"], before["witness"]

@@ -204,6 +204,7 @@ def test_a_witness_is_founded_rotated_and_never_a_member(tmp_path: Path) -> None
     kit = directory / "clients" / "notary"
     before = open_kit(kit)
     assert before.member_id() == "notary"
+    assert before.roster.witness is not None
     assert (before.roster.witness.id, before.roster.witness.seconds) == ("notary", 30.0)
     with pytest.raises(IdentityError, match="'notary' is not on the roster"):
         before.roster.member("notary")
@@ -212,6 +213,7 @@ def test_a_witness_is_founded_rotated_and_never_a_member(tmp_path: Path) -> None
         approve(directory, [renewed])
     approve(directory, [renewed], replace=True)
     after = open_kit(kit).roster
+    assert after.witness is not None
     assert after.witness.identity_key == renewed.identity_key
     assert (after.witness.seconds, after.members) == (30.0, before.roster.members)
     RosterMark.of(before.roster).check(after)

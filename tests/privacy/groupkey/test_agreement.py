@@ -53,6 +53,7 @@ class Exchange:
     @property
     def leader(self) -> str:
         leader = next(iter(self.sides.values())).leader
+        assert leader is not None
         return leader
 
     @property
@@ -282,6 +283,7 @@ def sealed_other_key(exchange: Exchange, boxes: dict[str, bytes], victim: str) -
     """The commitment of the true key around the content of another one."""
     leader = exchange.sides[exchange.leader]
     key = leader._key
+    assert key is not None
     leader._key = replace(key, master=b"Z" * 32)
     box = leader._sealed(victim, exchange.openings()[victim][-96:-64])
     leader._key = key
@@ -331,7 +333,7 @@ def test_a_box_sealed_for_another_exchange_does_not_open(part: str) -> None:
     def misdirected(exchange: Exchange, boxes: dict[str, bytes], victim: str) -> bytes:
         leader = exchange.sides[exchange.leader]
         recipient_key = exchange.openings()[victim][-96:-64]
-        changes = {
+        changes: dict[str, dict[str, object]] = {
             "recipient": {},
             "epoch": {"epoch": replace(leader.epoch, number=2)},
             "leader": {"leader": victim},

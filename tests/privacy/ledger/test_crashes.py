@@ -116,6 +116,7 @@ def test_going_on_after_a_crash_costs_what_the_rules_say(killed: dict[str, Path]
         assert len(ledger.events()) == 2, "the lost draw stays charged, the fresh one is charged as well"
     with reopened(killed["before the release is recorded"]) as ledger:
         pending = ledger.pending("adapter", 0, EPOCH)
+        assert pending is not None
         ledger.released(pending.sequence, "c" * 64)
         assert len(ledger.events()) == 1, "stored bytes are recorded late, at no further cost"
     with reopened(killed["before the bytes are sent"]) as ledger:

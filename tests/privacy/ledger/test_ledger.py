@@ -104,6 +104,7 @@ def test_other_bytes_cannot_pass_as_resent(ledger: Ledger) -> None:
 def test_a_fresh_draw_after_a_lost_one_is_a_new_charge(ledger: Ledger) -> None:
     lost = reserve(ledger)
     pending = ledger.pending("adapter", 0, EPOCH)
+    assert pending is not None
     assert pending.sequence == lost
     again = reserve(ledger)
     assert ledger.epsilon() == rdp(STEP, STEP)

@@ -29,7 +29,8 @@ def mechanism(dimensions: int = 4, *, seed: int = 0, **changes: Any) -> ProfileM
     reduction = Reduction(
         hidden_size=8, intermediate_size=16, projection_dimensions=dimensions, public_seed=seed
     )
-    return tiny_mechanism(**({"reduction": reduction, "noise_multiplier": 1.0} | changes))
+    fields: dict[str, Any] = {"reduction": reduction, "noise_multiplier": 1.0}
+    return tiny_mechanism(**(fields | changes))
 
 
 def test_no_examples_give_a_zero_sum_and_still_noise() -> None:
@@ -132,7 +133,8 @@ def test_average_and_its_variance_in_closed_form(decay: float, count: int) -> No
     weights = np.array([(1 - decay) * decay ** (count - 1 - index) for index in range(count)])
     weights[0] = decay ** (count - 1)
     assert math.isclose(weights.sum(), 1.0)
-    np.testing.assert_allclose(profile.vector[0], weights @ values, rtol=1e-6, atol=1e-9)
+    assert profile is not None
+    np.testing.assert_allclose(profile.vector[0], float(weights @ values), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(profile.noise_variance, 4.0 * (weights**2).sum(), rtol=1e-12)
     assert profile.releases == count
 

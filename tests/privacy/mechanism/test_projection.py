@@ -164,6 +164,8 @@ def full_basis() -> PublicBasis:
 
 def test_centre_and_whitening_are_applied_after_normalisation() -> None:
     basis = full_basis()
+    assert basis.centre is not None
+    assert basis.whitening is not None
     plain = Projection(reduction("tensor_sketch", normalise=True)).rows(gradients())
     for standardise, expected in (
         ("centre", plain - basis.centre),
@@ -184,6 +186,7 @@ def test_basis_survives_the_disk(tmp_path: Path) -> None:
 
 def test_basis_hash_covers_every_number_and_name() -> None:
     basis = full_basis()
+    assert basis.centre is not None
     touched = basis.centre.copy()
     touched[3] = np.nextafter(touched[3], np.float32(9))
     other_place = PublicBasis(left=basis.whitening, centre=basis.centre)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from fedmosaic.privacy.accounting.epsilon import epsilon, person_epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.accounting.tradeoff import attack_bounds
 from fedmosaic.privacy.ledger.ledger import Ledger
-from fedmosaic.privacy.ledger.rows import Unit
+from fedmosaic.privacy.ledger.rows import Channel, Unit
 from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement import render as report_text
 from fedmosaic.privacy.statement.build import statement
@@ -34,7 +35,7 @@ READERS: tuple[models.Adversary, ...] = (
     "colluding_recipients_with_server",
 )
 SERVERS: tuple[models.Adversary, ...] = ("server_honest_but_curious", "server_malicious")
-COVERED = {
+COVERED: dict[models.Protection, str] = {
     "none": "nothing",
     "encrypted": "cryptography",
     "dp": "dp",
@@ -53,25 +54,25 @@ def to_text(renderable: RenderableType, width: int = report_text.WIDTH) -> str:
 
 def make_client(
     directory: Path,
-    protection: str,
+    protection: models.Protection,
     *,
     name: str = "clinic-a",
     secure: bool = True,
-    family: str | None = None,
+    family: models.Protection | None = None,
     target: float | None = None,
     rounds: int = 3,
     step: GaussianEvent | None = None,
     unit: Unit = "example",
-    **facts: object,
+    **facts: Any,
 ) -> models.ClientInputs:
     private = COVERED[protection] == "dp"
-    budgeted = ("profile", "adapter") if private else ("profile",)
+    budgeted: tuple[Channel, ...] = ("profile", "adapter") if private else ("profile",)
     with Ledger.open(
         directory / f"{name}.sqlite", name, DELTA, target, budgeted_channels=budgeted, unit=unit
     ) as ledger:
 
         def release(channel: str, round: int, event: GaussianEvent, covered_by: str) -> None:
-            options = {"secure_noise": secure, "covered_by": covered_by, "clipping_norm": 0.5}
+            options: dict[str, Any] = {"secure_noise": secure, "covered_by": covered_by, "clipping_norm": 0.5}
             if channel != "profile":
                 about = GROUP if protection == "distributed-dp" else {"protection": protection}
                 options |= {"mechanism": about, "context": "run-1"}
@@ -86,14 +87,14 @@ def make_client(
         rows = tuple(ledger.export())
     return models.ClientInputs(
         ledger=rows,
-        adapter_protection=protection,  # type: ignore[arg-type]  # as above
-        family_protection=family,  # type: ignore[arg-type]  # as above
-        **facts,  # type: ignore[arg-type]  # by keyword
+        adapter_protection=protection,
+        family_protection=family,
+        **facts,
     )
 
 
-def make(*clients: models.ClientInputs, **facts: object) -> models.PrivacyStatement:
-    return statement(models.StatementInputs(run_id="run-1", clients=clients, **facts))  # type: ignore[arg-type]  # as above
+def make(*clients: models.ClientInputs, **facts: Any) -> models.PrivacyStatement:
+    return statement(models.StatementInputs(run_id="run-1", clients=clients, **facts))
 
 
 def guarantee(
@@ -537,7 +538,7 @@ def test_every_release_of_a_ledger_has_the_noise_of_its_own_terms(tmp_path: Path
             charge(ledger, STEP, "adapter", number, digest=DIGEST, mechanism=mechanism)
         rows = tuple(ledger.export())
     for protection in ("dp", "distributed-dp"):
-        whole = make(models.ClientInputs(ledger=rows, adapter_protection=protection))  # type: ignore[arg-type]  # as above
+        whole = make(models.ClientInputs(ledger=rows, adapter_protection=protection))
         # What the noise of the groups rests on, also in a run that forms none.
         assert any("whoever adds none" in each for each in whole.assumptions)
         (client,) = whole.clients

@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from fedmosaic.privacy.accounting.epsilon import epsilon, person_epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger
 from fedmosaic.privacy.ledger.move import move
-from fedmosaic.privacy.ledger.rows import LedgerRow, Unit
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 from fedmosaic.privacy.statement import models, plain
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.shareable import shareable
@@ -50,11 +51,16 @@ class Sent:
 
 
 def put(ledger: Ledger, round_number: int, sent: Sent) -> None:
-    mechanism = {"protection": sent.protection} if sent.tells else {}
+    mechanism: dict[str, object] = {"protection": sent.protection} if sent.tells else {}
     mechanism |= GROUP if sent.protection == "distributed-dp" else {}
     covered = {"none": "nothing", "encrypted": "cryptography"}.get(sent.protection, "dp")
     event = GaussianEvent(SIGMA, 1.0, 1) if sent.private else UNPROTECTED
-    about = {"context": sent.run, "secure_noise": sent.secure, "covered_by": covered, "mechanism": mechanism}
+    about: dict[str, Any] = {
+        "context": sent.run,
+        "secure_noise": sent.secure,
+        "covered_by": covered,
+        "mechanism": mechanism,
+    }
     charge(ledger, event, "adapter", round_number, digest=DIGEST, **about)
 
 
@@ -126,7 +132,7 @@ def check_claim(
     assert adapter.epsilon is not None
     assert joint.epsilon is not None
     if exact:
-        assert (adapter.epsilon, joint.epsilon) == (pytest.approx(least), pytest.approx(whole))
+        assert (adapter.epsilon, joint.epsilon) == pytest.approx((least, whole))
     assert adapter.epsilon >= least * 0.999
     assert joint.epsilon >= whole * 0.999
 
@@ -219,7 +225,8 @@ def test_a_network_that_this_run_has_not_used_has_carried_others(tmp_path: Path)
 def test_the_budget_of_a_statement_is_that_of_its_run(tmp_path: Path, unit: Unit) -> None:
     """An encrypted run has opened the ledger; this one has a stricter budget, over the adapter as well."""
     event = GaussianEvent(SIGMA, 1.0, 1)
-    path, both = tmp_path / LEDGER, ("adapter", "profile")
+    path = tmp_path / LEDGER
+    both: tuple[Channel, ...] = ("adapter", "profile")
     with Ledger.open(path, "north", DELTA, 8.0, "rdp", budgeted_channels=("profile",), unit=unit) as ledger:
         charge(ledger, GaussianEvent(PROFILE_SIGMA, 1.0, 1), "profile", digest=DIGEST, context="map")
     target = epsilon([GaussianEvent(PROFILE_SIGMA, 1.0, 1), event], DELTA, "rdp") + 1e-6

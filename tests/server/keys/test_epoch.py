@@ -56,7 +56,7 @@ def test_who_never_confirms_is_not_in_the_next_epoch_and_may_join_a_later_one() 
     epoch = agreed(first_epoch(0.0, 60.0, 4), NAMES, {CONFIRMATION: {"e"}}, 1.0)
     assert epoch.phase is EpochPhase.AGREEING
     epoch = epoch.advance(NAMES, 61.0)
-    assert (epoch.epoch, epoch.excluded) == (2, {"e"})
+    assert (epoch.epoch, epoch.excluded) == (2, frozenset({"e"}))
     assert epoch.waiting_for(NAMES) == ("a", "b", "c", "d")
     epoch = from_record(to_record(epoch), 62.0, 60.0, 4)
     epoch = agreed(epoch, NAMES, {}, 63.0)
@@ -106,7 +106,7 @@ def test_a_loss_that_would_leave_too_few_keeps_the_list() -> None:
     for _ in range(2):
         epoch, _ = epoch.lose("a", epoch.epoch, 60.0, unused=True)
         epoch = agreed(epoch, NAMES[:4], {CONFIRMATION: {"a"}}, 120.0)
-    assert (epoch.epoch, epoch.phase, epoch.lost) == (2, EpochPhase.AGREEING, {"a"})
+    assert (epoch.epoch, epoch.phase, epoch.lost) == (2, EpochPhase.AGREEING, frozenset({"a"}))
 
 
 @pytest.mark.parametrize("count", [5, 6, 24])

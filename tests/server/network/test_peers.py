@@ -71,7 +71,7 @@ def test_one_member_has_so_many_calls_open_and_no_more_over_all_its_connections(
         assert f"{CALLS_PER_PEER} calls with this certificate are open already" in str(refusal)
         with pytest.raises(grpc.RpcError) as error:
             list(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30))
-        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]  # it is a Call
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     # Another member is served meanwhile, and this one again as soon as a call has ended.
     rpc.FederationStub(connections("clinic-b")).RoundStatus(pb.RoundStatusRequest(), timeout=30)
     calls.pop().cancel()
@@ -87,7 +87,9 @@ def test_a_call_is_admitted_before_anything_of_its_request_is_read(connections: 
     calls = [status.future(iter(open_ended.get, b""), timeout=60) for _ in range(CALLS_PER_PEER + 1)]
     wait_until(lambda: any(call.done() for call in calls), lambda: "the call too many waits for its request")
     (answered,) = [call for call in calls if call.done()]
-    assert from_rpc_error(answered.exception(), "call").reason == "TOO_MANY_CALLS"
+    refusal = from_rpc_error(answered.exception(), "call")
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "TOO_MANY_CALLS"
     for call in calls:
         call.cancel()
         open_ended.put(b"")
@@ -171,7 +173,8 @@ def test_bytes_that_are_no_message_are_refused_with_one_line(
 
 @pytest.fixture
 def pem(authority: Any) -> bytes:
-    return authority.client("clinic-a")[0].read_bytes()
+    certificate: Path = authority.client("clinic-a")[0]
+    return certificate.read_bytes()
 
 
 def context(pem: bytes, name: str = "spiffe://fedmosaic/fed/client/clinic-a", **changes: list[bytes]) -> Any:
@@ -207,7 +210,7 @@ def test_a_member_is_identified_and_a_certificate_of_another_key_than_the_pinned
     ],
 )
 def test_everybody_else_is_refused(
-    federation: Any, tmp_path: Path, pem: bytes, changes: dict[str, list[bytes]], words: str
+    federation: Any, tmp_path: Path, pem: bytes, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(Refusal, match=words):
         identify(context(pem, **changes), federation.settings(tmp_path))

@@ -217,7 +217,8 @@ def test_a_cut_upload_goes_on_where_it_stopped(large: Any, dial: Any, connect: A
 
     def status() -> pb.UploadStatusResponse:
         request = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
-        return stub.UploadStatus(request, timeout=60)
+        answer: pb.UploadStatusResponse = stub.UploadStatus(request, timeout=60)
+        return answer
 
     call = stub.Push.future(part(), timeout=60)
     wait_until(lambda: status().received)

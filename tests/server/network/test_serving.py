@@ -26,7 +26,7 @@ def start(settings: ServerSettings) -> FedMosaicError:
 
 
 @pytest.fixture
-def settings(federation: Any, authority: Any, tmp_path: Path) -> Callable[[str], ServerSettings]:
+def settings(federation: Any, authority: Any, tmp_path: Path) -> Callable[..., ServerSettings]:
     def make(listen: str = "127.0.0.1:0") -> ServerSettings:
         made: ServerSettings = federation.settings(tmp_path / "state", tls=authority.server(), listen=listen)
         return made
@@ -37,7 +37,7 @@ def settings(federation: Any, authority: Any, tmp_path: Path) -> Callable[[str],
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"-----BEGIN PRIVATE KEY-----\nAAAA\n"], ids=repr)
 @pytest.mark.parametrize("part", ["private_key", "certificate", "authority"])
 def test_a_damaged_file_is_named_and_the_port_is_not_blamed(
-    part: str, content: bytes, settings: Callable[[str], ServerSettings]
+    part: str, content: bytes, settings: Callable[..., ServerSettings]
 ) -> None:
     made = settings()
     assert made.tls is not None
@@ -49,7 +49,7 @@ def test_a_damaged_file_is_named_and_the_port_is_not_blamed(
 
 
 def test_a_key_of_another_certificate_is_named(
-    settings: Callable[[str], ServerSettings], authority: Any
+    settings: Callable[..., ServerSettings], authority: Any
 ) -> None:
     made = settings()
     assert made.tls is not None
@@ -64,14 +64,14 @@ def test_a_key_of_another_certificate_is_named(
     [("203.0.113.5:7443", "not this machine's"), ("no-such-host.invalid:7443", "no machine has this name")],
 )
 def test_an_address_that_is_not_this_machine_s_is_named(
-    listen: str, words: str, settings: Callable[[str], ServerSettings]
+    listen: str, words: str, settings: Callable[..., ServerSettings]
 ) -> None:
     error = start(settings(listen))
     assert isinstance(error, ConfigurationError)
     assert words in str(error)
 
 
-def test_a_port_that_is_taken_is_named(settings: Callable[[str], ServerSettings]) -> None:
+def test_a_port_that_is_taken_is_named(settings: Callable[..., ServerSettings]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         error = start(settings(f"127.0.0.1:{taken.getsockname()[1]}"))
     assert "another program uses the port; stop it, or set another port" in str(error)
@@ -90,7 +90,7 @@ def shown(port: int, kit: Any) -> bytes:
 
 
 def test_a_new_certificate_is_shown_at_the_next_handshake_and_half_a_pair_never(
-    settings: Callable[[str], ServerSettings], authority: Any, caplog: pytest.LogCaptureFixture
+    settings: Callable[..., ServerSettings], authority: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = settings()
     assert made.tls is not None
@@ -115,7 +115,7 @@ def test_a_server_whose_state_takes_no_roster_ends_at_once_and_says_so(tmp_path:
 
 
 def test_the_server_announces_its_certificate_in_its_last_days(
-    settings: Callable[[str], ServerSettings],
+    settings: Callable[..., ServerSettings],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -1,15 +1,18 @@
 """Groups from similarities: right, without regard to order, and not to be shrunk from outside."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.server.round.groups import divide, group_clients, mixing_weights
-from fedmosaic.server.round.relevance import corrected_cosine
+from fedmosaic.server.round.relevance import Relevance, corrected_cosine
 
 
-def _profiles(sizes, seed=0, dimensions=32, spread=0.3):
+def _profiles(
+    sizes: list[int], seed: int = 0, dimensions: int = 32, spread: float = 0.3
+) -> tuple[list[str], npt.NDArray[np.float64]]:
     source = np.random.default_rng(seed)
     centres = np.linalg.qr(source.normal(size=(dimensions, len(sizes))))[0].T
     rows = [
@@ -21,18 +24,18 @@ def _profiles(sizes, seed=0, dimensions=32, spread=0.3):
     return names, np.array(rows)
 
 
-def _relevance(rows, variance=1e-4):
-    return corrected_cosine(rows, np.full(len(rows), variance))
+def _relevance(rows: npt.NDArray[np.float64]) -> Relevance:
+    return corrected_cosine(rows, np.full(len(rows), 1e-4))
 
 
-def test_planted_groups_are_found():
+def test_planted_groups_are_found() -> None:
     names, rows = _profiles([6, 5, 7])
     found = group_clients(names, _relevance(rows), 3, 4)
     assert found == (tuple(names[:6]), tuple(names[6:11]), tuple(names[11:]))
 
 
 @given(st.permutations(range(18)), st.integers(0, 2**16))
-def test_the_order_of_clients_changes_nothing(order, seed):
+def test_the_order_of_clients_changes_nothing(order: list[int], seed: int) -> None:
     names, rows = _profiles([6, 5, 7], seed, spread=1.0)
     plain = group_clients(names, _relevance(rows), 3, 4)
     shuffled = group_clients([names[k] for k in order], _relevance(rows[list(order)]), 3, 4)
@@ -40,7 +43,9 @@ def test_the_order_of_clients_changes_nothing(order, seed):
 
 
 @given(st.integers(0, 2**16), st.integers(1, 6), st.integers(2, 9), st.integers(4, 30))
-def test_every_client_is_in_one_group_of_enough_members(seed, groups, least, count):
+def test_every_client_is_in_one_group_of_enough_members(
+    seed: int, groups: int, least: int, count: int
+) -> None:
     source = np.random.default_rng(seed)
     rows = source.normal(size=(count, 8)) * source.uniform(0, 2, (count, 1))
     rows[source.uniform(size=count) < 0.2] = np.nan
@@ -51,7 +56,7 @@ def test_every_client_is_in_one_group_of_enough_members(seed, groups, least, cou
     assert len(found) == 1 or min(map(len, found)) >= least
 
 
-def test_who_fits_nowhere_joins_the_nearest_and_who_has_no_profile_the_largest():
+def test_who_fits_nowhere_joins_the_nearest_and_who_has_no_profile_the_largest() -> None:
     names, rows = _profiles([6, 7])
     stranger = rows[0] * 0.6 + np.roll(rows[0], 5) * 0.8
     rows = np.vstack([rows, stranger, np.full(32, np.nan)])
@@ -59,7 +64,7 @@ def test_who_fits_nowhere_joins_the_nearest_and_who_has_no_profile_the_largest()
     assert found == ((*names[:6], "odd"), (*names[6:], "silent"))
 
 
-def test_a_spoofing_member_cannot_get_a_group_below_the_least_number():
+def test_a_spoofing_member_cannot_get_a_group_below_the_least_number() -> None:
     """It may choose its own profile and so its group; the group of anybody else keeps enough others."""
     names, rows = _profiles([6, 6])
     for seed in range(20):
@@ -69,7 +74,7 @@ def test_a_spoofing_member_cannot_get_a_group_below_the_least_number():
         assert min(map(len, found)) >= 5
 
 
-def test_no_family_is_in_a_group_of_another_or_mixes_its_sums():
+def test_no_family_is_in_a_group_of_another_or_mixes_its_sums() -> None:
     """Profiles that are alike across families change nothing; two families share the number of groups."""
     names, rows = _profiles([6, 6])
     families = {name: "xy"[index % 2] for index, name in enumerate(names)}
@@ -86,7 +91,7 @@ def test_no_family_is_in_a_group_of_another_or_mixes_its_sums():
     assert all(again.mixing[name] == pytest.approx(row) for name, row in made.mixing.items())
 
 
-def test_mixing_prefers_the_own_group_and_adds_up_to_one():
+def test_mixing_prefers_the_own_group_and_adds_up_to_one() -> None:
     names, rows = _profiles([6, 6])
     found = _relevance(rows)
     groups = group_clients(names, found, 2, 4)
@@ -96,7 +101,7 @@ def test_mixing_prefers_the_own_group_and_adds_up_to_one():
     assert all(mixing[name][1] > 0.9 for name in names[6:])
 
 
-def test_without_a_profile_the_own_group_alone_counts():
+def test_without_a_profile_the_own_group_alone_counts() -> None:
     names, rows = _profiles([6, 6])
     rows[3] = np.nan
     found = _relevance(rows)

@@ -1,6 +1,7 @@
 """Relevance against the reference formula, closed forms and simulated noise."""
 
 import math
+from random import Random
 
 import hypothesis.strategies as st
 import numpy as np
@@ -70,11 +71,11 @@ def test_rows_sum_to_one_and_never_weigh_the_recipient_or_the_absent(
 
 @given(matrices, st.randoms(use_true_random=False), st.floats(0.0, 100.0))
 def test_permuting_the_clients_permutes_rows_and_columns(
-    vectors: np.ndarray, random: object, variance: float
+    vectors: np.ndarray, random: Random, variance: float
 ) -> None:
     order = list(range(len(vectors)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    variances = variance * (1.0 + np.arange(len(vectors)))
+    random.shuffle(order)
+    variances = variance * (1.0 + np.arange(len(vectors), dtype=np.float64))
     before = corrected_cosine(vectors, variances)
     after = corrected_cosine(vectors[order], variances[order])
     np.testing.assert_allclose(after.similarity, before.similarity[order][:, order], atol=1e-9)
@@ -144,7 +145,7 @@ def test_clients_without_a_usable_profile_are_neutral() -> None:
     other = Profile(np.array([0.0, 0.0, 1.0], dtype=np.float32), 0.0, 1)
     zero = Profile(np.zeros(3, dtype=np.float32), 0.0, 1)
     for similarity in ("corrected", "cosine"):
-        found = relevance([known, alike, other, zero, None], similarity)  # type: ignore[arg-type]
+        found = relevance([known, alike, other, zero, None], similarity)
         assert np.isnan(found.similarity[3]).all()
         assert np.isnan(found.similarity[:, 4]).all()
         assert found.significant.tolist() == [True, True, True, False, False]

@@ -190,6 +190,7 @@ def test_only_those_drawn_take_part_in_a_round() -> None:
     drawn = {1: frozenset("abc"), 2: frozenset("cde"), 3: frozenset("abd"), 4: frozenset("abc")}
     state = first_round(NAMES, 3, 3, 60.0, 0.0, drawn.__getitem__)
     _, answer = push(state, "d")
+    assert isinstance(answer, Rejected)
     assert answer.reason == "NOT_DRAWN"
     state = with_uploads("a", "b", state=state)
     assert "2 of 3 uploads" in state.status(0.0).message

@@ -1,5 +1,7 @@
 """Weight rows: capped, integer, within the policy, or refused with the reason."""
 
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from fedmosaic.experiments.attacks.statistics.collusion import smallest_coalition
 from fedmosaic.privacy.policy import AggregationPolicy, integer_weights
 from fedmosaic.server.round.relevance import Relevance, corrected_cosine, plain_cosine, softmax_weights
-from fedmosaic.server.round.weights import Group, groups, plan
+from fedmosaic.server.round.weights import Group, Plan, groups, plan
 
 NAMES = ("a", "b", "c", "d", "e")
 POLICY = AggregationPolicy(minimum_contributors=3, weight_cap=0.5)
@@ -25,21 +27,27 @@ def vectors(count: int = 5) -> np.ndarray:
 def planned(
     found: Group,
     policy: AggregationPolicy = POLICY,
-    names=NAMES,
+    names: Sequence[str] = NAMES,
     similar: Relevance | None = None,
     bits: int = 15,
     temperature: float = 0.5,
-):
+) -> Plan:
     similar = plain_cosine(vectors()) if similar is None else similar
     return plan(found, names, similar, temperature=temperature, policy=policy, bits=bits)
 
 
-def planned_for(names, similar: Relevance, policy: AggregationPolicy, **options):
+def planned_for(
+    names: Sequence[str],
+    similar: Relevance,
+    policy: AggregationPolicy,
+    bits: int = 15,
+    temperature: float = 0.5,
+) -> Plan:
     everybody = Group("shared", "", 10, frozenset(names), frozenset(names))
-    return planned(everybody, policy, names, similar, **options)
+    return planned(everybody, policy, names, similar, bits, temperature)
 
 
-def matrix(names, result) -> np.ndarray:
+def matrix(names: Sequence[str], result: Plan) -> np.ndarray:
     rows = np.zeros((len(names), len(names)))
     for recipient, row in result.rows.items():
         for contributor, weight in zip(row.contributors, row.weights, strict=True):
@@ -166,6 +174,7 @@ def test_equal_weights_give_no_adapter_to_two_through_their_rounding(count: int)
     assert found.any(axis=1).all()
     assert (found[found > 0] < 1.3 / (count - 1)).all()
     exact = smallest_coalition([found])
+    assert exact is not None
     assert exact > 2
 
 

@@ -17,7 +17,9 @@ NOTARY = Witness(id="notary", identity_key="a" * 64, tls_key_sha256="b" * 64, se
 
 def shown(coordinator: Coordinator) -> tuple[ReviewHeader, dict[str, Any], list[AggregateClaim]]:
     """What the witness sees."""
-    header, uploads, claims, now = None, {}, [], ""
+    header: ReviewHeader | None = None
+    uploads: dict[str, tuple[SignedUpload, bytes]] = {}
+    claims, now = list[AggregateClaim](), ""
     for part in coordinator.witnessing.parts():
         if part.HasField("header"):
             header = wire.decode(part.header, ReviewHeader)
@@ -28,6 +30,7 @@ def shown(coordinator: Coordinator) -> tuple[ReviewHeader, dict[str, Any], list[
             uploads[now] = uploads[now][0], uploads[now][1] + part.chunk.data
         else:
             claims.append(wire.decode(part.aggregate, AggregateClaim))
+    assert header is not None
     assert (header.uploads, header.aggregates) == (len(uploads), len(claims))
     return header, uploads, claims
 
@@ -76,7 +79,7 @@ def test_what_is_not_countersigned_in_time_is_withheld_and_the_run_goes_on(
     assert coordinator.available_round == 0
     clock.now += 2.0
     coordinator.advance()
-    refusals = [coordinator.pull(c.recipient, 2).sections[0].refusal for c in claims]  # type: ignore[union-attr]
+    refusals = [coordinator.pull(c.recipient, 2).sections[0].refusal for c in claims]
     assert refusals == ["", *["round 1: the witness notary did not countersign it in time"] * 4]
     federation.play(coordinator, 2)
     coordinator.witnessing.take(verdict(shown(coordinator)[0], claims[0]))

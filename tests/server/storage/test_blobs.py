@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fedmosaic.protos.errors import StateError
-from fedmosaic.server.storage import blobs as module
 from fedmosaic.server.storage.blobs import Blobs, map_file, section_hashes
 
 
@@ -26,7 +25,7 @@ def test_an_interrupted_write_leaves_the_old_blob(tmp_path: Path, monkeypatch: p
     def fails(_: int) -> None:
         raise OSError(5, "I/O error")
 
-    monkeypatch.setattr(module.os, "fsync", fails)
+    monkeypatch.setattr("os.fsync", fails)
     with pytest.raises(OSError, match="I/O"):
         blobs.write("aggregates", 2, "a", b"new")
     assert bytes(blobs.read("aggregates", 2, "a")) == b"old"

@@ -174,6 +174,8 @@ def test_far_too_little_noise_breaks_the_figure_and_the_right_noise_does_not() -
 
     right, quiet = figure(1.0), figure(0.3)
     assert not right.broken
+    assert right.bound is not None
+    assert quiet.bound is not None
     assert right.value < right.bound
     assert right.low <= right.value
     assert quiet.broken
