@@ -146,7 +146,7 @@ def run_progress(scenario: Scenario, directory: Path, console: Console) -> RunPr
 
 
 def trained_until(scenario: Scenario, directory: Path, client: str) -> int:
-    """The last round that a client's state says it trained for, 0 before any; under group sums 1 at the end."""
+    """Last round that a client's state says it trained for, 0 before any; under group sums 1 at its end."""
     state = state_of(directory, client)
     record = read_record(state)
     if record is None:
