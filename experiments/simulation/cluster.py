@@ -275,9 +275,9 @@ class _Actors:
         for asked in [actor.check_loaded.options(name="load").remote() for actor in self._actors]:
             _result(self._ray, asked)
 
-    def _steps_done(self, index: int) -> int:
+    def _trained_until(self, index: int) -> int:
         name = self._scenario.clients[index].id
-        return simulate.steps_done(self._scenario, self._directory, name)
+        return simulate.trained_until(self._scenario, self._directory, name)
 
     def turns(self, progress: RunProgress, indices: Sequence[int], number: int) -> None:
         """See `fedmosaic.experiments.simulation.simulate.Turns`."""
@@ -290,7 +290,7 @@ class _Actors:
         def begin(actor: int) -> None:
             if left[actor]:
                 index = left[actor].popleft()
-                before[index] = self._steps_done(index)
+                before[index] = self._trained_until(index)
                 named = self._actors[actor].turn.options(name=self._scenario.clients[index].id)
                 running[named.remote(index, number)] = index
 
@@ -303,8 +303,8 @@ class _Actors:
             name = self._scenario.clients[index].id
             _result(ray, done)
             # None, if an earlier process was lost only after the turn.
-            if steps := self._steps_done(index) - before.pop(index):
-                progress.add(steps, name, number)
+            if self._trained_until(index) > before.pop(index):
+                progress.add(simulate.steps_of_turn(self._scenario), name, number)
             begin(self._actor_of[index])
 
 

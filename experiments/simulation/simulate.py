@@ -137,18 +137,21 @@ def run_progress(scenario: Scenario, directory: Path, console: Console) -> RunPr
     if not once:
         turns = schedule.rounds * (schedule.sampled_clients or turns)
     progress = RunProgress(console, steps * turns)
-    progress.skip(sum(steps_done(scenario, directory, client.id) for client in scenario.clients))
+    done = [trained_until(scenario, directory, client.id) for client in scenario.clients]
+    # Of the newest round some have had their turn, of those before all who took part.
+    newest = max(done)
+    before = max(0, newest - 1) * (schedule.sampled_clients or len(done))
+    progress.skip(steps * (before + (done.count(newest) if newest else 0)))
     return progress
 
 
-def steps_done(scenario: Scenario, directory: Path, client: str) -> int:
-    """Training steps that a client's state tells of."""
+def trained_until(scenario: Scenario, directory: Path, client: str) -> int:
+    """Last round that a client's state says it trained for, 0 before any; under group sums 1 at its end."""
     state = state_of(directory, client)
     record = read_record(state)
     if record is None:
         return 0
-    turns = (state / RESULT).exists() if scenario.adapter.in_group_sums else record.completed_round
-    return steps_of_turn(scenario) * turns
+    return int((state / RESULT).exists()) if scenario.adapter.in_group_sums else record.completed_round
 
 
 def steps_of_turn(scenario: Scenario) -> int:
