@@ -379,7 +379,7 @@ def test_families_share_a_second_section(make_federation: Any, begin: Any) -> No
     assert [s.name for s in coordinator.pull("e", 2).sections] == ["shared"]
 
 
-def test_a_killed_server_goes_on_with_its_round(federation: Any, begin: Any, store_url: str) -> None:
+def test_a_killed_server_goes_on_with_its_round(federation: Any, store_url: str, begin: Any) -> None:
     before = begin(store_url=store_url)
     federation.play(before, 1)
     aggregate = before.pull("clinic-a", 2)

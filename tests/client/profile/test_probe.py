@@ -49,7 +49,7 @@ EXAMPLES = [encoded(4, 3), encoded(9, 1), encoded(2, 8), encoded(6, 5), encoded(
 
 
 def autograd_gradient(model: PreTrainedModel, example: EncodedExample) -> torch.Tensor:
-    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    weight = model.get_parameter(f"model.layers.{model.config.num_hidden_layers - 1}.mlp.down_proj.weight")
     logits = model(input_ids=example.input_ids[None].to(model.device)).logits[0].cpu()
     loss = torch.nn.functional.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORED)
     gradient: torch.Tensor = torch.autograd.grad(loss, weight)[0]
