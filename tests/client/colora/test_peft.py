@@ -123,9 +123,9 @@ def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() == on_disk.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
-    again = PeftConfig.from_pretrained(str(tmp_path))
-    assert isinstance(again, CoLoraConfig)
-    assert again.basis_label == "aligned:test"
+    for again in (loaded.peft_config["default"], PeftConfig.from_pretrained(str(tmp_path))):
+        assert isinstance(again, CoLoraConfig)
+        assert again.basis_label == "aligned:test"
     with loaded.disable_adapter():
         loaded(IDS)
     assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen and stays so"

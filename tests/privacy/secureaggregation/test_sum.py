@@ -167,8 +167,12 @@ def test_what_the_server_sees_before_the_end_says_nothing() -> None:
 def _colluding_shares(group: Group, colluders: list[str], kind: int, victim: str) -> dict[int, int]:
     """What t members hold of a victim's secret, by point."""
     order = sorted(group.names)
-    held = {name: group.members[name]._held[victim] for name in colluders}
-    return {order.index(name) + 1: pair[kind] for name, pair in held.items() if pair}
+    shares = {}
+    for name in colluders:
+        held = group.members[name]._held[victim]
+        assert held is not None
+        shares[order.index(name) + 1] = held[kind]
+    return shares
 
 
 def test_server_and_t_members_cannot_take_the_masks_off_one_vector() -> None:
