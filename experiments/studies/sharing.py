@@ -26,8 +26,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 import tyro
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -50,6 +48,7 @@ from fedmosaic.client.model.scoring import Examiner
 from fedmosaic.client.round.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.experiments.comparison.tables import percent
 from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
+from fedmosaic.experiments.studies.sharing_figure import draw
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.leverage import noise_share
@@ -131,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = run(settings)
     table = markdown(cells)
     (settings.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    draw(cells, settings.out / "figure.svg")
+    draw(gains(cells), settings.out / "figure.svg")
     print(table)
     return 0
 
@@ -380,30 +379,3 @@ def markdown(cells: Sequence[Cell]) -> str:
     table = markdown_table(["", *(f"m = {m}" for m in members)], rows, numbers=True)
     alone = percent(interval([cell.accuracy for cell in cells if cell.release == "alone"]))
     return "\n".join([*table, "", f"Points above a member alone ({alone}), ± half of a 95 % interval."])
-
-
-def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Draw the gain over the number of members, one line per release and ε, as SVG."""
-    found = gains(cells)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    panel = figure.subplots()
-    for index, (name, line) in enumerate(found.items()):
-        panel.errorbar(
-            [m * 1.04 ** (index - 1) for m in line],  # beside each other, or intervals hide intervals
-            [100 * gained.mean for gained in line.values()],
-            yerr=[100 * (gained.half_width or 0.0) for gained in line.values()],
-            marker="o",
-            linestyle=":" if "each" in name else "-",
-            label=name,
-        )
-    members = sorted({m for line in found.values() for m in line})
-    panel.axhline(0.0, color="black", linewidth=0.8)
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(members, [str(m) for m in members])
-    panel.set_xlabel("members of the group")
-    panel.set_ylabel("points above a member alone")
-    panel.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
-        figure.savefig(path, metadata={"Date": None})

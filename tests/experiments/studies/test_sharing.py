@@ -16,6 +16,7 @@ from fedmosaic.client.model.examples import Example, answer_tokens, collate, enc
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.experiments.studies import sharing
+from fedmosaic.experiments.studies.sharing_figure import draw
 
 
 @pytest.fixture
@@ -105,6 +106,6 @@ def test_a_cell_is_measured_once(settings: sharing.Settings, monkeypatch: pytest
     ]
     monkeypatch.setattr(sharing, "_Bench", None)
     assert sharing.run(settings) == cells
-    sharing.draw(cells, settings.out / "figure.svg")
+    draw(sharing.gains(cells), settings.out / "figure.svg")
     assert "noise of each member" in (settings.out / "figure.svg").read_text(encoding="utf-8")
     assert "| no noise |" in sharing.markdown(cells)
