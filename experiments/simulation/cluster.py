@@ -158,7 +158,7 @@ class _Server:
 
     def __init__(self, parts: bytes) -> None:
         ray = importlib.import_module("ray")
-        _, settings, _ = ray.get(ray.cloudpickle.loads(parts))
+        _, settings, _ = ray.get(ray.cloudpickle.loads(parts))  # from our own process that starts the run
         self._coordinator = Coordinator(settings, simulate.standing_clock)
 
     def call(self, name: str, arguments: Sequence[Any]) -> tuple[Any, tuple[Any, ...] | None]:
@@ -204,7 +204,7 @@ class _ClientActor:
     def __init__(self, parts: bytes, directory: Path, first: int) -> None:
         """Load the model of the client at place `first` in the scenario."""
         ray = importlib.import_module("ray")
-        scenario, _, flops = ray.get(ray.cloudpickle.loads(parts))
+        scenario, _, flops = ray.get(ray.cloudpickle.loads(parts))  # from our own process, too
         self._worker: Any = None  # a Worker, once the model is loaded
         try:
             entry = scenario.clients[first]

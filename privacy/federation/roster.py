@@ -235,6 +235,8 @@ def taking_part(members: tuple[str, ...], sampled: int | None, run_id: str, numb
     """
     if sampled is None or sampled >= len(members):
         return frozenset(members)
+    if sampled < 1:  # the share of a group that is too small: whoever sums refuses it
+        return frozenset()
     cycle, turn = divmod(number - 1, len(members) // sampled)
     return frozenset(_order(members, run_id, cycle)[turn * sampled : (turn + 1) * sampled])
 

@@ -192,3 +192,7 @@ def test_a_federation_too_large_for_one_round_has_to_sample() -> None:
     with pytest.raises(ValidationError, match=r"terms\.schedule\.sampled_clients"):
         founding(*names, **PLAIN)
     assert founding(*names, schedule={"sampled_clients": 64}, **PLAIN)
+
+
+def test_of_a_group_whose_share_is_nobody_nobody_is_drawn() -> None:
+    assert taking_part(("a",), 0, "run", 2) == frozenset()
